@@ -1,0 +1,107 @@
+"""RetroConfig: a GPT2Config, and what retrieval adds to it."""
+
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config
+
+
+@strict
+class RetroConfig(GPT2Config):
+    r"""Configuration of a RETRO model (Borgeaud et al., 2022, https://arxiv.org/abs/2112.04426) on a GPT-2 decoder.
+
+    Every argument of [`GPT2Config`] keeps its meaning and its default. Further arguments:
+
+    Args:
+        chunk_size (`int`, defaults to 64):
+            Tokens in a chunk, the paper's m.
+        num_neighbors (`int`, defaults to 2):
+            Neighbours read for each chunk, the paper's k.
+        neighbor_length (`int`, *optional*, defaults to `2 * chunk_size`):
+            Tokens of one neighbour, the paper's r: the neighbour chunk, then what follows it in its document.
+        cca_layers (`list[int]`, *optional*):
+            Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every third layer from the
+            sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with fewer than six.
+        encoder_num_layers (`int`, defaults to 2):
+            Layers of the neighbour encoder.
+        encoder_cca_layers (`list[int]`, defaults to `[0]`):
+            Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
+        use_retrieval (`bool`, defaults to `True`):
+            `False` switches neighbours off: the model is then its GPT-2 decoder.
+        embedding_model (`str`, *optional*):
+            Name of the embedding model of the knowledge base that the model was trained with ("owner/name").
+        collection_name (`str`, *optional*):
+            Name of that knowledge base's collection. Its address and credentials are never part of the configuration.
+
+    Raises:
+        ValueError (as `StrictDataclassClassValidationError`): a size below 1, or a layer outside its stack.
+    """
+
+    model_type = "retro"
+
+    chunk_size: int = 64
+    num_neighbors: int = 2
+    neighbor_length: int | None = None
+    cca_layers: list[int] | tuple[int, ...] | None = None
+    encoder_num_layers: int = 2
+    encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
+    use_retrieval: bool = True
+    embedding_model: str | None = None
+    collection_name: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.neighbor_length is None:
+            self.neighbor_length = 2 * self.chunk_size
+        if self.cca_layers is None:
+            self.cca_layers = list(range(5, self.n_layer, 3)) or [self.n_layer - 1]
+        # lists, sorted: a configuration reads the same before and after JSON
+        self.cca_layers = sorted(self.cca_layers)
+        self.encoder_cca_layers = sorted(self.encoder_cca_layers)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """A GPT-2 checkpoint's configuration is a RETRO configuration that says nothing of retrieval yet.
+
+        Raises:
+            ValueError: the checkpoint is of another architecture.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in ("gpt2", cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint; RETRO is built on GPT-2 ones (or "
+                "loaded from RETRO ones)."
+            )
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Merged before the configuration is built, so that what depends on a value (neighbor_length, checks) follows it.
+        own = {field.name for field in fields(cls)} & set(kwargs)
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
+
+    def validate_retrieval(self):
+        """Check the sizes and the places of cross-attention, naming the value that does not fit."""
+        for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not self.cca_layers:
+            raise ValueError(
+                "cca_layers is empty: name at least one decoder layer, or use GPT2LMHeadModel for a model without "
+                "chunked cross-attention (use_retrieval=False switches neighbours off in a model that has it)."
+            )
+        for name, layers, depth in (
+            ("cca_layers", self.cca_layers, self.n_layer),
+            ("encoder_cca_layers", self.encoder_cca_layers, self.encoder_num_layers),
+        ):
+            outside = [layer for layer in layers if not 0 <= layer < depth]
+            if outside:
+                raise ValueError(
+                    f"{name}={list(layers)}: layer {outside[0]} does not exist; there are {depth} layers, 0 to {depth - 1}."
+                )
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name}={list(layers)} names a layer twice.")
+
+
+__all__ = ["RetroConfig"]

@@ -1,0 +1,23 @@
+"""RETRO models, registered with `AutoModel` and `AutoModelForCausalLM` on import."""
+
+from transformers import AutoModel, AutoModelForCausalLM
+
+from configuration_retro import RetroConfig
+
+from .cache import RetroCache
+from .modeling_retro import RetroForCausalLM, RetroModel, RetroPreTrainedModel
+from .neighbor_fetching import RetrievalLog, RetrievedChunk, Retriever
+
+AutoModel.register(RetroConfig, RetroModel)
+AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM)
+
+__all__ = [
+    "RetrievalLog",
+    "RetrievedChunk",
+    "Retriever",
+    "RetroCache",
+    "RetroConfig",
+    "RetroForCausalLM",
+    "RetroModel",
+    "RetroPreTrainedModel",
+]

@@ -1,0 +1,79 @@
+"""The neighbour encoder: a small bidirectional transformer that reads each neighbour in the light of its chunk."""
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+
+from configuration_retro import RetroConfig
+
+
+class RetroEncoderLayer(GradientCheckpointingLayer):
+    """Self-attention in both directions; in `encoder_cca_layers`, attention to the chunk's decoder states; MLP."""
+
+    def __init__(self, config: RetroConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.self_attention = GPT2Attention(config, layer_idx=layer_idx)
+        self.self_attention.is_causal = False
+        if layer_idx in config.encoder_cca_layers:
+            self.ln_cross = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            self.ln_chunk = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            self.cross_attention = GPT2Attention(config, is_cross_attention=True, layer_idx=layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (N·k, r, d): N chunks, k neighbours each
+        chunk_states: torch.Tensor,  # (N, m, d)
+        attention_mask: torch.Tensor | None = None,  # prepared for the attention implementation
+    ) -> torch.Tensor:  # (N·k, r, d)
+        attn_output, _ = self.self_attention(self.ln_1(hidden_states), attention_mask=attention_mask)
+        hidden_states = hidden_states + attn_output
+
+        if hasattr(self, "cross_attention"):
+            # A token attends to all of the chunk and to nothing else, so the k neighbours can share one set of keys.
+            queries = self.ln_cross(hidden_states).view(chunk_states.shape[0], -1, chunk_states.shape[-1])
+            attn_output, _ = self.cross_attention(queries, encoder_hidden_states=self.ln_chunk(chunk_states))
+            hidden_states = hidden_states + attn_output.view_as(hidden_states)
+
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class NeighborEncoder(nn.Module):
+    """Neighbour tokens and the chunk's decoder states to encoded neighbours (paper, section 2.3 and algorithm 1)."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__()
+        self.config = config
+        self.wpe = nn.Embedding(config.neighbor_length, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList([RetroEncoderLayer(config, layer_idx=i) for i in range(config.encoder_num_layers)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        token_embeds: torch.Tensor,  # (B, C, k, r, d), the decoder's token embeddings
+        attention_mask: torch.BoolTensor,  # (B, C, k, r)
+        chunk_states: torch.Tensor,  # (B, C, m, d)
+    ) -> torch.Tensor:  # (B, C, k·r, d)
+        batch_size, num_chunks, num_neighbors, neighbor_length, dim = token_embeds.shape
+        positions = torch.arange(neighbor_length, device=token_embeds.device)
+        hidden_states = self.drop(token_embeds + self.wpe(positions))
+        hidden_states = hidden_states.view(-1, neighbor_length, dim)
+        mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=open_if_empty(attention_mask.reshape(-1, neighbor_length)),
+        )
+        chunk_states = chunk_states.reshape(-1, chunk_states.shape[-2], dim)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, chunk_states, attention_mask=mask)
+        return self.ln_f(hidden_states).view(batch_size, num_chunks, num_neighbors * neighbor_length, dim)
+
+
+def open_if_empty(mask: torch.BoolTensor) -> torch.BoolTensor:
+    """A mask (…, keys) in which rows without any key are opened, so that softmax stays finite; nothing reads them."""
+    return mask | ~mask.any(-1, keepdim=True)

@@ -1,0 +1,73 @@
+"""A small RETRO whose every weight is away from its start, and neighbours of many lengths."""
+
+import pytest
+import torch
+
+from modeling_retro import RetroConfig, RetroForCausalLM
+
+CHUNK, NEIGHBORS, LENGTH, VOCAB = 4, 2, 6, 61
+
+
+def small_config(**changes) -> RetroConfig:
+    settings = {
+        "vocab_size": VOCAB,
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 4,
+        "n_head": 2,
+        "chunk_size": CHUNK,
+        "num_neighbors": NEIGHBORS,
+        "neighbor_length": LENGTH,
+        "cca_layers": [1, 3],
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.3,  # large, so that every path matters to the logits
+        "attn_implementation": "eager",
+    }
+    return RetroConfig(**(settings | changes))
+
+
+def small_model(**changes) -> RetroForCausalLM:
+    torch.manual_seed(0)
+    model = RetroForCausalLM(small_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero projections, unit norms and zero biases would hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request) -> RetroForCausalLM:
+    return small_model(attn_implementation=request.param)
+
+
+class RowNeighbors:
+    """Random neighbours for one row: chunk -> list of neighbours, each a list of 1 to LENGTH ids. Some are missing."""
+
+    def __init__(self, num_chunks: int, seed: int, missing: set = frozenset()):
+        rng = torch.Generator().manual_seed(seed)
+        self.chunks = {}
+        for chunk in range(num_chunks):
+            lengths = torch.randint(1, LENGTH + 1, (NEIGHBORS,), generator=rng).tolist()
+            neighbors = [torch.randint(0, VOCAB, (length,), generator=rng).tolist() for length in lengths]
+            if chunk in missing:
+                neighbors = []
+            elif chunk % 3 == 2:
+                neighbors = neighbors[:1]
+            self.chunks[chunk] = neighbors
+
+
+def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None = None):
+    """Rows of chunk -> neighbours to (B, C, k, r) ids and mask; slot j of a row is its chunk first[row] + j."""
+    ids = torch.full((len(rows), num_slots, NEIGHBORS, LENGTH), 7)  # padding is a token like any other: masked or seen
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, chunks in enumerate(rows):
+        for slot in range(num_slots):
+            for place, neighbor in enumerate(chunks.get(slot + (first[row] if first else 0), [])):
+                ids[row, slot, place, : len(neighbor)] = torch.tensor(neighbor)
+                mask[row, slot, place, : len(neighbor)] = True
+    return ids, mask
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
