@@ -1,0 +1,129 @@
+"""The identity of a collection: which tokenizer, which embedding model and which chunk size its rows are made with."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import IdentityMismatch, KnowledgeBaseError
+
+if TYPE_CHECKING:
+    from .embedding import Embedder
+    from .tokenization import BulkTokenizer
+
+FORMAT_VERSION = 1
+
+# Cosine of two probes of the same model. Half precision and other hardware stay above 0.9999; other models are far off.
+PROBE_SIMILARITY = 0.999
+
+
+def short_name(name_or_folder: str) -> str:
+    """The last two parts of a hub name or a folder, "owner/name": a label that tells nothing about a machine."""
+    parts = [part for part in str(name_or_folder).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return "/".join(parts[-2:])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What ties a collection to those who write and read it. Stored with the collection, checked on opening.
+
+    Attributes:
+        tokenizer: label, for people and as a default to load.
+        tokenizer_fingerprint: hash over vocabulary, merges and a probe text; this is what is compared.
+        vocab_size: ids of the tokenizer, added tokens included.
+        embedding_model: label, for people and as a default to load.
+        embedding_dimension: length of an embedding.
+        embedding_probe: first numbers of the embedding of a fixed sentence; compared by cosine, so that the same model
+            passes under any name or folder, and another model fails under the same name.
+        chunk_size: tokens in a chunk.
+        format_version: of the layout of a row.
+    """
+
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    embedding_model: str
+    embedding_dimension: int
+    embedding_probe: Sequence[float]
+    chunk_size: int
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(cls, tokenizer: "BulkTokenizer", embedder: "Embedder", chunk_size: int) -> "Identity":
+        """The identity that these three give a collection."""
+        return cls(
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            embedding_model=embedder.label,
+            embedding_dimension=embedder.dimension,
+            embedding_probe=embedder.probe,
+            chunk_size=chunk_size,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Identity":
+        """Read what `to_json` wrote; `where` names the collection in errors.
+
+        Raises:
+            KnowledgeBaseError: written by another version of the format, or not an identity at all.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields["format_version"]
+            if version == FORMAT_VERSION:
+                return cls(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise KnowledgeBaseError(f"{where} has a damaged identity card: {error!r}.") from error
+        raise KnowledgeBaseError(
+            f"{where} has format version {version}; this installation reads version {FORMAT_VERSION}. Ingest it again, "
+            "or install the version of transformers-retro that wrote it."
+        )
+
+    def check(
+        self,
+        where: str,
+        *,
+        tokenizer: "BulkTokenizer | None" = None,
+        embedder: "Embedder | None" = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Compare this identity, a collection's, with what a caller brings; None is not compared.
+
+        Raises:
+            IdentityMismatch: naming both sides of each difference.
+        """
+        differences = []
+        if tokenizer is not None and tokenizer.fingerprint != self.tokenizer_fingerprint:
+            differences.append(
+                f"its tokenizer is {self.tokenizer!r} ({self.vocab_size} ids, fingerprint "
+                f"{self.tokenizer_fingerprint[:12]}), yours is {tokenizer.name!r} ({tokenizer.vocab_size} ids, "
+                f"fingerprint {tokenizer.fingerprint[:12]})"
+            )
+        if embedder is not None and embedder.dimension != self.embedding_dimension:
+            differences.append(
+                f"its embedding model is {self.embedding_model!r} with dimension {self.embedding_dimension}, yours is "
+                f"{embedder.label!r} with dimension {embedder.dimension}"
+            )
+        elif embedder is not None and (similarity := _cosine(self.embedding_probe, embedder.probe)) < PROBE_SIMILARITY:
+            differences.append(
+                f"its embedding model is {self.embedding_model!r}, yours is {embedder.label!r}: the same sentence gets "
+                f"other embeddings (cosine {similarity:.4f})"
+            )
+        if chunk_size is not None and chunk_size != self.chunk_size:
+            differences.append(f"its chunk_size is {self.chunk_size}, yours is {chunk_size}")
+        if differences:
+            raise IdentityMismatch(
+                f"{where} was built differently: {'; '.join(differences)}. Use what it was built with, or ingest into "
+                "another collection."
+            )
+
+
+def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    norms = math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0

@@ -1,0 +1,79 @@
+"""Documents from where they lie: text files, folders, JSONL files and `datasets` datasets."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .chunking import Document
+
+logger = logging.getLogger(__name__)
+
+
+def read_documents(source: str, text_field: str = "text", doc_id_field: str | None = None) -> Iterator[Document]:
+    """Documents of one source, one at a time.
+
+    Args:
+        source: a folder (every text file below it; the id is the path in the folder), a .jsonl file (one document a
+            line), another file (one document; the id is its name), or a dataset of the hub (streamed, split "train").
+        text_field: the field of a JSONL line or dataset row with the text.
+        doc_id_field: the field with the id; default: the source's name and the number of the line or row.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or dataset.
+        ValueError: a line is not JSON, or a field is missing.
+    """
+    path = Path(source)
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                yield from _text_file(file, file.relative_to(path).as_posix())
+    elif path.is_file() and path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            rows = (
+                _json_line(line, f"{source}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+            )
+            yield from documents_from_rows(rows, path.name, text_field, doc_id_field)
+    elif path.is_file():
+        yield from _text_file(path, path.name)
+    else:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(source, split="train", streaming=True)
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{source!r} is no file, no folder, and no dataset that can be loaded ({type(error).__name__}: {error})."
+            ) from error
+        yield from documents_from_rows(rows, source, text_field, doc_id_field)
+
+
+def documents_from_rows(
+    rows: Iterable[Mapping[str, Any]], name: str, text_field: str = "text", doc_id_field: str | None = None
+) -> Iterator[Document]:
+    """Documents from mappings, such as the rows of any `datasets` dataset; `name` is part of ids that are made up."""
+    for number, row in enumerate(rows):
+        for needed in (text_field, doc_id_field):
+            if needed is not None and needed not in row:
+                raise ValueError(
+                    f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}."
+                )
+        yield Document(f"{name}#{number}" if doc_id_field is None else str(row[doc_id_field]), row[text_field])
+
+
+def _text_file(file: Path, name: str) -> Iterator[Document]:
+    try:
+        yield Document(name, file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        logger.warning("Skipped %s: it is not UTF-8 text.", file)
+
+
+def _json_line(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with fields, got {type(row).__name__}.")
+    return row

@@ -1,0 +1,50 @@
+"""The collator puts each chunk's neighbors in its slot, and excludes the documents that are still to come."""
+
+import torch
+
+from retrieval.collator import RetroDataCollator
+
+# chunks of 8 tokens: three whole ones and a partial one; one whole chunk; less than a chunk
+ROWS = [
+    {"input_ids": list(range(28)), "doc_ids": [["a"], ["a", "b"], ["b"], ["c"]]},
+    {"input_ids": list(range(100, 110)), "doc_ids": [["d"], ["d"]]},
+    {"input_ids": [7, 8, 9], "doc_ids": [["e"]]},
+]
+
+
+def test_slots_hold_the_neighbors_of_their_chunks(retriever):
+    batch = RetroDataCollator(retriever)(ROWS)
+    assert batch["neighbor_ids"].shape == batch["neighbor_attention_mask"].shape == (3, 3, 2, 16)
+    for row, slot in [(0, 0), (0, 1), (0, 2), (1, 0)]:
+        chunk = batch["input_ids"][row, slot * 8 : slot * 8 + 8]
+        own = retriever.retrieve(chunk[None])
+        assert torch.equal(batch["neighbor_ids"][row, slot], own.ids[0])
+        assert torch.equal(batch["neighbor_attention_mask"][row, slot], own.attention_mask[0])
+    for row, slot in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]:
+        assert not batch["neighbor_attention_mask"][row, slot].any()
+
+
+def test_one_search_excludes_for_each_chunk_its_documents_and_those_after_it(retriever):
+    RetroDataCollator(retriever)(ROWS)
+    ((chunks, excluded),) = retriever.calls
+    assert chunks.tolist() == [[*range(8)], [*range(8, 16)], [*range(16, 24)], [*range(100, 108)]]
+    assert [set(documents) for documents in excluded] == [{"a", "b", "c"}, {"a", "b", "c"}, {"b", "c"}, {"d"}]
+
+
+def test_padding_is_not_predicted(retriever):
+    batch = RetroDataCollator(retriever)(ROWS)
+    assert batch["attention_mask"].sum(1).tolist() == [28, 10, 3]
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+    assert "attention_mask" not in RetroDataCollator(retriever)(ROWS[:1])
+
+
+def test_without_a_retriever_it_is_a_plain_batch():
+    assert set(RetroDataCollator()(ROWS[:1])) == {"input_ids", "labels"}
+
+
+def test_a_batch_without_a_whole_chunk_asks_for_nothing(retriever, config):
+    from modeling_retro import RetroForCausalLM
+
+    batch = RetroDataCollator(retriever)(ROWS[2:])
+    assert batch["neighbor_ids"].shape == (1, 0, 2, 16) and not retriever.calls
+    assert torch.isfinite(RetroForCausalLM(config)(**batch).loss)
