@@ -208,9 +208,7 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
     if training.eval_strategy != "no" and not data.validation_data:
         raise ValueError(f"eval_strategy is {training.eval_strategy.value!r}, but validation_data is empty.")
     if training.remove_unused_columns:
-        raise ValueError(
-            "remove_unused_columns must stay false: the collator reads doc_ids, which the model does not."
-        )
+        raise ValueError("remove_unused_columns must stay false: the collator reads doc_ids, which the model does not.")
     if retrieves and training.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers is {training.dataloader_num_workers}: a Milvus connection cannot be shared with "

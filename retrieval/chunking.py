@@ -61,9 +61,7 @@ def split_tokens(doc_id: str, tokens: Sequence[int], chunk_size: int) -> Iterato
         yield Chunk(doc_id, index, tokens[start:middle], tokens[middle : middle + chunk_size])
 
 
-def tokenize_documents(
-    documents: Iterable[Document], tokenizer: BulkTokenizer
-) -> Iterator[tuple[Document, list[int]]]:
+def tokenize_documents(documents: Iterable[Document], tokenizer: BulkTokenizer) -> Iterator[tuple[Document, list[int]]]:
     """Each document with its token ids, in order, in bounded memory."""
     for batch in document_batches(documents):
         yield from zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True)

@@ -104,6 +104,7 @@ def _print_table(rows: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `retro-kb`. A mistake of the user's ends it with one line and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that are said below
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)

