@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 IDENTITY = "retro.identity"
 MAX_ID_BYTES = 4096  # of a document id
 ROWS_PER_CALL = 500
+# A Milvus Lite file is served by one embedded server a process, whatever closes a client: stores on it are counted here.
+_OPEN_FILES: Counter[str] = Counter()
 ATTEMPTS = 5
 
 
@@ -79,6 +82,9 @@ class MilvusStore:
                 else "is the server up, and the token right?"
             )
             raise KnowledgeBaseError(f"No connection to {uri}: {remedy}") from error
+        self._closed = False
+        if self.is_file:
+            _OPEN_FILES[os.path.abspath(uri)] += 1
 
     def __repr__(self) -> str:
         return f"MilvusStore({self.where})"
@@ -234,7 +240,18 @@ class MilvusStore:
         self.call(self.client.flush, self.collection_name)
 
     def close(self) -> None:
+        """Let go of the collection. After the last one on a Milvus Lite file, another process can open the file."""
+        if self._closed:
+            return
+        self._closed = True
         self.client.close()
+        if self.is_file:
+            path = os.path.abspath(self.uri)
+            _OPEN_FILES[path] -= 1
+            if not _OPEN_FILES[path]:
+                from milvus_lite.server_manager import server_manager_instance  # there is none on Windows
+
+                server_manager_instance.release_server(self.uri)
 
     def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Call Milvus; try again with growing pauses, then say what failed and where.

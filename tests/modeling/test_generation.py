@@ -159,7 +159,8 @@ def beam_search_by_hand(model, prompt, steps, num_beams):
             log_probs = next_token_logits(model, tokens).log_softmax(-1)
             best = log_probs.topk(num_beams)
             grown += [
-                (score + value, [*tokens, token]) for value, token in zip(best.values.tolist(), best.indices.tolist())
+                (score + value, [*tokens, token])
+                for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
         beams = sorted(grown, key=lambda beam: -beam[0])[:num_beams]
     return beams[0][1]

@@ -262,6 +262,15 @@ class TestBadInput:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode != 0 and "one process at a time" in result.stderr and "server" in result.stderr
 
+    def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder):
+        store, _ = build(uri, documents[:1], tokenizer, embedder)
+        second = MilvusStore.open(uri, "retro")
+        store.close()
+        assert second.count() > 0
+        second.close()
+        code = f"from retrieval import MilvusStore; MilvusStore.open({uri!r}, 'retro')"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
 
 def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder, embedding_folder):
     (tmp_path / "texts" / "sub").mkdir(parents=True)

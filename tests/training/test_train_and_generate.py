@@ -1,0 +1,196 @@
+"""train_hf.py and generate_hf.py as their users run them, on a real Milvus Lite file."""
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import StaticEmbedding
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import generate_hf
+import train_hf
+from modeling_retro import RetroForCausalLM
+from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
+
+from .conftest import CHUNK
+
+OVERRIDES = (
+    f"{{n_layer: 3, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: {CHUNK}, cca_layers: [1], embd_pdrop: 0.0}}"
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer_folder, tokenizer):
+    """A folder of texts, a tokenizer, an embedding model and a knowledge base of the training part."""
+    root = tmp_path_factory.mktemp("world")
+    topics = list(pydoc_data.topics.topics.values())
+    for part, texts in (("train", topics[:8]), ("held_out", topics[8:12])):
+        (root / part).mkdir()
+        for number, text in enumerate(texts):
+            (root / part / f"{number}.txt").write_text(text[:600], encoding="utf-8")
+    torch.manual_seed(0)
+    embedding = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=32)
+    SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(root / "embedding"))
+    store = MilvusStore(str(root / "kb.db"), "texts")
+    embedder = Embedder(str(root / "embedding"), device="cpu")
+    ingest(read_documents(str(root / "train")), store, BulkTokenizer(tokenizer), embedder, chunk_size=CHUNK)
+    store.close()
+    return root
+
+
+def flags(world, tokenizer_folder, output_dir, **changes):
+    settings = {
+        "tokenizer_name": tokenizer_folder,
+        "config_overrides": OVERRIDES,
+        "train_data": world / "train",
+        "validation_data": world / "held_out",
+        "output_dir": output_dir,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": "5e-3",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | changes
+    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def knowledge_base(world):
+    return {"knowledge_base": world / "kb.db", "collection_name": "texts", "embedding_model": world / "embedding"}
+
+
+def train(arguments, cache_dir):
+    trainer = train_hf.build_trainer(*(parsed := train_hf.parse_arguments(arguments)), cache_dir)
+    trainer.train(resume_from_checkpoint=parsed[2].resume_from_checkpoint)
+    if trainer.model.retriever is not None:
+        trainer.model.retriever.close()
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_from_scratch_with_a_knowledge_base_learns_reports_and_saves(world, tokenizer_folder, tmp_path, capsys):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", max_steps=20, **knowledge_base(world))
+    train_hf.main(arguments)
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert {"eval_bits_per_byte", "eval_off_bits_per_byte", "eval_shuffled_bits_per_byte"} <= set(metrics)
+    assert "eval_gain_over_shuffled_stderr" in metrics
+    model = RetroForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.collection_name == "texts" and model.config.embedding_model.endswith("/embedding")
+    saved = (tmp_path / "run" / "config.json").read_text()
+    assert "kb.db" not in saved and str(world) not in saved
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    seen = [entry["loss"] for entry in history if "loss" in entry]
+    assert seen[-1] < seen[0] - 0.5
+
+
+def test_retrofit_changes_the_new_weights_and_no_others(world, tokenizer_folder, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    eot = tokenizer.eos_token_id
+    sizes = {"n_layer": 3, "n_embd": 32, "n_head": 2, "n_positions": 64, "bos_token_id": eot, "eos_token_id": eot}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    arguments = flags(
+        world,
+        tokenizer_folder,
+        tmp_path / "run",
+        model_name_or_path=tmp_path / "gpt2",
+        config_overrides=f"{{chunk_size: {CHUNK}, cca_layers: [1]}}",
+        freeze_backbone="true",
+        **knowledge_base(world),
+    )
+    trainer = train(arguments, tmp_path / "cache")
+    trained = trainer.model.state_dict()
+    for name, weight in gpt2.state_dict().items():
+        assert torch.equal(trained[name], weight), name
+    assert trained["transformer.h.1.cca.c_proj.weight"].abs().max() > 0
+    tokens = torch.randint(0, len(tokenizer), (2, 20))
+    model = trainer.model.eval()
+    assert torch.allclose(model(tokens, use_retrieval=False).logits, gpt2.eval()(tokens).logits, atol=1e-6)
+
+
+def test_resumed_training_ends_as_if_it_had_never_stopped(world, tokenizer_folder, tmp_path):
+    whole = train(flags(world, tokenizer_folder, tmp_path / "whole", **knowledge_base(world)), tmp_path / "c1")
+    changes = {"save_strategy": "steps", "save_steps": 3, **knowledge_base(world)}
+    train(flags(world, tokenizer_folder, tmp_path / "parts", **changes), tmp_path / "c2")
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    resumed = train(
+        flags(world, tokenizer_folder, tmp_path / "parts", resume_from_checkpoint=checkpoint, **changes),
+        tmp_path / "c3",
+    )
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    for (name, a), (_, b) in zip(resumed.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert RetroForCausalLM.from_pretrained(checkpoint).config.chunk_size == CHUNK
+
+
+def test_a_yaml_file_says_the_same_as_flags(world, tokenizer_folder, tmp_path):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run")
+    settings = dict(zip([name[2:] for name in arguments[::2]], arguments[1::2], strict=True))
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    assert [str(a) for a in train_hf.parse_arguments([str(file)])][:2] == [
+        str(a) for a in train_hf.parse_arguments(arguments)
+    ][:2]
+    overridden = train_hf.parse_arguments([str(file), "--max_steps", "9"])
+    assert overridden[2].max_steps == 9 and overridden[2].learning_rate == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_such_setting": "1"}, "no_such_setting"),
+        ({"train_data": "missing.txt"}, "missing.txt"),
+        ({"block_size": 65}, "block_size is 65"),
+        ({"knowledge_base": "missing.db"}, "missing.db"),
+        ({"config_overrides": "{chunk_sise: 8}"}, "did you mean chunk_size"),
+        ({"tokenizer_name": None}, "tokenizer_name"),
+        ({"freeze_backbone": "true"}, "knowledge_base"),
+    ],
+)
+def test_bad_settings_are_named_before_work_starts(world, tokenizer_folder, tmp_path, changes, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **changes))
+    assert message in f"{exit_.value} {capsys.readouterr().err}"
+
+
+def test_a_knowledge_base_of_another_chunk_size_is_refused(world, tokenizer_folder, tmp_path):
+    arguments = flags(
+        world,
+        tokenizer_folder,
+        tmp_path / "run",
+        config_overrides=OVERRIDES.replace(f"chunk_size: {CHUNK}", "chunk_size: 4, neighbor_length: 16"),
+        **knowledge_base(world),
+    )
+    with pytest.raises(SystemExit, match=f"chunk_size is 4 in the model and {CHUNK}"):
+        train_hf.main(arguments)
+
+
+def test_generate_writes_samples_and_what_they_read(world, tokenizer_folder, tmp_path):
+    train(flags(world, tokenizer_folder, tmp_path / "run"), tmp_path / "cache").save_model(tmp_path / "run")
+    (tmp_path / "prompt.txt").write_text("the model reads its neighbors before it writes the next chunk of text")
+    command = [sys.executable, generate_hf.__file__, "--model", str(tmp_path / "run"), "--num_samples", "2"]
+    command += ["--prompt", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", "10", "--seed", "3"]
+    base = [word for name, value in knowledge_base(world).items() for word in (f"--{name}", str(value))]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def run(*more):
+        return subprocess.run([*command, *more], capture_output=True, text=True, env=env)
+
+    with_neighbors = run(*base)
+    assert with_neighbors.returncode == 0, with_neighbors.stderr
+    assert with_neighbors.stdout.count("=== sample") == 2 and ".txt, chunk " in with_neighbors.stdout
+    assert run(*base).stdout == with_neighbors.stdout  # the same seed
+    plain = run("--temperature", "0", "--num_samples", "1")
+    assert plain.returncode == 0 and "chunk" not in plain.stdout.split("chunk of text")[-1]
+    wrong = run("--knowledge_base", "missing.db")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "missing.db" in wrong.stderr
