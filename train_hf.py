@@ -292,7 +292,11 @@ def connect(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, data: D
         neighbor_length=config.neighbor_length,
         cache_size=data.neighbor_cache_size,
     )
-    model.set_retriever(retriever)
+    try:
+        model.set_retriever(retriever)
+    except ValueError:
+        retriever.close()
+        raise
     config.embedding_model = retriever.embedding_model
     config.collection_name = retriever.collection_name
 
@@ -379,13 +383,17 @@ def main(argv: list[str] | None = None) -> None:
             trainer = build_trainer(model_arguments, data, training, cache_dir)
         except (KnowledgeBaseError, ValueError, OSError) as error:
             sys.exit(f"train_hf.py: error: {error}")
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        if trainer.eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
+        try:
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+            if trainer.eval_dataset is not None:
+                metrics = trainer.evaluate()
+                trainer.log_metrics("eval", metrics)
+                trainer.save_metrics("eval", metrics)
+        finally:
+            if trainer.model.retriever is not None:
+                trainer.model.retriever.close()
 
 
 if __name__ == "__main__":
