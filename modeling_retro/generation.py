@@ -65,8 +65,10 @@ class RetroGenerationMixin(GenerationMixin):
             return model_inputs
 
         log = RetrievalLog() if retrieval_log is None else retrieval_log
-        if log.prompt_mask is None and attention_mask is not None:
-            log.prompt_mask = attention_mask
+        if log.prompt_mask is None:
+            prompt = model_inputs.get("input_ids")
+            prompt = model_inputs["inputs_embeds"][..., 0] if prompt is None else prompt
+            log.prompt_mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
         past_length = 0 if past_key_values is None else past_key_values.past_length
         if kwargs.get("neighbor_ids") is not None:
             if past_length > 0 and not is_first_iteration:  # they are in the cache already
@@ -106,7 +108,7 @@ class RetroGenerationMixin(GenerationMixin):
         self, sequences: torch.LongTensor, log: RetrievalLog, eos_token_id: int | list[int] | None
     ) -> list[list[RetrievedChunk]]:
         """What each returned row (rows, L) has read, up to the end of its text."""
-        if log.prompt_mask is None:
+        if log.prompt_mask is None:  # retrieval was off
             return [[] for _ in sequences]
         eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
         masks = log.prompt_mask.bool().tolist()
