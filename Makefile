@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python examples/demo.py
+	GRPC_VERBOSITY=NONE $(BIN)/python examples/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -31,8 +31,8 @@ from train_hf import RetroTrainer, build_trainer, parse_arguments
 
 OUTPUT = Path("demo_output")
 VOCABULARY, BLOCK, BATCH = 8192, 256, 8
-CHARACTERS, HELD_OUT_CHARACTERS = 3_600_000, 250_000
-DECODER_STEPS, RETRO_STEPS = 300, 150
+CHARACTERS, HELD_OUT_CHARACTERS = 1_500_000, 120_000
+DECODER_STEPS, RETRO_STEPS = 120, 60
 MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, " + (
     "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
 )
@@ -88,7 +88,7 @@ def train(name: str, steps: int, *flags: str) -> RetroTrainer:
             *("--output_dir", str(OUTPUT / name), "--block_size", str(BLOCK), "--max_steps", str(steps)),
             *("--per_device_train_batch_size", str(BATCH), "--per_device_eval_batch_size", str(BATCH)),
             *("--lr_scheduler_type", "cosine", "--warmup_steps", "30", "--weight_decay", "0.1", "--adam_beta2", "0.95"),
-            *("--logging_steps", "50", "--save_strategy", "no", *flags),
+            *("--logging_steps", "20", "--save_strategy", "no", "--dataloader_pin_memory", "false", *flags),
         ]
     )
     trainer = build_trainer(*arguments, OUTPUT / "packed")
