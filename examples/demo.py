@@ -118,7 +118,8 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
         ("the same-size model without retrieval", alone.of("off")),
     ):
         gain, error = retro.gain(over)
-        verdict = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no different beyond noise"
+        seen = abs(gain) > max(2 * error, 5e-5)  # beyond the noise, and beyond the digits that are printed
+        verdict = ("better" if gain > 0 else "worse") if seen else "no difference"
         console.print(f"RETRO with its neighbors against {label}: {gain:+.4f} ± {error:.4f} bits per byte: {verdict}")
 
 

@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import logging
 import sys
-from itertools import chain
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .chunking import check_chunk_size
+from .chunking import Document, check_chunk_size
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
 from .ingestion import ingest
@@ -56,12 +56,27 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         raise ValueError("--tokenizer is needed: the tokenizer of the model that will read the knowledge base.")
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     embedder = Embedder(arguments.embedding_model or DEFAULT_EMBEDDING_MODEL, device=arguments.device)
-    documents = chain.from_iterable(
-        read_documents(source, arguments.text_field, arguments.doc_id_field) for source in arguments.sources
-    )
+    documents = _documents(arguments)
     store = MilvusStore(arguments.uri, arguments.collection_name)
     report = ingest(documents, store, tokenizer, embedder, chunk_size=arguments.chunk_size, progress=True)
     _print_table(dataclasses.asdict(report) | {"seconds": f"{report.seconds:.1f}", "chunks in all": store.count()})
+
+
+def _documents(arguments: argparse.Namespace) -> Iterator[Document]:
+    """The documents of all sources; two sources may not have the same id, or one would replace the other in silence."""
+    earlier: set[str] = set()
+    for place, source in enumerate(arguments.sources, 1):
+        last, here = place == len(arguments.sources), set()
+        for document in read_documents(source, arguments.text_field, arguments.doc_id_field):
+            if document.id in earlier:
+                raise ValueError(
+                    f"Document {document.id!r} of {source} has the id of one in an earlier source and would replace it. "
+                    "Ingest a folder that holds both, or name the field with their ids with --doc-id-field."
+                )
+            if not last:
+                here.add(document.id)
+            yield document
+        earlier |= here
 
 
 def run_search(arguments: argparse.Namespace) -> None:

@@ -139,9 +139,12 @@ class MilvusRetriever:
 
         Raises:
             KnowledgeBaseError: the search failed, and went on failing when tried again.
-            ValueError: `exclude_doc_ids` has another length than `chunks`.
+            ValueError: `exclude_doc_ids` has another length than `chunks`, or a plain string for a chunk.
         """
         rows = chunks.tolist() if isinstance(chunks, torch.Tensor) else [list(chunk) for chunk in chunks]
+        for place, keys in enumerate(() if exclude_doc_ids is None else exclude_doc_ids):
+            if isinstance(keys, str):  # a set of its letters would exclude nothing
+                raise ValueError(f"exclude_doc_ids[{place}] is {keys!r}: give a collection of ids, such as {[keys]!r}.")
         excluded = [frozenset()] * len(rows) if exclude_doc_ids is None else [*map(frozenset, exclude_doc_ids)]
         if len(excluded) != len(rows):
             raise ValueError(f"There are {len(rows)} chunks and exclude_doc_ids for {len(excluded)}.")

@@ -15,7 +15,7 @@ def read_documents(source: str, text_field: str = "text", doc_id_field: str | No
     """Documents of one source, one at a time.
 
     Args:
-        source: a folder (every text file below it; the id is the path in the folder), a .jsonl file (one document a
+        source: a folder (every text file below it but hidden ones; the id is the path in the folder), a .jsonl file (one document a
             line), another file (one document; the id is its name), or a dataset of the hub (streamed, split "train").
         text_field: the field of a JSONL line or dataset row with the text.
         doc_id_field: the field with the id; default: the source's name and the number of the line or row.
@@ -27,7 +27,8 @@ def read_documents(source: str, text_field: str = "text", doc_id_field: str | No
     path = Path(source)
     if path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.is_file():
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not hidden:
                 yield from _text_file(file, file.relative_to(path).as_posix())
     elif path.is_file() and path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
@@ -57,14 +58,20 @@ def documents_from_rows(
         for needed in (text_field, doc_id_field):
             if needed is not None and needed not in row:
                 raise ValueError(f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}.")
+        if not isinstance(row[text_field], str):
+            raise ValueError(f"Row {number} of {name}: field {text_field!r} is {row[text_field]!r}, not text.")
         yield Document(f"{name}#{number}" if doc_id_field is None else str(row[doc_id_field]), row[text_field])
 
 
 def _text_file(file: Path, name: str) -> Iterator[Document]:
     try:
-        yield Document(name, file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode()  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
         logger.warning("Skipped %s: it is not UTF-8 text.", file)
+    else:
+        yield Document(name, text)
 
 
 def _json_line(line: str, where: str) -> Mapping[str, Any]:

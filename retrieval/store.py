@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
+from pymilvus.milvus_client import IndexParams
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from .chunking import Chunk
@@ -44,6 +46,10 @@ def content_hash(chunk: Chunk) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
+def _drop_tracebacks(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
+
+
 class MilvusStore:
     """Rows of a collection: a chunk, its continuation and its embedding.
 
@@ -67,6 +73,9 @@ class MilvusStore:
         if self.is_file and not uri.endswith(".db"):
             raise KnowledgeBaseError(f"{uri!r} is no server's address, and a Milvus Lite file must end in .db.")
         token = token or os.environ.get("MILVUS_TOKEN")
+        # Milvus Lite logs a traceback of what is said in one sentence below
+        embedded = logging.getLogger("milvus_lite.server_manager")
+        embedded.addFilter(_drop_tracebacks)
         try:
             self.client = MilvusClient(uri, **({"token": token} if token and not self.is_file else {}))
         except (MilvusException, grpc.RpcError) as error:
@@ -81,7 +90,9 @@ class MilvusStore:
                 if self.is_file
                 else "is the server up, and the token right?"
             )
-            raise KnowledgeBaseError(f"No connection to {uri}: {remedy}") from error
+            raise KnowledgeBaseError(f"No connection to {self.address}: {remedy}") from error
+        finally:
+            embedded.removeFilter(_drop_tracebacks)
         self._closed = False
         if self.is_file:
             _OPEN_FILES[os.path.abspath(uri)] += 1
@@ -92,7 +103,16 @@ class MilvusStore:
     @property
     def where(self) -> str:
         """Names the collection in messages."""
-        return f"collection {self.collection_name!r} at {self.uri}"
+        return f"collection {self.collection_name!r} at {self.address}"
+
+    @property
+    def address(self) -> str:
+        """The uri without the user and password that it may carry."""
+        return (
+            self.uri
+            if self.is_file
+            else urlsplit(self.uri)._replace(netloc=self.uri.split("://")[1].split("/")[0].rpartition("@")[2]).geturl()
+        )
 
     @classmethod
     def open(cls, uri: str | os.PathLike | None, collection_name: str, *, token: str | None = None) -> "MilvusStore":
@@ -117,8 +137,20 @@ class MilvusStore:
         """Whether the collection is there; if so, it is loaded, since rows can be read from a loaded one only."""
         if not self.call(self.client.has_collection, self.collection_name):
             return False
+        if not self.call(self.client.list_indexes, self.collection_name):  # killed between making it and its index
+            self.call(self.client.create_index, self.collection_name, self._index())
+        if self.is_file:  # rows that a killed process left in the log are searched 30 times slower than those on disk
+            self.flush()
         self.call(self.client.load_collection, self.collection_name)
         return True
+
+    def _index(self) -> IndexParams:
+        index = self.client.prepare_index_params()
+        if self.is_file:  # exact, and some 20 ms a search at 20,000 chunks
+            index.add_index("embedding", index_type="FLAT", metric_type="IP")
+        else:
+            index.add_index("embedding", index_type="HNSW", metric_type="IP", params={"M": 16, "efConstruction": 200})
+        return index
 
     def create(self, identity: Identity) -> None:
         """Make the collection, or check that the one that is there has this identity's format."""
@@ -131,17 +163,12 @@ class MilvusStore:
         for name in ("tokens", "continuation"):
             schema.add_field(name, DataType.ARRAY, element_type=DataType.INT32, max_capacity=identity.chunk_size)
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=identity.embedding_dimension)
-        index = self.client.prepare_index_params()
-        if self.is_file:  # exact, and some 10 ms a search at 20,000 chunks
-            index.add_index("embedding", index_type="FLAT", metric_type="IP")
-        else:
-            index.add_index("embedding", index_type="HNSW", metric_type="IP", params={"M": 16, "efConstruction": 200})
         # Milvus Lite keeps properties and no description; the identity goes into both
         self.call(
             self.client.create_collection,
             self.collection_name,
             schema=schema,
-            index_params=index,
+            index_params=self._index(),
             properties={IDENTITY: identity.to_json()},
         )
 
@@ -231,7 +258,8 @@ class MilvusStore:
             limit=limit,
             filter=f"doc_key not in {keys}" if keys else "",
             output_fields=["doc_id", "doc_key", "chunk_index", "tokens", "continuation"],
-            consistency_level="Strong",
+            # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
+            consistency_level="Session",
         )
         return [[{**hit["entity"], "score": hit["distance"]} for hit in hits] for hits in found]
 
