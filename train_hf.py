@@ -99,7 +99,6 @@ class DataArguments:
         default=None,
         metadata={"help": "Where to load the knowledge base's embedding model from, if not from its name."},
     )
-
     neighbor_cache_size: int = field(
         default=100_000,
         metadata={"help": "Chunks whose neighbors are kept in memory between epochs; about 3 kB each."},
@@ -142,6 +141,14 @@ class RetroTrainer(Trainer):
         with self.compute_loss_context_manager():
             nats, sizes = sequence_nats(model, inputs, self.model.config.chunk_size, self.bytes_of)
         return None, nats, sizes
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Trainer pickles its arguments beside the weights; a checkpoint that is shared must not hold a token."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
 
 Arguments = tuple[ModelArguments, DataArguments, RetroTrainingArguments]

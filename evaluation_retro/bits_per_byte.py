@@ -28,11 +28,11 @@ CONDITIONS = ("on", "off", "shuffled")
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """UTF-8 bytes of text that each token stands for, (vocabulary,) int64; 0 for special tokens."""
-    lengths = torch.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=torch.long)
-    added = tokenizer.get_added_vocab()
+    vocabulary, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
+    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
     byte_level = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
-    for token, index in tokenizer.get_vocab().items():
-        if index in tokenizer.all_special_ids:
+    for token, index in vocabulary.items():
+        if index in special:
             continue
         if token in added:
             lengths[index] = len(token.encode())

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from evaluation_retro import Evaluation, byte_lengths, evaluate, paired_gain, shuffle_neighbors
 from modeling_retro import RetroForCausalLM
@@ -35,6 +37,16 @@ def test_bytes_of_tokens_are_those_of_the_text(tokenizer, texts):
     for text in texts:
         assert lengths[tokenizer(text)["input_ids"]].sum() == len(text.encode())
     assert lengths[tokenizer.eos_token_id] == 0
+
+
+def test_bytes_of_tokens_that_are_not_byte_level():
+    text = "a chunk reads a neighbor naïvely, then the next chunk reads another"
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.train_from_iterator([text], trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    counted = byte_lengths(tokenizer)[tokenizer(text)["input_ids"]].sum()
+    assert counted == len(text.encode()) + 1  # this kind of tokenizer puts a space before the text
 
 
 def test_equals_a_computation_by_hand(config, tokenizer, retriever, rows):

@@ -5,6 +5,7 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_from_scratch_with_a_knowledge_base_learns_reports_and_saves(world, toke
     assert seen[-1] < seen[0] - 0.5
 
 
+def test_no_token_is_written_and_matrices_alone_decay(world, tokenizer_folder, tmp_path):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", hub_token="hf_secret", max_steps=1)
+    trainer = train(arguments, tmp_path / "cache")
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret"
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert all((parameter.ndim > 1) == (name in decayed) for name, parameter in trainer.model.named_parameters())
+
+
 def test_retrofit_changes_the_new_weights_and_no_others(world, tokenizer_folder, tokenizer, tmp_path):
     torch.manual_seed(0)
     eot = tokenizer.eos_token_id
@@ -143,6 +154,13 @@ def test_a_yaml_file_says_the_same_as_flags(world, tokenizer_folder, tmp_path):
     ][:2]
     overridden = train_hf.parse_arguments([str(file), "--max_steps", "9"])
     assert overridden[2].max_steps == 9 and overridden[2].learning_rate == 5e-3
+
+
+def test_the_example_configuration_is_read(tmp_path):
+    example = Path(train_hf.__file__).parent / "examples" / "train_local.yaml"
+    model, data, training = train_hf.parse_arguments([str(example), "--output_dir", str(tmp_path)])
+    assert model.config_overrides["cca_layers"] == [2, 5] and data.train_data == ["texts/train"]
+    assert training.learning_rate == 6e-4 and training.output_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize(
