@@ -13,14 +13,17 @@ import torch
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from modeling_retro import RetroForCausalLM
-from retrieval import KnowledgeBaseError, MilvusRetriever
+from retrieval import KnowledgeBaseError
+from retrieval.arguments import KnowledgeBaseArguments
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArguments(KnowledgeBaseArguments):
     """What to sample, from which model, with which knowledge base."""
 
-    model: str = field(metadata={"help": "RETRO or GPT-2 weights, a hub name or folder, with their tokenizer."})
+    model: str = field(
+        kw_only=True, metadata={"help": "RETRO or GPT-2 weights, a hub name or folder, with their tokenizer."}
+    )
     prompt: str = field(default="", metadata={"help": "Text to continue, or FILE:path. Default: a new document."})
     num_samples: int = field(default=1, metadata={"help": "Continuations of the prompt."})
     max_new_tokens: int = field(default=200, metadata={"help": "Tokens to write at most."})
@@ -29,14 +32,6 @@ class GenerateArguments:
     )
     top_k: int = field(default=200, metadata={"help": "Draw from the k likeliest tokens only. 0: from all."})
     seed: int = field(default=1337, metadata={"help": "The same seed gives the same samples."})
-    knowledge_base: str | None = field(
-        default=None, metadata={"help": "Milvus Lite file or server URI (token: MILVUS_TOKEN). Default: no retrieval."}
-    )
-    collection_name: str | None = field(default=None, metadata={"help": "Default: the one that the model names."})
-    embedding_model: str | None = field(
-        default=None,
-        metadata={"help": "Where to load the knowledge base's embedding model from, if not from its name."},
-    )
     device: str | None = field(default=None, metadata={"help": "Default: a GPU if there is one."})
 
     def __post_init__(self):
@@ -59,12 +54,9 @@ def load(arguments: GenerateArguments) -> tuple[RetroForCausalLM, PreTrainedToke
     model = RetroForCausalLM.from_pretrained(arguments.model).eval().to(device)
     if arguments.knowledge_base is not None:
         config = model.config
-        collection_name = arguments.collection_name or config.collection_name
-        retriever = MilvusRetriever.from_uri(
-            arguments.knowledge_base,
-            **({} if collection_name is None else {"collection_name": collection_name}),
-            tokenizer=tokenizer,
-            embedding_model=arguments.embedding_model,
+        retriever = arguments.open_retriever(
+            tokenizer,
+            collection_name=config.collection_name,
             num_neighbors=config.num_neighbors,
             neighbor_length=config.neighbor_length,
         )

@@ -33,7 +33,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_retro import RetroConfig
 from evaluation_retro import Evaluation, byte_lengths, sequence_nats
 from modeling_retro import RetroForCausalLM
-from retrieval import BulkTokenizer, KnowledgeBaseError, MilvusRetriever, read_documents
+from retrieval import BulkTokenizer, KnowledgeBaseError, read_documents
+from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.chunking import tokenize_documents
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import pack, packed_dataset
@@ -72,7 +73,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(KnowledgeBaseArguments):
     """The text, and the knowledge base that its chunks read from."""
 
     train_data: list[str] = field(
@@ -90,14 +91,6 @@ class DataArguments:
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a training sequence. Default: the model's n_positions."}
-    )
-    knowledge_base: str | None = field(
-        default=None, metadata={"help": "Milvus Lite file or server URI (token: MILVUS_TOKEN). Default: no retrieval."}
-    )
-    collection_name: str | None = field(default=None, metadata={"help": "Collection in the knowledge base."})
-    embedding_model: str | None = field(
-        default=None,
-        metadata={"help": "Where to load the knowledge base's embedding model from, if not from its name."},
     )
     neighbor_cache_size: int = field(
         default=100_000,
@@ -281,7 +274,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def connect(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> None:
+def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArguments) -> None:
     """Open the knowledge base as the model's retriever, and label the model's configuration with it.
 
     Only names are written: the address may carry credentials, and a path of an embedding model means nothing elsewhere.
@@ -290,11 +283,8 @@ def connect(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, data: D
         ValueError: tokenizer, chunk size or embedding model of the knowledge base are not the model's.
     """
     config = model.config
-    retriever = MilvusRetriever.from_uri(
-        data.knowledge_base,
-        **({} if data.collection_name is None else {"collection_name": data.collection_name}),
-        tokenizer=tokenizer,
-        embedding_model=data.embedding_model,
+    retriever = data.open_retriever(
+        tokenizer,
         num_neighbors=config.num_neighbors,
         neighbor_length=config.neighbor_length,
         cache_size=data.neighbor_cache_size,
@@ -325,19 +315,18 @@ def choose_parameters(model: RetroForCausalLM, freeze_backbone: bool) -> None:
 
 def pack_sources(
     sources: list[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: BulkTokenizer,
     config: RetroConfig,
     data: DataArguments,
     cache_dir: str | Path,
 ) -> Dataset:
     """The documents of all sources as sequences of block_size tokens, in their order."""
-    bulk_tokenizer = BulkTokenizer(tokenizer)
 
     def sequences() -> Iterator[dict]:
         documents = chain.from_iterable(
             read_documents(source, data.text_field, data.doc_id_field) for source in sources
         )
-        tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, bulk_tokenizer))
+        tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, tokenizer))
         return pack(tokenized, data.block_size or config.n_positions, config.chunk_size, tokenizer.eos_token_id)
 
     return packed_dataset(sequences, cache_dir)
@@ -362,14 +351,15 @@ def build_trainer(
         raise ValueError(
             f"block_size is {data.block_size}; it must be from 2 to the model's n_positions, {n_positions}."
         )
+    bulk_tokenizer = BulkTokenizer(tokenizer)  # takes a while to check itself: made once
     if data.knowledge_base is not None:
-        connect(model, tokenizer, data)
+        connect(model, bulk_tokenizer, data)
     choose_parameters(model, model_arguments.freeze_backbone)
-    train_dataset = pack_sources(data.train_data, tokenizer, model.config, data, cache_dir)
+    train_dataset = pack_sources(data.train_data, bulk_tokenizer, model.config, data, cache_dir)
     eval_dataset = None
     if data.validation_data:
         # shuffled once: neighbors are shuffled between the sequences of a batch, which should not be of one document
-        eval_dataset = pack_sources(data.validation_data, tokenizer, model.config, data, cache_dir).shuffle(seed=0)
+        eval_dataset = pack_sources(data.validation_data, bulk_tokenizer, model.config, data, cache_dir).shuffle(seed=0)
     return RetroTrainer(
         model=model,
         args=training,

@@ -1,6 +1,5 @@
 """Embedding: text → unit-length vectors, by any sentence-transformers model."""
 
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -9,8 +8,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from .identity import short_name
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-mpnet-base-v2"
 PROBE_SENTENCE = "The quick brown fox jumps over the lazy dog; 3 foxes, 14 dogs, def fox(dog): return not lazy."
@@ -47,14 +44,18 @@ class Embedder:
         )
 
     @cached_property
+    def _probe_vector(self) -> np.ndarray:
+        return self.encode([PROBE_SENTENCE])[0]
+
+    @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return self.encode([PROBE_SENTENCE]).shape[1]
+        return len(self._probe_vector)
 
-    @cached_property
+    @property
     def probe(self) -> list[float]:
         """First numbers of the embedding of a fixed sentence: recognizes the model, whatever it is called."""
-        return [round(float(value), 6) for value in self.encode([PROBE_SENTENCE])[0, :PROBE_LENGTH]]
+        return [round(float(value), 6) for value in self._probe_vector[:PROBE_LENGTH]]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embed texts; the model sorts them by length by itself.

@@ -68,7 +68,8 @@ class MilvusRetriever:
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
     ) -> None:
-        self.store, self.embedder, self.tokenizer = store, embedder, BulkTokenizer(tokenizer)
+        self.store, self.embedder = store, embedder
+        self.tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
         identity = store.identity()
         identity.check(store.where, tokenizer=self.tokenizer, embedder=embedder)
         self.chunk_size = identity.chunk_size
@@ -119,7 +120,8 @@ class MilvusRetriever:
         store = MilvusStore.open(uri, collection_name, token=token)
         try:
             identity = store.identity()
-            identity.check(store.where, tokenizer=BulkTokenizer(tokenizer))
+            tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
+            identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded, which takes longer
             embedder = Embedder(embedding_model or identity.embedding_model, device=device)
             return cls(store, tokenizer, embedder, **kwargs)
         except Exception:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
@@ -108,11 +107,8 @@ class MilvusStore:
     @property
     def address(self) -> str:
         """The uri without the user and password that it may carry."""
-        return (
-            self.uri
-            if self.is_file
-            else urlsplit(self.uri)._replace(netloc=self.uri.split("://")[1].split("/")[0].rpartition("@")[2]).geturl()
-        )
+        scheme, separator, rest = self.uri.partition("://")
+        return scheme + separator + rest.rpartition("@")[2]
 
     @classmethod
     def open(cls, uri: str | os.PathLike | None, collection_name: str, *, token: str | None = None) -> "MilvusStore":
@@ -288,19 +284,17 @@ class MilvusStore:
             KnowledgeBaseError: it failed every time.
         """
         failures = (MilvusException, grpc.RpcError)
+        retrying = Retrying(
+            retry=retry_if_exception_type(failures),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        )
         try:
-            for attempt in Retrying(
-                retry=retry_if_exception_type(failures),
-                stop=stop_after_attempt(ATTEMPTS),
-                wait=wait_exponential(multiplier=0.2, max=5),
-                reraise=True,
-            ):
-                with attempt:
-                    return function(*args, **kwargs)
+            return retrying(function, *args, **kwargs)
         except failures as error:
             reason = getattr(error, "message", None) or str(error)
             raise KnowledgeBaseError(
                 f"Milvus refused {function.__name__} on {self.where}, {ATTEMPTS} times: {reason}. Check that the server is "
                 "up and has disk space, and that the collection was not dropped."
             ) from error
-        raise AssertionError("unreachable: Retrying returns or raises")

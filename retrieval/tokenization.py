@@ -34,12 +34,10 @@ class BulkTokenizer:
     anything else, and whenever a check of equality fails, the Hugging Face tokenizer itself does.
 
     Args:
-        hf_tokenizer: any `transformers` tokenizer. A `BulkTokenizer` is taken apart again.
+        hf_tokenizer: any `transformers` tokenizer.
     """
 
-    def __init__(self, hf_tokenizer: "PreTrainedTokenizerBase | BulkTokenizer") -> None:
-        if isinstance(hf_tokenizer, BulkTokenizer):
-            hf_tokenizer = hf_tokenizer.hf_tokenizer
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
         self.hf_tokenizer = hf_tokenizer
         self.name = short_name(hf_tokenizer.name_or_path or type(hf_tokenizer).__name__)
         self.vocab_size = len(hf_tokenizer)

@@ -3,22 +3,12 @@
 import pydoc_data.topics
 
 import pytest
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import StaticEmbedding
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
 
 from retrieval import BulkTokenizer, Document, Embedder
 
+from ..small_models import save_static_embedding, train_tokenizer
+
 CHUNK = 8
-
-
-def train_tokenizer(texts, vocab_size):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
-    eot = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=eot, bos_token=eot, unk_token=eot)
 
 
 @pytest.fixture(scope="session")
@@ -38,21 +28,14 @@ def tokenizer_folder(hf_tokenizer, tmp_path_factory):
     return folder
 
 
-def static_model(hf_tokenizer, folder, seed):
-    torch.manual_seed(seed)
-    embedding = StaticEmbedding(hf_tokenizer.backend_tokenizer, embedding_dim=48)
-    SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(folder))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def embedding_folder(hf_tokenizer, tmp_path_factory):
-    return static_model(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", seed=0)
+    return save_static_embedding(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", dim=48, seed=0)
 
 
 @pytest.fixture(scope="session")
 def other_embedding_folder(hf_tokenizer, tmp_path_factory):
-    return static_model(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", seed=1)
+    return save_static_embedding(hf_tokenizer, tmp_path_factory.mktemp("models") / "random-static", dim=48, seed=1)
 
 
 @pytest.fixture(scope="session")

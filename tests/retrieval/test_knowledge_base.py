@@ -23,7 +23,8 @@ from retrieval import (
     ingest,
 )
 
-from .conftest import CHUNK, train_tokenizer
+from ..small_models import train_tokenizer
+from .conftest import CHUNK
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from configuration_retro import RetroConfig
+
+from ..small_models import train_tokenizer
 
 CHUNK, NEIGHBOR = 8, 16
 
@@ -26,18 +27,8 @@ def texts():
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=320, special_tokens=["<|endoftext|>"], show_progress=False)
-    eot = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        eos_token=eot,
-        bos_token=eot,
-        unk_token=eot,
-        clean_up_tokenization_spaces=False,
-    )
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder)
+    train_tokenizer(TEXTS, 320).save_pretrained(folder)
     return folder
 
 

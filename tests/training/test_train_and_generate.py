@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import StaticEmbedding
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import generate_hf
@@ -18,6 +16,7 @@ import train_hf
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 
+from ..small_models import save_static_embedding
 from .conftest import CHUNK
 
 OVERRIDES = (
@@ -34,9 +33,7 @@ def world(tmp_path_factory, tokenizer_folder, tokenizer):
         (root / part).mkdir()
         for number, text in enumerate(texts):
             (root / part / f"{number}.txt").write_text(text[:600], encoding="utf-8")
-    torch.manual_seed(0)
-    embedding = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=32)
-    SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(root / "embedding"))
+    save_static_embedding(tokenizer, root / "embedding", dim=32, seed=0)
     store = MilvusStore(str(root / "kb.db"), "texts")
     embedder = Embedder(str(root / "embedding"), device="cpu")
     ingest(read_documents(str(root / "train")), store, BulkTokenizer(tokenizer), embedder, chunk_size=CHUNK)
