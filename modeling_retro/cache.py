@@ -37,6 +37,8 @@ class RetroCache(Cache):
             ValueError: the decoder's layers hold other tokens (they were filled without this memory).
         """
         recorded = 0 if self.tokens is None else self.tokens.shape[1]
+        if torch.compiler.is_compiling():  # a static cache counts on the device: nothing to compare while tracing
+            return recorded
         cached = self.get_seq_length()
         if recorded != cached:
             raise ValueError(
@@ -64,7 +66,7 @@ class RetroCache(Cache):
         super().crop(tokens_to_remove)
         # Chunks that are no longer complete stay: nothing reads them, and they are written anew when they complete.
         if self.tokens is not None:
-            length = self.tokens.shape[1] - abs(tokens_to_remove)
+            length = int(self.get_seq_length())
             self.tokens = self.tokens[:, :length]
             self.chunk_states = self.chunk_states[:, :length]
 

@@ -146,3 +146,9 @@ class Readers:
 def take_rows(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """states (B, N, d), index (B, I) -> (B, I, d): row b's entries index[b]."""
     return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def take_chunks(memory: torch.Tensor, chunks: torch.LongTensor) -> torch.Tensor:
+    """memory (B, C, …), chunks (B, G) -> (B, G, …)."""
+    rows = torch.arange(memory.shape[0], device=memory.device).unsqueeze(1)
+    return memory[rows, chunks]

@@ -11,7 +11,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attentio
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, Readers
+from .chunk_grid import ChunkGrid, Readers, take_chunks
 from .neighbor_encoder import open_if_empty
 
 
@@ -159,12 +159,6 @@ def attention_implementation(config: RetroConfig) -> str:
     mask over keys only where keys and queries are the same tokens."""
     implementation = config._attn_implementation
     return "sdpa" if "flash" in implementation else implementation
-
-
-def take_chunks(memory: torch.Tensor, chunks: torch.LongTensor) -> torch.Tensor:
-    """memory (B, C, …), chunks (B, G) -> (B, G, …)."""
-    rows = torch.arange(memory.shape[0], device=memory.device).unsqueeze(1)
-    return memory[rows, chunks]
 
 
 def fill_chunks(memory: torch.Tensor | None, states: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:

@@ -3,38 +3,40 @@
 from itertools import compress
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid
-from .neighbor_fetching import RetrievalLog, RetrievedChunk, fetch_neighbors
+from .neighbor_fetching import RetrievalLog, RetrievedChunk, fetch_neighbors, given_neighbors
 
 
 class RetroGenerationMixin(GenerationMixin):
     """`generate()` with a retriever. Greedy search, sampling and beam search need no more than the hook below."""
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, retrieval_log: RetrievalLog | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """`GenerationMixin.generate`, with neighbours for every chunk that completes.
 
         Args:
             neighbor_ids, neighbor_attention_mask: neighbours of the prompt's chunks (see `RetroModel.forward`). If they
                 are given, the retriever is not asked in this call.
             use_retrieval: False generates without neighbours.
-            retrieval_log: where to keep what is retrieved; a new one if not given.
 
         Returns:
             What `GenerationMixin.generate` returns. With `return_dict_in_generate=True` the output has one more entry,
             `retrieved`: for each returned row a list of `RetrievedChunk`, which documents were read for each of its
-            chunks and how similar they were.
+            chunks and how similar they were. With `output_attentions=True` it has `cross_attentions` too: for each
+            forward pass, for each cross-attention layer, (rows, heads, tokens of the pass, k·r) over the neighbours.
         """
-        log = RetrievalLog() if retrieval_log is None else retrieval_log
+        log = RetrievalLog()
         outputs = super().generate(inputs, *args, retrieval_log=log, **kwargs)
         if isinstance(outputs, ModelOutput):
             generation_config = kwargs.get("generation_config") or self.generation_config
             eos_token_id = kwargs.get("eos_token_id", generation_config.eos_token_id)
             outputs["retrieved"] = self._retrieved(outputs.sequences, log, eos_token_id)
+            if log.cross_attentions:
+                outputs["cross_attentions"] = tuple(log.cross_attentions)
         return outputs
 
     def prepare_inputs_for_generation(
@@ -43,6 +45,7 @@ class RetroGenerationMixin(GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         retrieval_log: RetrievalLog | None = None,
         use_retrieval: bool | None = None,
@@ -57,6 +60,7 @@ class RetroGenerationMixin(GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_retrieval=use_retrieval,
             **kwargs,
@@ -69,29 +73,57 @@ class RetroGenerationMixin(GenerationMixin):
             prompt = model_inputs.get("input_ids")
             prompt = model_inputs["inputs_embeds"][..., 0] if prompt is None else prompt
             log.prompt_mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
+        given = kwargs.get("neighbor_ids") is not None
+        if not given and self.retriever is None:
+            return model_inputs
+
         past_length = 0 if past_key_values is None else past_key_values.past_length
-        if kwargs.get("neighbor_ids") is not None:
-            if past_length > 0 and not is_first_iteration:  # they are in the cache already
-                model_inputs["neighbor_ids"] = kwargs["neighbor_ids"][:, :0]
-                model_inputs["neighbor_attention_mask"] = None
-        elif self.retriever is not None:
-            tokens = model_inputs.get("input_ids")
-            if tokens is None:
-                tokens = torch.full(model_inputs["inputs_embeds"].shape[:2], -1, device=self.device)
-            grid = ChunkGrid.build(
-                self.config.chunk_size,
-                *tokens.shape,
-                past_length,
-                attention_mask,
-                model_inputs.get("position_ids"),
-                tokens.device,
+        tokens = model_inputs.get("input_ids")
+        if tokens is None:
+            tokens = torch.full(model_inputs["inputs_embeds"].shape[:2], -1, device=self.device)
+        grid = ChunkGrid.build(
+            self.config.chunk_size,
+            *tokens.shape,
+            past_length,
+            attention_mask,
+            model_inputs.get("position_ids"),
+            tokens.device,
+        )
+        if given:
+            if log.first_chunk is None:
+                log.first_chunk = grid.first_chunk
+            neighbors = given_neighbors(
+                grid, log.first_chunk, kwargs["neighbor_ids"], kwargs.get("neighbor_attention_mask")
             )
-            if past_length > 0:
+        else:
+            if input_ids.shape[1] == past_length + tokens.shape[1]:  # all known, also where embeddings stand for them
+                tokens = input_ids
+            elif past_length > 0:
                 tokens = torch.cat([past_key_values.tokens.to(tokens.device), tokens], dim=1)
-            model_inputs["neighbor_ids"], model_inputs["neighbor_attention_mask"] = fetch_neighbors(
-                self.retriever, grid, tokens, log
-            )
+            neighbors = fetch_neighbors(self.retriever, grid, tokens, log)
+        model_inputs["neighbor_ids"], model_inputs["neighbor_attention_mask"] = neighbors
         return model_inputs
+
+    def _prefill(self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
+        # a prompt that is prefilled piece by piece never reaches the hook as a whole
+        log, mask = model_kwargs.get("retrieval_log"), model_kwargs.get("attention_mask")
+        if log is not None and log.prompt_mask is None:
+            log.prompt_mask = mask
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, **kwargs) -> dict:
+        # the library keeps the cross-attention of encoder-decoder models alone
+        log = model_kwargs.get("retrieval_log")
+        if log is not None and outputs.get("cross_attentions"):
+            log.cross_attentions.append(outputs.cross_attentions)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+    def _get_candidate_generator(self, *, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs):
+        # An assistant drafts with its own retrieval, if it has any: this model's neighbours are not its arguments.
+        if assistant_model is not None:
+            own = ("retrieval_log", "use_retrieval", "neighbor_ids", "neighbor_attention_mask")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool

@@ -8,7 +8,7 @@ import torch
 
 from configuration_retro import RetroConfig
 
-from .chunk_grid import ChunkGrid
+from .chunk_grid import ChunkGrid, take_chunks
 
 
 class Retriever(Protocol):
@@ -41,11 +41,19 @@ class RetrievedChunk:
 
 
 class RetrievalLog:
-    """All that one `generate()` has retrieved, by the chunk's tokens: beams that share a chunk share its neighbours."""
+    """All that one `generate()` has retrieved, by the chunk's tokens: beams that share a chunk share its neighbours.
+
+    Attributes (set while it runs):
+        prompt_mask: (rows, prompt tokens), 0 for padding.
+        first_chunk: (rows, 1) the chunk that slot 0 of neighbours given to `generate()` stands for.
+        cross_attentions: of each forward pass that read neighbours, if attention weights are asked for.
+    """
 
     def __init__(self):
         self._neighbors: dict[tuple[int, ...], tuple[Any, int]] = {}  # chunk -> (a retrieve() result, row in it)
-        self.prompt_mask: torch.Tensor | None = None  # (rows, prompt tokens), 0 for padding; set by generate()
+        self.prompt_mask: torch.Tensor | None = None
+        self.first_chunk: torch.LongTensor | None = None
+        self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
         return len(self._neighbors)
@@ -114,6 +122,26 @@ def fetch_neighbors(
         for place, chunk in chunks.items():
             ids[place], mask[place] = log.tensors(chunk)
     return ids.to(tokens.device), mask.to(tokens.device)
+
+
+def given_neighbors(
+    grid: ChunkGrid, first_chunk: torch.LongTensor, neighbor_ids: torch.LongTensor, mask: torch.Tensor | None
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Of neighbours given for a whole prompt, those of the chunks that this call completes.
+
+    Args:
+        first_chunk: (B, 1) the chunk that slot 0 stands for.
+        neighbor_ids, mask: (B, C, k, r); mask None: all are there.
+
+    Returns:
+        neighbor_ids and neighbor_attention_mask (B, C', k, r); chunks beyond the given ones have no neighbours.
+    """
+    mask = torch.ones_like(neighbor_ids, dtype=torch.bool) if mask is None else mask.bool()
+    num_slots = int(grid.num_completed.max()) if neighbor_ids.shape[1] else 0
+    slots = grid.first_chunk - first_chunk + torch.arange(num_slots, device=first_chunk.device)
+    is_given = slots < neighbor_ids.shape[1]
+    slots = slots.clamp(max=neighbor_ids.shape[1] - 1)
+    return take_chunks(neighbor_ids, slots), take_chunks(mask, slots) & is_given[..., None, None]
 
 
 def check_retriever(retriever: Retriever, config: RetroConfig) -> None:

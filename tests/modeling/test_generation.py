@@ -1,84 +1,19 @@
 """Generation with a retriever: the same text with and without a cache, each chunk searched once, and what was read."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
 from modeling_retro import RetroForCausalLM
 
-from .conftest import CHUNK, LENGTH, NEIGHBORS, VOCAB, random_tokens, small_model
-
-
-@dataclass
-class Found:
-    ids: torch.LongTensor
-    attention_mask: torch.BoolTensor
-    doc_ids: list
-    chunk_indices: torch.LongTensor
-    scores: torch.FloatTensor
-
-
-class HashRetriever:
-    """A knowledge base by arithmetic: a chunk's neighbours depend on its tokens alone. Counts what it is asked."""
-
-    chunk_size, num_neighbors, neighbor_length, vocab_size = CHUNK, NEIGHBORS, LENGTH, VOCAB
-    embedding_model = "test/hash"
-
-    def __init__(self):
-        self.calls = []
-
-    def retrieve(self, chunks, exclude_doc_ids=None):
-        self.calls.append([tuple(chunk) for chunk in chunks.tolist()])
-        seeds = [sum(token * 7**i for i, token in enumerate(chunk)) for chunk in chunks.tolist()]
-        ids = torch.stack([torch.tensor(random_tokens(NEIGHBORS * LENGTH, seed)) for seed in seeds])
-        ids = ids.view(-1, NEIGHBORS, LENGTH)
-        lengths = torch.tensor([[1 + seed % LENGTH, LENGTH] for seed in seeds])
-        return Found(
-            ids,
-            torch.arange(LENGTH) < lengths.unsqueeze(-1),
-            [[f"doc{seed}", f"doc{seed + 1}"] for seed in seeds],
-            torch.tensor([[seed % 5, seed % 7] for seed in seeds]),
-            torch.tensor([[1.0, 1 / (1 + seed % 3)] for seed in seeds]),
-        )
+from .by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, next_token_logits, retrieving_model
+from .conftest import CHUNK, VOCAB, random_tokens, small_model
 
 
 @pytest.fixture
 def model():
-    model = small_model()
-    model.set_retriever(HashRetriever())
-    model.generation_config.pad_token_id = VOCAB - 1
-    return model
-
-
-PROMPTS = [random_tokens(length, seed=length) for length in (2 * CHUNK + 1, CHUNK - 1, 3 * CHUNK, 1)]
-
-
-def left_padded(prompts):
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[VOCAB - 1] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def next_token_logits(model, tokens):
-    """The truth: one forward of the whole row, its neighbours looked up by hand."""
-    chunks = [tokens[start : start + CHUNK] for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
-    if not chunks:
-        return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]
-    found = HashRetriever().retrieve(torch.tensor(chunks))
-    return model(
-        torch.tensor([tokens]), neighbor_ids=found.ids[None], neighbor_attention_mask=found.attention_mask[None]
-    ).logits[0, -1]
-
-
-@torch.no_grad()
-def greedy_by_hand(model, prompt, steps):
-    tokens = list(prompt)
-    for _ in range(steps):
-        tokens.append(int(next_token_logits(model, tokens).argmax()))
-    return tokens
+    return retrieving_model()
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -222,14 +157,28 @@ def test_from_pretrained_takes_a_retriever_and_saves_none(model, tmp_path):
     assert not any("retriever" in file.read_text(errors="ignore") for file in tmp_path.glob("*.json"))
 
 
-def test_pipeline_generates_with_neighbors(model):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
+@pytest.fixture
+def tokenizer():
     vocab = {f"t{i}": i for i in range(VOCAB)}
     words = Tokenizer(models.WordLevel(vocab, unk_token=f"t{VOCAB - 1}"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece()  # puts spaces between words
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"t{VOCAB - 1}", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"t{VOCAB - 1}", padding_side="left")
+
+
+def test_a_stop_string_ends_the_text(model, tokenizer):
+    expected = greedy_by_hand(model, PROMPTS[2], 6)
+    sequences = model.generate(
+        torch.tensor([PROMPTS[2]]),
+        max_new_tokens=20,
+        do_sample=False,
+        tokenizer=tokenizer,
+        stop_strings=tokenizer.decode(expected[-2:]),
+    )
+    assert sequences[0].tolist() == expected
+
+
+def test_pipeline_generates_with_neighbors(model, tokenizer):
     texts = [" ".join(f"t{token}" for token in prompt) for prompt in PROMPTS]
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     for batch_size in (1, 4):
