@@ -33,6 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_retro import RetroConfig
 from evaluation_retro import Evaluation, byte_lengths, sequence_nats
 from modeling_retro import RetroForCausalLM
+from modeling_retro.sharing import write_code
 from retrieval import BulkTokenizer, KnowledgeBaseError, read_documents
 from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.chunking import tokenize_documents
@@ -134,6 +135,29 @@ class RetroTrainer(Trainer):
         with self.compute_loss_context_manager():
             nats, sizes = sequence_nats(model, inputs, self.model.config.chunk_size, self.bytes_of)
         return None, nats, sizes
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        measured = ("bits_per_byte", "gain_over")
+        self.model.evaluation = {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if any(part in name for part in measured)
+        }
+        return metrics
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """RETRO's own card: base model, knowledge base, evaluation."""
+        if self.is_world_process_zero():
+            name = self.hub_model_id or model_name or Path(self.args.output_dir).name
+            self.model.model_card(name).save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer pushes a checkpoint's weights and configuration from output_dir; the code that opens them goes along
+        if self.is_world_process_zero():
+            write_code(self.model, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir=None, state_dict=None):
         """Trainer pickles its arguments beside the weights; a checkpoint that is shared must not hold a token."""
@@ -388,6 +412,10 @@ def main(argv: list[str] | None = None) -> None:
                 metrics = trainer.evaluate()
                 trainer.log_metrics("eval", metrics)
                 trainer.save_metrics("eval", metrics)
+            if training.push_to_hub:
+                trainer.push_to_hub(commit_message="Trained and evaluated")  # writes the card, too
+            else:
+                trainer.create_model_card()
         finally:
             if trainer.model.retriever is not None:
                 trainer.model.retriever.close()

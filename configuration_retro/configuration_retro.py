@@ -1,6 +1,7 @@
 """RetroConfig: a GPT2Config, and what retrieval adds to it."""
 
 from dataclasses import fields
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
@@ -28,6 +29,8 @@ class RetroConfig(GPT2Config):
             Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
         use_retrieval (`bool`, defaults to `True`):
             `False` switches neighbours off: the model is then its GPT-2 decoder.
+        base_model (`str`, *optional*):
+            Name of the GPT-2 checkpoint on the hub that the model was built on.
         embedding_model (`str`, *optional*):
             Name of the embedding model of the knowledge base that the model was trained with ("owner/name").
         collection_name (`str`, *optional*):
@@ -46,6 +49,7 @@ class RetroConfig(GPT2Config):
     encoder_num_layers: int = 2
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
     use_retrieval: bool = True
+    base_model: str | None = None
     embedding_model: str | None = None
     collection_name: str | None = None
 
@@ -73,6 +77,10 @@ class RetroConfig(GPT2Config):
                 f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint; RETRO is built on GPT-2 ones (or "
                 "loaded from RETRO ones)."
             )
+        if (
+            model_type == "gpt2" and not Path(pretrained_model_name_or_path).exists()
+        ):  # a path is nobody else's business
+            config_dict["base_model"] = str(pretrained_model_name_or_path)
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod

@@ -25,6 +25,7 @@ from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_readi
 from .generation import RetroGenerationMixin
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
+from .sharing import SharingMixin
 
 
 @dataclass
@@ -85,7 +86,7 @@ class RetroBlock(GPT2Block):
         return hidden_states + self.mlp(self.ln_2(hidden_states)), encoded
 
 
-class RetroPreTrainedModel(GPT2PreTrainedModel):
+class RetroPreTrainedModel(SharingMixin, GPT2PreTrainedModel):
     """Weights, initialisation and what the library may do with RETRO models."""
 
     config: RetroConfig

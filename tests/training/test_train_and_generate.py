@@ -16,6 +16,7 @@ import train_hf
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 
+from ..hub import Hub
 from ..small_models import save_static_embedding
 from .conftest import CHUNK
 
@@ -209,3 +210,40 @@ def test_generate_writes_samples_and_what_they_read(world, tokenizer_folder, tmp
     assert plain.returncode == 0 and "chunk" not in plain.stdout.split("chunk of text")[-1]
     wrong = run("--knowledge_base", "missing.db")
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "missing.db" in wrong.stderr
+
+
+def test_training_pushes_a_model_that_opens_with_its_card(world, tokenizer_folder, tmp_path):
+    arguments = flags(
+        world,
+        tokenizer_folder,
+        tmp_path / "run",
+        save_strategy="steps",
+        save_steps=3,
+        push_to_hub="true",
+        hub_model_id="owner/reader",
+        hub_token="hf_secret",
+        **knowledge_base(world),
+    )
+    with Hub() as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        ran = subprocess.run(
+            [sys.executable, train_hf.__file__, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    files = hub.files["owner/reader"]
+    assert {"config.json", "model.safetensors", "modeling_retro.py", "tokenizer.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert all(fact in card for fact in ("gain over shuffled", "bits per byte", "texts"))
+    for name, content in files.items():
+        assert b"hf_secret" not in content and b"kb.db" not in content, name
+    folder = tmp_path / "pulled"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    saved = RetroForCausalLM.from_pretrained(tmp_path / "run")
+    pulled = RetroForCausalLM.from_pretrained(folder)
+    assert all(map(torch.equal, saved.parameters(), pulled.parameters()))

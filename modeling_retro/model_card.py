@@ -1,0 +1,76 @@
+"""The model card of a RETRO model: what it is, what it was trained to read, how good it is, and how to use it."""
+
+from collections.abc import Mapping
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from configuration_retro import RetroConfig
+
+TAGS = ["retro", "gpt2", "retrieval-augmented"]
+
+
+def model_card(
+    config: RetroConfig,
+    repo_id: str,
+    knowledge_base: Mapping[str, str | int] | None = None,
+    evaluation: Mapping[str, float] | None = None,
+) -> ModelCard:
+    """A card for the hub. It names the knowledge base, never its address.
+
+    Args:
+        repo_id: where the model will be found.
+        knowledge_base: what the retriever tells of itself, `retriever.describe()`; its "sources" are named datasets.
+        evaluation: held-out measurements by name.
+    """
+    facts = {
+        "embedding model": config.embedding_model,
+        "collection": config.collection_name,
+        "chunk size": f"{config.chunk_size} tokens",
+        "neighbors of a chunk": f"{config.num_neighbors} of up to {config.neighbor_length} tokens",
+        **(knowledge_base or {}),
+    }
+    sources = facts.pop("sources", None) or []
+    if sources:
+        facts["sources"] = ", ".join(sources)
+    base = (
+        f"[{config.base_model}](https://huggingface.co/{config.base_model})" if config.base_model else "a GPT-2 decoder"
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        base_model=config.base_model,
+        datasets=list(sources) or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo_id.split('/')[-1]}",
+        f"RETRO ([Borgeaud et al., 2022](https://arxiv.org/abs/2112.04426)) on {base}: a language model of "
+        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through chunked cross-attention "
+        f"(layers {', '.join(map(str, config.cca_layers))}). With `use_retrieval=False` it is its decoder alone.",
+        "## Knowledge base",
+        _table(("", ""), {name: value for name, value in facts.items() if value is not None}),
+        "## Use",
+        USE.format(repo_id=repo_id),
+    ]
+    if evaluation:
+        numbers = {name.replace("_", " "): f"{value:.4f}" for name, value in evaluation.items()}
+        parts[-2:-2] = ["## Evaluation", _table(("held-out text", ""), numbers)]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+USE = """```python
+from transformers import AutoTokenizer
+from modeling_retro import RetroForCausalLM
+from retrieval import MilvusRetriever
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+retriever = MilvusRetriever.from_uri("knowledge.db", tokenizer=tokenizer)
+model = RetroForCausalLM.from_pretrained("{repo_id}", retriever=retriever)
+print(tokenizer.decode(model.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=100)[0]))
+```
+Without the packages `modeling_retro` and `retrieval`, `AutoModelForCausalLM.from_pretrained("{repo_id}",
+trust_remote_code=True)` opens the model; neighbours are then given as `neighbor_ids`."""
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in (header, ("---", "---"), *rows.items()))

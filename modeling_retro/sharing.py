@@ -1,0 +1,60 @@
+"""Saving a model so that it opens anywhere: its code beside its weights, and a model card on the hub."""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .model_card import TAGS, model_card
+
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_retro.RetroConfig",
+    "AutoModel": "modeling_retro.RetroModel",
+    "AutoModelForCausalLM": "modeling_retro.RetroForCausalLM",
+}
+
+
+class SharingMixin:
+    """`save_pretrained` and `push_to_hub` of RETRO models. Neither a retriever nor its address is ever written."""
+
+    evaluation: dict[str, float] | None = None  # held-out measurements, for the model card
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """`PreTrainedModel.save_pretrained`, and the code that opens the model with `trust_remote_code=True`."""
+        self.config.auto_map = AUTO_CLASSES
+        if is_main_process:
+            write_code(self, save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def model_card(self, repo_id: str) -> ModelCard:
+        """The card that `push_to_hub` writes: see [`model_card.model_card`]."""
+        describe = getattr(getattr(self, "retriever", None), "describe", dict)
+        return model_card(self.config, repo_id, describe(), self.evaluation)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, files_timestamps: dict[str, float], **kwargs):
+        # where push_to_hub() and save_pretrained(push_to_hub=True) meet
+        readme = Path(working_dir, "README.md")
+        if not readme.exists() or not set(TAGS) <= set(ModelCard.load(readme).data.tags or []):  # not one of ours
+            self.model_card(repo_id).save(readme)
+        ours = {readme.name, *(source.name for source in code_files(self))}
+        files_timestamps = {name: time for name, time in files_timestamps.items() if name not in ours}
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
+
+def write_code(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put a model's code into a folder, for `trust_remote_code=True`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for source in code_files(model):
+        code = source.read_text(encoding="utf-8")
+        # what is shared is one folder, where the packages of this project are modules side by side
+        code = code.replace("from configuration_retro import", "from .configuration_retro import")
+        Path(folder, source.name).write_text(code, encoding="utf-8")
+
+
+def code_files(model: PreTrainedModel) -> list[Path]:
+    """The modules that define a model and its configuration, and all that they import of this project."""
+    modeling, configuration = (sys.modules[cls.__module__].__file__ for cls in (SharingMixin, type(model.config)))
+    modeling = str(Path(modeling).with_name("modeling_retro.py"))
+    return [Path(file) for file in sorted({modeling, configuration, *get_relative_import_files(modeling)})]
