@@ -1,16 +1,28 @@
-"""Ingestion: documents → chunks → embeddings → rows of the collection; run again, it does only what is missing."""
+"""Ingestion: documents → chunks → embeddings → rows of the collection; run again, it does only what is missing.
 
+Three things happen at once: a thread reads, tokenizes and looks up what is there already; the caller's thread embeds,
+which takes by far the most time; a thread writes. Each is at most one window of chunks ahead of the next.
+"""
+
+import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
+import numpy as np
 from tqdm.auto import tqdm
 
-from .chunking import Document, check_chunk_size, document_batches, split_tokens
+from .chunking import Chunk, Document, check_chunk_size, document_batches, split_tokens
 from .embedding import Embedder
 from .identity import Identity
-from .store import MilvusStore, content_hash, primary_key
+from .store import MilvusStore, content_hash, doc_key, primary_key
 from .tokenization import BulkTokenizer
+
+WINDOW = 4096  # chunks that are sorted by length together, so that a batch of the model has little padding
+BATCHES_PER_WRITE = 16  # of the model: an interruption loses seconds of embedding and not minutes
+UNWRITTEN = 4  # writes that may wait for Milvus
 
 
 @dataclass
@@ -24,6 +36,33 @@ class IngestReport:
     chunks_deleted: int = 0
     seconds: float = 0.0
 
+    def add(self, other: "IngestReport") -> None:
+        """Add the counts of a part."""
+        self.documents += other.documents
+        self.empty_documents += other.empty_documents
+        self.chunks_written += other.chunks_written
+        self.chunks_unchanged += other.chunks_unchanged
+        self.chunks_deleted += other.chunks_deleted
+
+
+@dataclass
+class Window:
+    """Some thousand chunks on their way from the documents to the collection.
+
+    Attributes:
+        new: the chunks to embed and write, each with its text.
+        stale: keys of the rows to delete once those are written.
+        doc_ids: the documents that all this is about.
+        report: their counts.
+        settle: read no further before this window is written.
+    """
+
+    new: list[tuple[str, Chunk]] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    doc_ids: set[str] = field(default_factory=set)
+    report: IngestReport = field(default_factory=IngestReport)
+    settle: bool = False
+
 
 def ingest(
     documents: Iterable[Document],
@@ -36,11 +75,13 @@ def ingest(
 ) -> IngestReport:
     """Bring documents into a collection, which is made if it is not there.
 
-    Documents are taken as they come, some million characters at a time. A chunk that is there already is not embedded
-    again, and chunks that a changed document no longer has are deleted. Rows are written before stale ones go, under keys
-    that depend on the document alone, so an ingestion that was killed is completed by running it again.
+    Documents are taken as they come, in bounded memory. A chunk that is there already is not embedded again, and chunks
+    that a changed document no longer has are deleted; of an id given twice, the last text counts. Rows are written before
+    stale ones go, under keys that depend on the document alone, so an ingestion that was killed is completed by running
+    it again.
 
     Args:
+        documents: read in another thread than the caller's.
         progress: show a progress bar, in chunks.
 
     Raises:
@@ -48,48 +89,162 @@ def ingest(
         KnowledgeBaseError: Milvus failed, and went on failing when tried again.
         ValueError: chunk_size or a document id out of its range.
     """
-    check_chunk_size(chunk_size)
     started = time.monotonic()
-    if store.exists():
-        store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
-    else:
-        store.create(Identity.of(tokenizer, embedder, chunk_size))
-    report = IngestReport()
-    with tqdm(unit=" chunks", desc="ingest", disable=not progress) as bar:
-        for batch in document_batches(documents):
-            _ingest_batch(batch, store, tokenizer, embedder, chunk_size, report, bar)
+    open_collection(store, tokenizer, embedder, chunk_size)
+    # Milvus Lite shows rows that are just going from memory to disk to no reader: it looks up or writes, not both
+    turn = threading.Lock()
+
+    def there(doc_ids: Iterable[str]) -> dict[str, int]:
+        with turn:
+            return store.chunks_of(doc_ids)
+
+    def write(chunks: list[Chunk], embeddings: np.ndarray) -> None:
+        with turn:
+            store.upsert(chunks, embeddings)
+
+    def finish(window: Window) -> None:
+        with turn:
+            store.delete(window.stale)
+
+    windows = read_windows(documents, tokenizer, chunk_size, there)
+    report = embed_windows(windows, embedder, write, finish, progress=progress)
     store.flush()
     report.seconds = time.monotonic() - started
     return report
 
 
-def _ingest_batch(
-    batch: list[Document],
-    store: MilvusStore,
+def open_collection(store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> None:
+    """Make the collection, or see that the one that is there has the same identity.
+
+    Raises:
+        IdentityMismatch: it was made with another tokenizer, embedding model or chunk size.
+        ValueError: chunk_size is out of its range.
+    """
+    check_chunk_size(chunk_size)
+    if store.exists():
+        store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
+    else:
+        store.create(Identity.of(tokenizer, embedder, chunk_size))
+
+
+def share_of(documents: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
+    """The documents that one of several processes ingests: each document belongs to one rank, by its id alone."""
+    return (document for document in documents if doc_key(document.id) % world_size == rank)
+
+
+def read_windows(
+    documents: Iterable[Document],
     tokenizer: BulkTokenizer,
-    embedder: Embedder,
     chunk_size: int,
-    report: IngestReport,
-    bar: tqdm,
+    there: Callable[[Iterable[str]], dict[str, int]],
+    size: int = WINDOW,
+) -> Iterator[Window]:
+    """What is to be done, window by window.
+
+    Args:
+        there: document ids → primary key and content hash of the rows that they have.
+        size: a window ends with the documents that bring it to so many new chunks, or so many documents.
+    """
+    window = Window()
+    # the documents of this window, of the one that is embedded, and of those with writes that may still wait
+    recent = deque([window.doc_ids], maxlen=UNWRITTEN + 2)
+    for batch in document_batches(documents):
+        latest = {document.id: document for document in batch}
+        if any(not latest.keys().isdisjoint(ids) for ids in recent):
+            # what the collection has of a document is known only when its earlier text is written
+            window.settle = True
+            yield window
+            window = Window()
+            recent.clear()
+            recent.append(window.doc_ids)
+        _add_documents(window, latest, tokenizer, chunk_size, there(latest))
+        window.report.documents += len(batch)
+        if len(window.new) >= size or len(window.doc_ids) >= size:
+            yield window
+            window = Window()
+            recent.append(window.doc_ids)
+    yield window
+
+
+def _add_documents(
+    window: Window, documents: dict[str, Document], tokenizer: BulkTokenizer, chunk_size: int, there: dict[str, int]
 ) -> None:
-    latest = {document.id: document for document in batch}  # of an id given twice, the last text counts
-    there = store.chunks_of(latest)
-    chunks = []
-    for document, tokens in zip(
-        latest.values(), tokenizer.encode_batch([d.text for d in latest.values()]), strict=True
+    keys = set()
+    texts = [document.text for document in documents.values()]
+    for document, tokens in zip(documents.values(), tokenizer.encode_batch(texts), strict=True):
+        window.report.empty_documents += not tokens
+        for chunk in split_tokens(document.id, tokens, chunk_size):
+            key = primary_key(chunk.doc_id, chunk.index)
+            keys.add(key)
+            if there.get(key) == content_hash(chunk):
+                window.report.chunks_unchanged += 1
+            else:
+                window.report.chunks_written += 1
+                window.new.append((tokenizer.decode(chunk.tokens), chunk))
+    stale = there.keys() - keys
+    window.stale += sorted(stale)
+    window.report.chunks_deleted += len(stale)
+    window.doc_ids.update(documents)
+
+
+def embed_windows(
+    windows: Iterator[Window],
+    embedder: Embedder,
+    write: Callable[[list[Chunk], np.ndarray], None],
+    finish: Callable[[Window], None],
+    *,
+    progress: bool = False,
+) -> IngestReport:
+    """Embed all windows in the caller's thread while one thread reads the next and one writes the last.
+
+    Args:
+        write: chunks and their embeddings (n, dimension); called in order, in one other thread.
+        finish: called there when all of a window's chunks are written.
+
+    Returns:
+        the windows' counts, of those that are finished.
+
+    Raises:
+        Exception: as raised by `windows`, `write` or `finish`; what was written stays.
+    """
+    report = IngestReport()
+    unwritten: deque[Future] = deque()
+
+    def close(window: Window, writes: list[Future]) -> None:
+        for done in writes:
+            done.result()  # raises if one failed: stale rows stay until the new ones are there
+        finish(window)
+        report.add(window.report)
+
+    def settle(pending: int) -> None:
+        while len(unwritten) > pending:
+            unwritten.popleft().result()
+
+    with (
+        tqdm(unit=" chunks", desc="ingest", disable=not progress) as bar,
+        ThreadPoolExecutor(1, "read") as reader,
+        ThreadPoolExecutor(1, "write") as writer,
     ):
-        report.empty_documents += not tokens
-        chunks += split_tokens(document.id, tokens, chunk_size)
-    keys = [primary_key(chunk.doc_id, chunk.index) for chunk in chunks]
-    new = [chunk for key, chunk in zip(keys, chunks, strict=True) if there.get(key) != content_hash(chunk)]
-    # slices, so that an interruption loses seconds of embedding and not minutes
-    for start in range(0, len(new), 512):
-        part = new[start : start + 512]
-        store.upsert(part, embedder.encode([tokenizer.decode(chunk.tokens) for chunk in part]))
-        bar.update(len(part))
-    stale = sorted(set(there) - set(keys))
-    store.delete(stale)
-    report.documents += len(batch)
-    report.chunks_written += len(new)
-    report.chunks_unchanged += len(chunks) - len(new)
-    report.chunks_deleted += len(stale)
+        try:
+            ahead = reader.submit(next, windows, None)
+            while (window := ahead.result()) is not None:
+                if not window.settle:
+                    ahead = reader.submit(next, windows, None)
+                writes = []
+                window.new.sort(key=lambda item: -len(item[0]))
+                step = embedder.batch_size * BATCHES_PER_WRITE
+                for start in range(0, len(window.new), step):
+                    texts, chunks = zip(*window.new[start : start + step], strict=True)
+                    writes.append(writer.submit(write, chunks, embedder.encode(texts)))
+                    unwritten.append(writes[-1])
+                    settle(UNWRITTEN)
+                    bar.update(len(chunks))
+                unwritten.append(writer.submit(close, window, writes))
+                settle(0 if window.settle else UNWRITTEN)
+                if window.settle:
+                    ahead = reader.submit(next, windows, None)
+            settle(0)
+        except BaseException:
+            writer.shutdown(cancel_futures=True)
+            raise
+    return report
