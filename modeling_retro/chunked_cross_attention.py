@@ -72,7 +72,10 @@ class ChunkedCrossAttention(GPT2Attention):
 
     def _keys_values(self, encoded: torch.Tensor | None, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the groups' neighbours, (B·G, k·r, d) each; with a cache, after adding this call's to it."""
-        new = (None, None) if encoded is None else self.c_attn(encoded).split(self.split_size, dim=-1)
+        new = (None, None)
+        if encoded is not None:  # projected as (B·C, k·r, d): quantized projections take no more than three dimensions
+            projected = self.c_attn(encoded.flatten(0, 1)).unflatten(0, encoded.shape[:2])
+            new = projected.split(self.split_size, dim=-1)
         if reading.cache is None:
             return new[0].flatten(0, 1), new[1].flatten(0, 1)
         memories = (reading.cache.neighbor_keys, reading.cache.neighbor_values)
