@@ -80,6 +80,11 @@ class ChunkGrid:
         """(B, 1) how many chunks the row completes in this call."""
         return (self.end // self.chunk_size - self.first_chunk).clamp(min=0)
 
+    @property
+    def chunks(self) -> torch.LongTensor:
+        """(B, T) the chunk that each column reads, c(i) = ⌊(i+1)/m⌋ − 1 (paper, section 2.4); -1: none."""
+        return (self.positions + 1) // self.chunk_size - 1
+
     def completed(self, num_slots: int) -> torch.BoolTensor:
         """(B, num_slots) True where slot j stands for a chunk that the row completes in this call."""
         return torch.arange(num_slots, device=self.first.device) < self.num_completed
@@ -98,7 +103,7 @@ class ChunkGrid:
         return content.gather(1, positions.clamp(0, num_columns - 1))
 
     def readers(self, first_group: torch.LongTensor, num_groups: int) -> "Readers":
-        """Group this call's columns by the chunk they read, c(i) = ⌊(i+1)/m⌋ − 1 (paper, section 2.4).
+        """Group this call's columns by the chunk they read.
 
         Args:
             first_group: (B, 1) the chunk of group 0; group g stands for chunk first_group + g.
@@ -106,16 +111,54 @@ class ChunkGrid:
         """
         batch_size, length = self.positions.shape
         width = min(self.chunk_size, length)
-        chunk = (self.positions + 1) // self.chunk_size - 1
+        chunk = self.chunks
         group = chunk - first_group
         # a group's first reader is the chunk's last token, or the row's first token of this call
-        place = self.positions - torch.maximum(self.first, (chunk + 1) * self.chunk_size - 1)
+        first_reader = (self.positions + 1) // self.chunk_size * self.chunk_size - 1
+        place = self.positions - torch.maximum(self.first, first_reader)
         reads = (self.positions >= 0) & (chunk >= 0) & (group >= 0) & (group < num_groups)
         unused = num_groups * width  # one slot past the last, for the columns that read nothing
         slots = torch.where(reads, group * width + place, unused)
         columns = torch.arange(length, device=slots.device).expand(batch_size, length)
         slot_columns = slots.new_zeros(batch_size, unused + 1).scatter(1, slots, columns)[:, :unused]
         return Readers(num_groups, width, slot_columns, slots.clamp(max=unused - 1), reads)
+
+
+@dataclass
+class PackedChunkGrid(ChunkGrid):
+    """Rows that hold several texts end to end: each has chunks of its own and reads no other's.
+
+    Positions are counted within a text; chunks are numbered through the row, complete ones alone.
+    """
+
+    @classmethod
+    def from_texts(cls, chunk_size: int, texts: torch.LongTensor) -> "PackedChunkGrid":
+        """texts: (B, T) the number of the text that each column belongs to."""
+        columns = torch.arange(texts.shape[1], device=texts.device).expand_as(texts)
+        starts = columns.masked_fill(texts == texts.roll(1, dims=1), 0).cummax(1).values
+        zero = torch.zeros_like(columns[:, :1])
+        return cls(chunk_size, columns - starts, first=zero, end=zero + texts.shape[1], offset=zero)
+
+    @property
+    def _ends_chunk(self) -> torch.BoolTensor:
+        return (self.positions + 1) % self.chunk_size == 0
+
+    @property
+    def num_completed(self) -> torch.LongTensor:
+        return self._ends_chunk.sum(1, keepdim=True)
+
+    @property
+    def chunks(self) -> torch.LongTensor:
+        before_its_first = self.positions + 1 < self.chunk_size
+        return (self._ends_chunk.cumsum(1) - 1).masked_fill(before_its_first, -1)
+
+    def chunk_columns(self, num_slots: int, num_columns: int) -> torch.LongTensor:
+        ends = self._ends_chunk
+        slots = torch.where(ends & (self.chunks < num_slots), self.chunks, num_slots)  # one past the last, for the rest
+        columns = torch.arange(num_columns, device=slots.device).expand_as(slots)
+        last = slots.new_zeros(slots.shape[0], num_slots + 1).scatter(1, slots, columns)[:, :num_slots]
+        within = torch.arange(1 - self.chunk_size, 1, device=slots.device)
+        return (last.unsqueeze(-1) + within).clamp(min=0).flatten(1)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, take_rows
+from .chunk_grid import ChunkGrid, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
 from .generation import RetroGenerationMixin
 from .neighbor_encoder import NeighborEncoder
@@ -193,15 +193,21 @@ class RetroModel(RetroPreTrainedModel):
         else:
             past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
-        grid = ChunkGrid.build(
-            self.config.chunk_size,
-            batch_size,
-            length,
-            past_length,
-            attention_mask,
-            position_ids,
-            inputs_embeds.device,
-        )
+        texts = None  # packed into one row, and told by their positions, as create_causal_mask does
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            texts = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+        if texts is not None:
+            grid = PackedChunkGrid.from_texts(self.config.chunk_size, texts)
+        else:
+            grid = ChunkGrid.build(
+                self.config.chunk_size,
+                batch_size,
+                length,
+                past_length,
+                attention_mask,
+                position_ids,
+                inputs_embeds.device,
+            )
         if position_ids is None:
             position_ids = grid.positions.clamp(min=0)
         self._check_positions(past_length + length, position_ids)

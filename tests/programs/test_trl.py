@@ -51,6 +51,10 @@ def test_sft_trains_on_retrieved_neighbors(saved, texts, tokenizer, tmp_path, wa
     calls.clear()
     trainer.train()
     assert len(calls) == 4  # each step asks once, for the chunks of its batch
+    if way != "packed":  # cut from one stream of text; all else keeps each text to itself
+        rows = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
+        own = {tuple(row[start : start + CHUNK]) for row in rows for start in range(0, len(row), CHUNK)}
+        assert {chunk for call in calls for chunk in call} <= own
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(losses) == 4 and all(map(math.isfinite, losses + norms))
