@@ -4,13 +4,21 @@ Letters: B rows, T columns (tokens) of this call, L columns so far with those in
 A column's *content position* is the number of real tokens before it in its row; chunk u is positions [u·m, (u+1)·m).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
+class Movable:
+    """A dataclass of tensors that accelerate takes along to a layer's device, as it does with whatever has `to`."""
+
+    def to(self, device: torch.device, **kwargs) -> "Movable":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Movable)}
+        return replace(self, **{name: value.to(device, **kwargs) for name, value in tensors.items()})
+
+
 @dataclass
-class ChunkGrid:
+class ChunkGrid(Movable):
     """The chunks of one call; padding may stand anywhere in a row.
 
     positions:   (B, T) content position of each column, -1 for padding.
@@ -162,7 +170,7 @@ class PackedChunkGrid(ChunkGrid):
 
 
 @dataclass
-class Readers:
+class Readers(Movable):
     """Columns grouped by the chunk that they read, G groups of w places.
 
     slot_columns: (B, G·w) the column in each place (column 0 in places that nobody takes).

@@ -11,12 +11,12 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attentio
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, Readers, take_chunks
+from .chunk_grid import ChunkGrid, Movable, Readers, take_chunks
 from .neighbor_encoder import open_if_empty
 
 
 @dataclass
-class Reading:
+class Reading(Movable):
     """What the cross-attention layers of one call share: who reads which chunk, and which neighbour tokens exist.
 
     readers:        this call's columns, grouped by the chunk that they read (G groups).

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, PackedChunkGrid, take_rows
+from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
 from .generation import RetroGenerationMixin
 from .neighbor_encoder import NeighborEncoder
@@ -29,7 +29,7 @@ from .sharing import SharingMixin
 
 
 @dataclass
-class EncoderCall:
+class EncoderCall(Movable):
     """The neighbour encoder and one call's inputs to it, but for the chunks' states, which the decoder has yet to compute.
 
     token_embeds (B, C, k, r, d), attention_mask (B, C, k, r), both None if no chunk completes; cache to remember states.
@@ -49,7 +49,7 @@ class EncoderCall:
             return None
         columns = self.grid.chunk_columns(self.token_embeds.shape[1], states.shape[1])
         chunk_states = take_rows(states, columns).unflatten(1, (-1, self.grid.chunk_size))
-        return self.encoder(self.token_embeds, self.attention_mask, chunk_states)
+        return self.encoder(self.token_embeds, self.attention_mask, chunk_states).to(states.device)
 
 
 class RetroBlock(GPT2Block):

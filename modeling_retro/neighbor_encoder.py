@@ -61,7 +61,7 @@ class NeighborEncoder(nn.Module):
     ) -> torch.Tensor:  # (B, C, k·r, d)
         batch_size, num_chunks, num_neighbors, neighbor_length, dim = token_embeds.shape
         positions = torch.arange(neighbor_length, device=token_embeds.device)
-        hidden_states = self.drop(token_embeds + self.wpe(positions))
+        hidden_states = self.drop(token_embeds + self.wpe(positions).to(token_embeds.device))
         hidden_states = hidden_states.view(-1, neighbor_length, dim)
         mask = create_bidirectional_mask(
             config=self.config,

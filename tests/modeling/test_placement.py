@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin, cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import BitsAndBytesConfig
@@ -15,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from modeling_retro import RetroForCausalLM
 
 from .by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, retrieving_model
-from .conftest import VOCAB
+from .conftest import VOCAB, small_model
 from .test_training_features import gradients, training_batch, without_dropout
 
 
@@ -62,6 +64,34 @@ def test_an_offloaded_model_is_the_same_model(where, tmp_path):
         disk_offload(offloaded, str(tmp_path), execution_device=device)
     assert all(parameter.is_meta for parameter in offloaded.parameters())
     _assert_same_model(offloaded, model)
+
+
+@pytest.mark.parametrize(
+    "second", [["h.2", "h.3", "ln_f"], ["h.1", "h.3"], ["encoder."], ["encoder.layers.1", "encoder.wpe"]], ids=str
+)
+@torch.no_grad()
+def test_a_model_on_two_devices_moves_all_that_its_layers_share(second):
+    """Two devices are acted by tensors without data, which refuse to be mixed as those of two GPUs do."""
+
+    def device(name):
+        return f"cpu:{int(name.removeprefix('transformer.').startswith(tuple(second)))}"
+
+    model, batch = small_model(), training_batch()
+    units = {name: module for name, module in model.named_modules() if not list(module.children())}
+    units |= {n: m for n, m in model.named_modules() if type(m).__name__ in model._no_split_modules}
+    units["transformer.encoder"] = model.transformer.encoder
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, module in model.named_modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                place = torch.empty(parameter.shape, device=device(name))
+                setattr(module, key, torch.nn.Parameter(place, requires_grad=False))
+        for name, module in units.items():
+            if not any(name.startswith(f"{other}.") for other in units if other != "transformer.encoder"):
+                hook = AlignDevicesHook(device(name), skip_keys=model._skip_keys_device_placement)
+                add_hook_to_module(module, hook)
+        inputs = {name: torch.empty_like(value, device="cpu:0") for name, value in batch.items()}
+        output = model(**inputs, use_cache=False)
+    assert output.logits.shape == (*batch["input_ids"].shape, VOCAB)
 
 
 @torch.no_grad()
