@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
@@ -23,6 +24,9 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
             self.cross_attention = GPT2Attention(config, is_cross_attention=True, layer_idx=layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
+        if config.activation_function == "gelu_new":
+            # the same function in one kernel: the encoder has no GPT-2 weights to be equal to, to the last bit
+            self.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
     def forward(
         self,
