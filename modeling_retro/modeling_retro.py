@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from configuration_retro import RetroConfig
 
+from .activation import LeanGELU
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
@@ -57,6 +58,8 @@ class RetroBlock(GPT2Block):
 
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
+        if config.activation_function == "gelu_new":
+            self.mlp.act = LeanGELU()
         if layer_idx in config.cca_layers:
             self.ln_cca = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
             self.cca = ChunkedCrossAttention(config, layer_idx=layer_idx)

@@ -1,0 +1,29 @@
+"""The decoder's activation is GPT-2's to the last bit; its gradient is the function's, in float64."""
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from modeling_retro.activation import LeanGELU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_gpt2s_to_the_last_bit(dtype):
+    states = torch.linspace(-12, 12, 4001).to(dtype)
+    assert torch.equal(LeanGELU()(states), ACT2FN["gelu_new"](states))
+
+
+def test_the_gradient_is_that_of_the_function():
+    states = torch.linspace(-12, 12, 4001, requires_grad=True)
+    LeanGELU()(states).sum().backward()
+    exact = torch.linspace(-12, 12, 4001).double().requires_grad_()
+    ACT2FN["gelu_new"](exact).sum().backward()
+    torch.testing.assert_close(states.grad.double(), exact.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_one_tensor_is_kept_for_the_gradient():
+    kept = []
+    states = torch.randn(64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        LeanGELU()(states)
+    assert [tensor.shape for tensor in kept] == [states.shape]
