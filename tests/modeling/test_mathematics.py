@@ -162,6 +162,46 @@ def test_freeze_backbone_leaves_the_new_parameters_and_no_others(tmp_path):
     assert backbone < {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "decoder", "new"),
+    [
+        ({"n_layer": 12, "n_embd": 768, "n_head": 12}, 124_439_808, 23_732_736),
+        ({"n_layer": 48, "n_embd": 1600, "n_head": 25}, 1_557_611_200, 225_686_400),
+    ],
+)
+def test_freeze_backbone_trains_what_the_documentation_says(sizes, decoder, new):
+    with torch.device("meta"):
+        model = RetroForCausalLM(RetroConfig(**sizes))
+    model.freeze_backbone()
+    assert model.num_parameters(only_trainable=True) == new
+    assert model.num_parameters() - new == decoder
+
+
+def test_after_retrofitting_the_frozen_model_is_its_gpt2_to_the_last_bit(tmp_path):
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=64)).eval()
+    gpt2.save_pretrained(tmp_path)
+    settings = {"chunk_size": CHUNK, "num_neighbors": NEIGHBORS, "neighbor_length": LENGTH, "cca_layers": [1, 3]}
+    model = RetroForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", **settings)
+    model.freeze_backbone()
+    tokens = torch.tensor([random_tokens(3 * CHUNK, seed=4)])
+    ids, mask = neighbor_tensors([RowNeighbors(3, seed=4).chunks], 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    model.train()
+    for _ in range(3):
+        model(tokens, neighbor_ids=ids, neighbor_attention_mask=mask, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    original = dict(gpt2.named_parameters())
+    assert all(torch.equal(value, original[name]) for name, value in model.named_parameters() if name in original)
+    gpt2.set_attn_implementation("eager")
+    expected = gpt2(tokens).logits
+    assert torch.equal(model(tokens, use_retrieval=False).logits, expected)
+    read = model(tokens, neighbor_ids=ids, neighbor_attention_mask=mask).logits
+    assert not torch.allclose(read[:, CHUNK:], expected[:, CHUNK:], atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_masked_neighbors_is_finite(model, dtype):
     tokens, neighbors = random_tokens(3 * CHUNK, seed=9), RowNeighbors(3, seed=9, missing={0, 2}).chunks
