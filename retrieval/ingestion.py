@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .chunking import Chunk, Document, check_chunk_size, document_batches, split_tokens
 from .embedding import Embedder
 from .identity import Identity
-from .store import MilvusStore, content_hash, doc_key, primary_key
+from .store import MilvusStore, content_hash, primary_key
 from .tokenization import BulkTokenizer
 
 WINDOW = 4096  # chunks that are sorted by length together, so that a batch of the model has little padding
@@ -125,11 +125,6 @@ def open_collection(store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embe
         store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
     else:
         store.create(Identity.of(tokenizer, embedder, chunk_size))
-
-
-def share_of(documents: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
-    """The documents that one of several processes ingests: each document belongs to one rank, by its id alone."""
-    return (document for document in documents if doc_key(document.id) % world_size == rank)
 
 
 def read_windows(
