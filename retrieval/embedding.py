@@ -5,7 +5,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 
 from .identity import short_name
 
@@ -35,6 +34,9 @@ class Embedder:
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
     ) -> None:
+        # here and not above: it takes seconds, and a program that embeds nothing should not wait for it
+        from sentence_transformers import SentenceTransformer
+
         self.label = short_name(model)
         self.batch_size = batch_size
         self.model = SentenceTransformer(
