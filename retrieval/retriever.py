@@ -205,6 +205,14 @@ class MilvusRetriever:
                 indices[chunk, place], scores[chunk, place] = row["chunk_index"], row["score"]
         return Neighbors(*map(torch.from_numpy, (ids, mask)), doc_ids, *map(torch.from_numpy, (indices, scores)))
 
+    def describe(self) -> dict[str, str | int]:
+        """What a model card says of the knowledge base: its names and size, never its address."""
+        return {
+            "embedding model": self.embedding_model,
+            "collection": self.collection_name,
+            "chunks": self.store.count(),
+        }
+
     def close(self) -> None:
         """Release the knowledge base; a Milvus Lite file can then be opened by another process."""
         self.store.close()

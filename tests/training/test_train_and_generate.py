@@ -237,7 +237,7 @@ def test_training_pushes_a_model_that_opens_with_its_card(world, tokenizer_folde
     files = hub.files["owner/reader"]
     assert {"config.json", "model.safetensors", "modeling_retro.py", "tokenizer.json", "README.md"} <= set(files)
     card = files["README.md"].decode()
-    assert all(fact in card for fact in ("gain over shuffled", "bits per byte", "texts"))
+    assert all(fact in card for fact in ("gain over shuffled", "bits per byte", "texts", "| chunks | "))
     for name, content in files.items():
         assert b"hf_secret" not in content and b"kb.db" not in content, name
     folder = tmp_path / "pulled"
