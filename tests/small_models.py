@@ -1,9 +1,11 @@
-"""What tests build instead of downloading: a trained byte-level BPE tokenizer, and a fast embedding model."""
+"""What tests build instead of downloading: a trained BPE tokenizer, one of letters, and a fast embedding model."""
+
+import string
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import StaticEmbedding
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
@@ -19,6 +21,16 @@ def train_tokenizer(texts, vocab_size):
         unk_token=eot,
         clean_up_tokenization_spaces=False,
     )
+
+
+def letter_tokenizer(vocab_size, **settings):
+    """One letter or digit a token, at most 62; the last one pads, on the left."""
+    vocab = {character: i for i, character in enumerate((string.ascii_letters + string.digits)[:vocab_size])}
+    letters = Tokenizer(models.BPE(vocab, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters.decoder = decoders.ByteLevel()
+    last = letters.id_to_token(vocab_size - 1)
+    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=last, padding_side="left", **settings)
 
 
 def save_static_embedding(hf_tokenizer, folder, *, dim, seed):

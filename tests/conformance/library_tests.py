@@ -49,11 +49,13 @@ def fetch(folder: Path) -> Path:
             options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
             subprocess.run([*pip, *options], check=True)
             (archive,) = Path(unfinished).glob("*.tar.gz")
+            extracted = Path(unfinished) / f"transformers-{version}" / "tests"
             with tarfile.open(archive) as source:
-                source.extractall(unfinished, filter="data")
-            (Path(unfinished) / f"transformers-{version}" / "tests" / "__init__.py").touch()
+                wanted = [file for file in source if file.name.startswith(f"transformers-{version}/tests/")]
+                source.extractall(unfinished, wanted, filter="data")
+            (extracted / "__init__.py").touch()
             tests.parent.mkdir(exist_ok=True)
-            os.replace(Path(unfinished) / f"transformers-{version}" / "tests", tests)
+            os.replace(extracted, tests)
     return tests
 
 

@@ -18,10 +18,9 @@ class RetroModelTester:
 
     batch_size, seq_length, vocab_size, hidden_size = 3, 12, 99, 32
     num_hidden_layers, num_attention_heads, is_training, pad_token_id = 2, 4, True, 98
-    chunk_size_, num_neighbors, neighbor_length = 4, 2, 8
+    chunk_size, num_neighbors, neighbor_length = 4, 2, 8
 
-    def __init__(self, parent, with_neighbors: bool):
-        self.parent = parent
+    def __init__(self, with_neighbors: bool):
         self.with_neighbors = with_neighbors
 
     def get_config(self) -> RetroConfig:
@@ -31,7 +30,7 @@ class RetroModelTester:
             n_embd=self.hidden_size,
             n_layer=self.num_hidden_layers,
             n_head=self.num_attention_heads,
-            chunk_size=self.chunk_size_,
+            chunk_size=self.chunk_size,
             num_neighbors=self.num_neighbors,
             neighbor_length=self.neighbor_length,
             cca_layers=[1],
@@ -47,7 +46,7 @@ class RetroModelTester:
             "attention_mask": torch.ones(tokens, dtype=torch.long),
         }
         if self.with_neighbors:
-            chunks = self.seq_length // self.chunk_size_
+            chunks = self.seq_length // self.chunk_size
             shape = (self.batch_size, chunks, self.num_neighbors, self.neighbor_length)
             # the tests of smaller vocabularies cut input_ids down, which they know, and not these
             inputs["neighbor_ids"] = torch.randint(0, self.vocab_size // 2, shape)
@@ -66,7 +65,7 @@ class Conformance(
     with_neighbors: bool
 
     def setUp(self):
-        self.model_tester = RetroModelTester(self, self.with_neighbors)
+        self.model_tester = RetroModelTester(self.with_neighbors)
         self.config_tester = configuration.ConfigTester(self, config_class=RetroConfig, n_embd=37)
 
     def test_config(self):

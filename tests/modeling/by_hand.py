@@ -57,9 +57,14 @@ def left_padded(prompts):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def chunks_of(tokens):
+    """The complete chunks of a row."""
+    return [tuple(tokens[start : start + CHUNK]) for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
+
+
 def next_token_logits(model, tokens):
     """The truth: one forward of the whole row, its neighbours looked up by hand."""
-    chunks = [tokens[start : start + CHUNK] for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
+    chunks = chunks_of(tokens)
     if not chunks:
         return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]
     found = HashRetriever().retrieve(torch.tensor(chunks))

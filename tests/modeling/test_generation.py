@@ -1,15 +1,13 @@
 """Generation with a retriever: the same text with and without a cache, each chunk searched once, and what was read."""
 
-import string
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+from transformers import GPT2LMHeadModel, pipeline
 
 from modeling_retro import RetroForCausalLM
 
-from .by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, next_token_logits, retrieving_model
+from ..small_models import letter_tokenizer
+from .by_hand import PROMPTS, HashRetriever, chunks_of, greedy_by_hand, left_padded, next_token_logits, retrieving_model
 from .conftest import CHUNK, VOCAB, random_tokens, small_model
 
 
@@ -34,9 +32,7 @@ def test_each_chunk_is_searched_once_and_the_prompts_chunks_together(model, use_
         **batch, max_new_tokens=2 * CHUNK + 1, do_sample=False, use_cache=use_cache, return_dict_in_generate=True
     )
     calls = model.retriever.calls
-    prompt_chunks = {
-        tuple(prompt[start : start + CHUNK]) for prompt in PROMPTS for start in range(0, len(prompt) - CHUNK + 1, CHUNK)
-    }
+    prompt_chunks = {chunk for prompt in PROMPTS for chunk in chunks_of(prompt)}
     assert set(calls[0]) == prompt_chunks
     searched = [chunk for call in calls for chunk in call]
     assert len(searched) == len(set(searched))
@@ -161,14 +157,7 @@ def test_from_pretrained_takes_a_retriever_and_saves_none(model, tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    """One letter or digit a token."""
-    vocab = {character: i for i, character in enumerate((string.ascii_letters + string.digits)[:VOCAB])}
-    letters = Tokenizer(models.BPE(vocab, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token=letters.id_to_token(VOCAB - 1), padding_side="left"
-    )
+    return letter_tokenizer(VOCAB)
 
 
 def test_a_stop_string_ends_the_text(model, tokenizer):

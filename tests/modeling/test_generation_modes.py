@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
-from .by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, next_token_logits, retrieving_model
+from .by_hand import PROMPTS, HashRetriever, chunks_of, greedy_by_hand, left_padded, next_token_logits, retrieving_model
 from .conftest import CHUNK, VOCAB, random_tokens, small_config
 
 STEPS = 3 * CHUNK + 2
@@ -158,13 +158,9 @@ def test_embeddings_may_stand_for_the_prompt(model, prompt):
     # what is known by its embedding alone cannot be searched; what is written after it can
     alone = model.generate(inputs_embeds=embeds, **GREEDY)
     assert torch.equal(alone, model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY))
-    assert all(chunk in _chunks(alone[0].tolist()) for call in model.retriever.calls for chunk in call)
+    assert all(chunk in chunks_of(alone[0].tolist()) for call in model.retriever.calls for chunk in call)
     with_ids = model.generate(prompt, inputs_embeds=embeds, **GREEDY)
     assert with_ids[0].tolist() == greedy_by_hand(model, PROMPT, STEPS)
-
-
-def _chunks(tokens):
-    return [tuple(tokens[start : start + CHUNK]) for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
 
 
 @pytest.mark.parametrize("use_retrieval", [True, False])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .by_hand import HashRetriever, retrieving_model
+from .by_hand import HashRetriever, chunks_of, retrieving_model
 from .conftest import CHUNK, random_tokens
 
 LENGTHS = [[CHUNK - 1, 2 * CHUNK + 1, CHUNK, 1, 3 * CHUNK - 1], [7 * CHUNK]]
@@ -13,10 +13,6 @@ PACKED = {
     "position_ids": torch.tensor([[place for length in row for place in range(length)] for row in LENGTHS]),
     "use_cache": False,
 }
-
-
-def chunks_of(text):
-    return [text[start : start + CHUNK] for start in range(0, len(text) - CHUNK + 1, CHUNK)]
 
 
 @pytest.fixture(params=["eager", "sdpa"])
@@ -34,7 +30,7 @@ def assert_each_as_if_alone(model, logits):
 def test_each_text_reads_the_neighbors_of_its_own_chunks(model):
     with torch.no_grad():
         logits = model(**PACKED).logits
-    assert model.retriever.calls == [[tuple(c) for row in TEXTS for text in row for c in chunks_of(text)]]
+    assert model.retriever.calls == [[chunk for row in TEXTS for text in row for chunk in chunks_of(text)]]
     assert_each_as_if_alone(model, logits)
 
 

@@ -135,9 +135,8 @@ def flash_kernel(calls):
 def test_flash_attention_gets_what_it_can_take_and_gives_the_same_logits(monkeypatch):
     """The kernel needs a GPU, so it is replaced where transformers calls it; all up to there is real."""
     batch = training_batch()
-    model = (
-        small_model().double()
-    )  # for float32, which the kernel does not have, the library would look for half weights
+    # in float32, which the kernel does not have, the library would look for half weights
+    model = small_model().double()
     expected = model(**batch)
     calls = []
     monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_kernel(calls))

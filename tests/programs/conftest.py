@@ -1,24 +1,16 @@
 """A saved model with its tokenizer, as other people's programs open it, and text for it to read."""
 
-import string
-
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ..modeling.by_hand import retrieving_model
 from ..modeling.conftest import VOCAB, random_tokens
+from ..small_models import letter_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """One letter or digit a token; the last one ends a text and pads."""
-    vocab = {character: i for i, character in enumerate((string.ascii_letters + string.digits)[:VOCAB])}
-    letters = Tokenizer(models.BPE(vocab, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters.decoder = decoders.ByteLevel()
-    last = letters.id_to_token(VOCAB - 1)
-    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=last, eos_token=last, padding_side="left")
+    """The token that pads ends a text, too."""
+    return letter_tokenizer(VOCAB, eos_token=letter_tokenizer(VOCAB).pad_token)
 
 
 @pytest.fixture(scope="session")
