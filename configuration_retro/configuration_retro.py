@@ -77,9 +77,8 @@ class RetroConfig(GPT2Config):
                 f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint; RETRO is built on GPT-2 ones (or "
                 "loaded from RETRO ones)."
             )
-        if (
-            model_type == "gpt2" and not Path(pretrained_model_name_or_path).exists()
-        ):  # a path is nobody else's business
+        # a name of the hub, that is: a path is nobody else's business
+        if model_type == "gpt2" and not Path(pretrained_model_name_or_path).exists():
             config_dict["base_model"] = str(pretrained_model_name_or_path)
         return {**config_dict, "model_type": cls.model_type}, kwargs
 

@@ -68,19 +68,17 @@ class RetroGenerationMixin(GenerationMixin):
         if not use_retrieval:
             return model_inputs
 
+        tokens = model_inputs.get("input_ids")
+        if tokens is None:
+            tokens = torch.full(model_inputs["inputs_embeds"].shape[:2], -1, device=self.device)
         log = RetrievalLog() if retrieval_log is None else retrieval_log
         if log.prompt_mask is None:
-            prompt = model_inputs.get("input_ids")
-            prompt = model_inputs["inputs_embeds"][..., 0] if prompt is None else prompt
-            log.prompt_mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
+            log.prompt_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         given = kwargs.get("neighbor_ids") is not None
         if not given and self.retriever is None:
             return model_inputs
 
         past_length = 0 if past_key_values is None else past_key_values.past_length
-        tokens = model_inputs.get("input_ids")
-        if tokens is None:
-            tokens = torch.full(model_inputs["inputs_embeds"].shape[:2], -1, device=self.device)
         grid = ChunkGrid.build(
             self.config.chunk_size,
             *tokens.shape,

@@ -16,6 +16,7 @@ class Retriever(Protocol):
 
     `retrieve(chunks)` takes (n, m) token ids and returns an object with `ids` (n, k, r) int64, `attention_mask`
     (n, k, r) bool, `doc_ids` (n lists of k names or None), `chunk_indices` (n, k) int64 and `scores` (n, k) float.
+    If it has `describe()`, the model card shows the names and values that this returns.
     """
 
     chunk_size: int

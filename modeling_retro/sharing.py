@@ -30,7 +30,7 @@ class SharingMixin:
 
     def model_card(self, repo_id: str) -> ModelCard:
         """The card that `push_to_hub` writes: see [`model_card.model_card`]."""
-        describe = getattr(getattr(self, "retriever", None), "describe", dict)
+        describe = getattr(self.retriever, "describe", dict)  # without a retriever there is nothing to tell
         return model_card(self.config, repo_id, describe(), self.evaluation)
 
     def _upload_modified_files(self, working_dir, repo_id: str, files_timestamps: dict[str, float], **kwargs):
@@ -55,6 +55,6 @@ def write_code(model: PreTrainedModel, folder: str | Path) -> None:
 
 def code_files(model: PreTrainedModel) -> list[Path]:
     """The modules that define a model and its configuration, and all that they import of this project."""
-    modeling, configuration = (sys.modules[cls.__module__].__file__ for cls in (SharingMixin, type(model.config)))
-    modeling = str(Path(modeling).with_name("modeling_retro.py"))
+    modeling = str(Path(__file__).with_name("modeling_retro.py"))
+    configuration = sys.modules[type(model.config).__module__].__file__
     return [Path(file) for file in sorted({modeling, configuration, *get_relative_import_files(modeling)})]
