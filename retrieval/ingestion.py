@@ -132,13 +132,11 @@ def read_windows(
     tokenizer: BulkTokenizer,
     chunk_size: int,
     there: Callable[[Iterable[str]], dict[str, int]],
-    size: int = WINDOW,
 ) -> Iterator[Window]:
-    """What is to be done, window by window.
+    """What is to be done, window by window: each ends with the documents that bring it to WINDOW new chunks or documents.
 
     Args:
         there: document ids → primary key and content hash of the rows that they have.
-        size: a window ends with the documents that bring it to so many new chunks, or so many documents.
     """
     window = Window()
     # the documents of this window, of the one that is embedded, and of those with writes that may still wait
@@ -154,7 +152,7 @@ def read_windows(
             recent.append(window.doc_ids)
         _add_documents(window, latest, tokenizer, chunk_size, there(latest))
         window.report.documents += len(batch)
-        if len(window.new) >= size or len(window.doc_ids) >= size:
+        if len(window.new) >= WINDOW or len(window.doc_ids) >= WINDOW:
             yield window
             window = Window()
             recent.append(window.doc_ids)

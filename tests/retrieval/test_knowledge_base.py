@@ -80,6 +80,16 @@ def test_ingesting_again_writes_nothing_and_a_changed_document_leaves_no_stale_c
     assert report.chunks_deleted > 0
 
 
+def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, embedder):
+    """So much later that its first text may still be on its way into the collection."""
+    long, short = "a long text that takes several chunks " * 4, "a short one"
+    others = [Document(f"doc{number}", f"text number {number}") for number in range(600)]
+    store, report = build(uri, [Document("again", long), *others, Document("again", short)], tokenizer, embedder)
+    assert report.documents == 602
+    assert rows_of(store) == expected_rows([*others, Document("again", short)], tokenizer)
+    store.close()
+
+
 def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents, tokenizer, embedder, hf_tokenizer):
     store, _ = build(uri, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, hf_tokenizer, embedder, num_neighbors=4)
