@@ -1,7 +1,9 @@
 """Time and peak memory of RETRO's forward and training step, beside GPT2LMHeadModel and retro-pytorch of the same sizes.
 
-    pip install retro-pytorch==0.3.9      # its side; --sides leaves it out
+    pip install transformers retro-pytorch==0.3.9 'pyarrow<20'    # beside torch, in an environment of their own: it wants numpy 1
     python benchmarks/model_speed.py      # gpt2-small, 4 rows of 1024 tokens, random weights, float32, no dropout
+
+`--sides` leaves sides out.
 
 Each side has a process of its own, so that its memory is its own; the sides take turns, round by round. A step is forward
 and backward with the loss. Memory is the most that the process (or the GPU) held in the measured steps.
