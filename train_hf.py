@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from configuration_retro import RetroConfig
 from evaluation_retro import Evaluation, byte_lengths, sequence_nats
 from modeling_retro import RetroForCausalLM
 from modeling_retro.sharing import write_code
-from retrieval import BulkTokenizer, KnowledgeBaseError, read_documents
+from retrieval import BulkTokenizer, KnowledgeBaseError, read_all
 from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.chunking import tokenize_documents
 from retrieval.collator import RetroDataCollator
@@ -347,9 +346,7 @@ def pack_sources(
     """The documents of all sources as sequences of block_size tokens, in their order."""
 
     def sequences() -> Iterator[dict]:
-        documents = chain.from_iterable(
-            read_documents(source, data.text_field, data.doc_id_field) for source in sources
-        )
+        documents = read_all(sources, data.text_field, data.doc_id_field)
         tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, tokenizer))
         return pack(tokenized, data.block_size or config.n_positions, config.chunk_size, tokenizer.eos_token_id)
 

@@ -1,30 +1,43 @@
 """RETRO's knowledge base: text → chunks → vectors → Milvus, and neighbors back."""
 
+from .bulk import write_bulk_files
 from .chunking import Chunk, Document, chunk_documents
+from .connection import TLS, MilvusConnection
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
+from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .identity import Identity
-from .ingestion import IngestReport, ingest
+from .indexes import IndexSettings
+from .ingestion import IngestReport, documents_of_rank, ingest
 from .retriever import MilvusRetriever, Neighbors
-from .sources import documents_from_rows, read_documents
+from .sources import documents_from_rows, read_all, read_documents
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
 __all__ = [
     "DEFAULT_EMBEDDING_MODEL",
+    "TLS",
     "BulkTokenizer",
     "Chunk",
     "Document",
     "Embedder",
     "Identity",
     "IdentityMismatch",
+    "IndexSettings",
     "IngestReport",
     "KnowledgeBaseError",
+    "MilvusConnection",
     "MilvusRetriever",
     "MilvusStore",
     "Neighbors",
     "chunk_documents",
     "documents_from_rows",
+    "documents_of_rank",
+    "export_knowledge_base",
+    "import_knowledge_base",
     "ingest",
+    "push_knowledge_base",
+    "read_all",
     "read_documents",
+    "write_bulk_files",
 ]

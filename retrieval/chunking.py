@@ -1,8 +1,9 @@
 """Chunking: documents → token chunks of a fixed length, each with the tokens that follow it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from .filters import Scalar, check_metadata
 from .tokenization import BulkTokenizer
 
 # Documents are tokenized in batches: enough text to keep the threads busy, little enough to forget about memory.
@@ -14,13 +15,19 @@ BATCH_CHARACTERS = 1_000_000
 class Document:
     """A text and the id under which the knowledge base knows it. Both may be any Unicode text.
 
+    Attributes:
+        metadata: what else is known of it, such as source, date and licence; searches and deletions can be filtered by it.
+            Up to 32 named strings, finite numbers and truth values.
+
     Raises:
-        ValueError: the id is empty, or either contains a lone surrogate (half a character, which UTF-8 cannot write).
+        ValueError: the id is empty, either contains a lone surrogate (half a character, which UTF-8 cannot write), or the
+            metadata cannot be stored.
         TypeError: either is not a string.
     """
 
     id: str
     text: str
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("text", self.text)):
@@ -35,6 +42,7 @@ class Document:
                 ) from None
         if not self.id:
             raise ValueError("A document needs an id that is not empty.")
+        check_metadata(self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +54,22 @@ class Chunk:
         index: the chunk's number in its document, from 0.
         tokens: 1 to chunk_size token ids; fewer than chunk_size only in the last chunk of a document.
         continuation: the up to chunk_size token ids that follow in the document; empty for the last chunk.
+        metadata: the document's.
     """
 
     doc_id: str
     index: int
     tokens: Sequence[int]
     continuation: Sequence[int]
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def split_tokens(doc_id: str, tokens: Sequence[int], chunk_size: int) -> Iterator[Chunk]:
+def split_tokens(document: Document, tokens: Sequence[int], chunk_size: int) -> Iterator[Chunk]:
     """Cut one document's tokens into chunks."""
     for index, start in enumerate(range(0, len(tokens), chunk_size)):
         middle = start + chunk_size
-        yield Chunk(doc_id, index, tokens[start:middle], tokens[middle : middle + chunk_size])
+        continuation = tokens[middle : middle + chunk_size]
+        yield Chunk(document.id, index, tokens[start:middle], continuation, document.metadata)
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: BulkTokenizer) -> Iterator[tuple[Document, list[int]]]:
@@ -77,7 +88,7 @@ def chunk_documents(documents: Iterable[Document], tokenizer: BulkTokenizer, chu
     """
     check_chunk_size(chunk_size)
     for document, tokens in tokenize_documents(documents, tokenizer):
-        yield from split_tokens(document.id, tokens, chunk_size)
+        yield from split_tokens(document, tokens, chunk_size)
 
 
 def check_chunk_size(chunk_size: int) -> None:

@@ -65,7 +65,14 @@ class RetroDataCollator:
                 for feature, count in zip(features, complete.tolist(), strict=True)
                 for still_to_come in _documents_from_chunk_on(feature["doc_ids"])[:count]
             ]
-            found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude)
+            following = {}
+            if getattr(self.retriever, "max_leakage", None) is not None:
+                following["continuations"] = [
+                    feature["input_ids"][(chunk + 1) * chunk_size : (chunk + 2) * chunk_size]
+                    for feature, count in zip(features, complete.tolist(), strict=True)
+                    for chunk in range(count)
+                ]
+            found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
             neighbor_ids[used] = found.ids
             neighbor_attention_mask[used] = found.attention_mask
         return {"neighbor_ids": neighbor_ids, "neighbor_attention_mask": neighbor_attention_mask}

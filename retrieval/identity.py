@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .embedding import Embedder
     from .tokenization import BulkTokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: metadata
 
 # Cosine of two probes of the same model. Half precision and other hardware stay above 0.9999; other models are far off.
 PROBE_SIMILARITY = 0.999
@@ -84,6 +84,19 @@ class Identity:
             f"{where} has format version {version}; this installation reads version {FORMAT_VERSION}. Ingest it again, "
             "or install the version of transformers-retro that wrote it."
         )
+
+    def differences(self, other: "Identity") -> list[str]:
+        """In what two collections could not share rows; names and labels do not count."""
+        different = [
+            f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
+            for name in ("tokenizer_fingerprint", "embedding_dimension", "chunk_size")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if not different and (cosine := _cosine(self.embedding_probe, other.embedding_probe)) < PROBE_SIMILARITY:
+            different.append(
+                f"embedding_model is {self.embedding_model!r} and {other.embedding_model!r} (cosine {cosine:.4f})"
+            )
+        return different
 
     def check(
         self,

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,7 +18,8 @@ from tqdm.auto import tqdm
 from .chunking import Chunk, Document, check_chunk_size, document_batches, split_tokens
 from .embedding import Embedder
 from .identity import Identity
-from .store import MilvusStore, content_hash, primary_key
+from .indexes import IndexSettings
+from .store import MilvusStore, content_hash, doc_key, primary_key
 from .tokenization import BulkTokenizer
 
 WINDOW = 4096  # chunks that are sorted by length together, so that a batch of the model has little padding
@@ -53,6 +55,7 @@ class Window:
         new: the chunks to embed and write, each with its text.
         stale: keys of the rows to delete once those are written.
         doc_ids: the documents that all this is about.
+        sources: where they are from, as far as their metadata tells.
         report: their counts.
         settle: read no further before this window is written.
     """
@@ -60,6 +63,7 @@ class Window:
     new: list[tuple[str, Chunk]] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     doc_ids: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
     report: IngestReport = field(default_factory=IngestReport)
     settle: bool = False
 
@@ -71,6 +75,9 @@ def ingest(
     embedder: Embedder,
     *,
     chunk_size: int = 64,
+    index: IndexSettings | None = None,
+    expected_chunks: int | None = None,
+    vector_dtype: str = "float32",
     progress: bool = False,
 ) -> IngestReport:
     """Bring documents into a collection, which is made if it is not there.
@@ -82,15 +89,17 @@ def ingest(
 
     Args:
         documents: read in another thread than the caller's.
+        index, expected_chunks, vector_dtype: of a collection that is made; as for [`MilvusStore.create`].
         progress: show a progress bar, in chunks.
 
     Raises:
         IdentityMismatch: the collection was made with another tokenizer, embedding model or chunk size.
-        KnowledgeBaseError: Milvus failed, and went on failing when tried again.
+        KnowledgeBaseError: Milvus failed, and went on failing when tried again; or it knows no such index or vectors.
         ValueError: chunk_size or a document id out of its range.
     """
     started = time.monotonic()
-    open_collection(store, tokenizer, embedder, chunk_size)
+    made = {"index": index, "expected_rows": expected_chunks, "vector_dtype": vector_dtype}
+    open_collection(store, tokenizer, embedder, chunk_size, **made)
     # Milvus Lite shows rows that are just going from memory to disk to no reader: it looks up or writes, not both
     turn = threading.Lock()
 
@@ -105,26 +114,43 @@ def ingest(
     def finish(window: Window) -> None:
         with turn:
             store.delete(window.stale)
+            if window.new or window.stale:
+                store.touch(window.sources)
 
     windows = read_windows(documents, tokenizer, chunk_size, there)
     report = embed_windows(windows, embedder, write, finish, progress=progress)
     store.flush()
+    if store.connection.owns_file:  # of several processes that fill a file, one
+        store.fit_index()
     report.seconds = time.monotonic() - started
     return report
 
 
-def open_collection(store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> None:
+def documents_of_rank(documents: Iterable[Document], rank: int, processes: int) -> Iterator[Document]:
+    """This process' share when several, on one machine or many, read the same sources.
+
+    The id decides, so that no document is done twice or left out, and all texts of one id are taken by one process, in
+    their order.
+    """
+    return (document for document in documents if doc_key(document.id) % processes == rank)
+
+
+def open_collection(
+    store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int, **made: Any
+) -> None:
     """Make the collection, or see that the one that is there has the same identity.
+
+    Args:
+        **made: as for [`MilvusStore.create`].
 
     Raises:
         IdentityMismatch: it was made with another tokenizer, embedding model or chunk size.
         ValueError: chunk_size is out of its range.
     """
     check_chunk_size(chunk_size)
-    if store.exists():
-        store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
-    else:
-        store.create(Identity.of(tokenizer, embedder, chunk_size))
+    if not store.exists():
+        store.create(Identity.of(tokenizer, embedder, chunk_size), **made)
+    store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
 
 
 def read_windows(
@@ -132,11 +158,13 @@ def read_windows(
     tokenizer: BulkTokenizer,
     chunk_size: int,
     there: Callable[[Iterable[str]], dict[str, int]],
+    size: int = WINDOW,
 ) -> Iterator[Window]:
-    """What is to be done, window by window: each ends with the documents that bring it to WINDOW new chunks or documents.
+    """What is to be done, window by window: each ends with the documents that bring it to `size` new chunks or documents.
 
     Args:
         there: document ids → primary key and content hash of the rows that they have.
+        size: chunks or documents of a window, at least.
     """
     window = Window()
     # the documents of this window, of the one that is embedded, and of those with writes that may still wait
@@ -152,7 +180,7 @@ def read_windows(
             recent.append(window.doc_ids)
         _add_documents(window, latest, tokenizer, chunk_size, there(latest))
         window.report.documents += len(batch)
-        if len(window.new) >= WINDOW or len(window.doc_ids) >= WINDOW:
+        if len(window.new) >= size or len(window.doc_ids) >= size:
             yield window
             window = Window()
             recent.append(window.doc_ids)
@@ -166,7 +194,7 @@ def _add_documents(
     texts = [document.text for document in documents.values()]
     for document, tokens in zip(documents.values(), tokenizer.encode_batch(texts), strict=True):
         window.report.empty_documents += not tokens
-        for chunk in split_tokens(document.id, tokens, chunk_size):
+        for chunk in split_tokens(document, tokens, chunk_size):
             key = primary_key(chunk.doc_id, chunk.index)
             keys.add(key)
             if there.get(key) == content_hash(chunk):
@@ -178,6 +206,9 @@ def _add_documents(
     window.stale += sorted(stale)
     window.report.chunks_deleted += len(stale)
     window.doc_ids.update(documents)
+    window.sources |= {
+        str(document.metadata["source"]) for document in documents.values() if "source" in document.metadata
+    }
 
 
 def embed_windows(

@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .connection import TLS
 from .embedding import Embedder
 from .errors import KnowledgeBaseError
-from .store import MilvusStore, doc_key
+from .filters import Filter, filter_expression
+from .store import MOST_HITS, MilvusStore, doc_key
 from .tokenization import BulkTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Asked for beyond k when documents are excluded: a chunk's own document mostly gives its few nearest rows.
+# Asked for beyond k when rows may be left out: a chunk's own document mostly gives its few nearest rows.
 OVERFETCH = 8
+
+# A chunk, what follows it in its text where that matters, and the documents that it may not read.
+Query = tuple[tuple[int, ...], tuple[int, ...], frozenset[str]]
+Rows = list[dict[str, Any]]
 
 
 @dataclass
@@ -49,7 +55,13 @@ class MilvusRetriever:
         embedder: the one that it was built with.
         num_neighbors: the paper's k.
         neighbor_length: the paper's r, tokens of a neighbor; default 2 * chunk_size, the chunk and its continuation.
-        cache_size: chunks whose neighbors are remembered, for training over several epochs; 0 remembers none.
+        filter: only documents whose metadata match may be read, such as {"licence": ["mit", "bsd"], "year": {">=": 2000}};
+            [`retrieval.filters`] says what can be asked.
+        max_leakage: leave out neighbors that have a run of tokens in common with the chunk and its continuation which is
+            longer than this share of a chunk (the paper's evaluation filter, section 2.6); None leaves out none. What follows a
+            chunk is known in training only.
+        cache_size: chunks whose neighbors are remembered, for training over several epochs; 0 remembers none. All are
+            forgotten when the collection changes.
         on_retrieval_error: "raise", or "skip" to go on without neighbors (counted in `skipped_chunks`).
 
     Raises:
@@ -65,6 +77,8 @@ class MilvusRetriever:
         *,
         num_neighbors: int = 2,
         neighbor_length: int | None = None,
+        filter: Filter | None = None,
+        max_leakage: float | None = None,
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
     ) -> None:
@@ -86,14 +100,21 @@ class MilvusRetriever:
                 f"neighbor_length is {neighbor_length}; the knowledge base has a chunk and its continuation, "
                 f"{2 * self.chunk_size} tokens."
             )
+        if max_leakage is not None and not 0 <= max_leakage <= 2:
+            raise ValueError(
+                f"max_leakage is a share of a chunk, between 0 and 2 (with what follows it), not {max_leakage}."
+            )
         if on_retrieval_error not in ("raise", "skip"):
             raise ValueError(f"on_retrieval_error must be 'raise' or 'skip', not {on_retrieval_error!r}.")
         if store.count() == 0:
             raise KnowledgeBaseError(f"{store.where} is empty: ingest documents first (`python -m retrieval ingest`).")
+        self.expression = filter_expression(filter or {})
+        self.max_leakage = max_leakage
         self.on_retrieval_error = on_retrieval_error
         self.skipped_chunks = 0
         self.cache_size = cache_size
-        self._cache: OrderedDict[tuple, list[dict[str, Any]]] = OrderedDict()
+        self._cache: OrderedDict[Query, Rows] = OrderedDict()
+        self._cached_revision = ""
 
     @classmethod
     def from_uri(
@@ -103,21 +124,27 @@ class MilvusRetriever:
         *,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,
-        token: str | None = None,
         device: str | torch.device | None = None,
+        token: str | None = None,
+        database: str | None = None,
+        tls: TLS | None = None,
+        timeout: float = 120.0,
+        search_params: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> "MilvusRetriever":
         """Open a knowledge base.
 
         Args:
-            uri: a .db file (Milvus Lite) or http(s)://host:port; default MILVUS_URI.
+            uri, token, database, tls, timeout: as for [`MilvusConnection`].
             tokenizer: the model's.
             embedding_model: where to load it from; default: the name that the collection was built with.
-            token: default MILVUS_TOKEN.
             device: of the embedding model.
+            search_params: as for [`MilvusStore`].
             **kwargs: as for the class.
         """
-        store = MilvusStore.open(uri, collection_name, token=token)
+        store = MilvusStore.open(
+            uri, collection_name, token=token, database=database, tls=tls, timeout=timeout, search_params=search_params
+        )
         try:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
@@ -132,37 +159,36 @@ class MilvusRetriever:
         self,
         chunks: torch.LongTensor | Sequence[Sequence[int]],
         exclude_doc_ids: Sequence[Collection[str]] | None = None,
+        continuations: Sequence[Sequence[int]] | None = None,
     ) -> Neighbors:
         """The k nearest chunks of the knowledge base to each chunk, by the cosine of their embeddings.
 
         Args:
             chunks: (n, chunk_size) token ids, or n lists of ids.
             exclude_doc_ids: for each chunk, documents that none of its neighbors may come from.
+            continuations: for each chunk, the up to chunk_size ids that follow it, for `max_leakage`.
 
         Raises:
             KnowledgeBaseError: the search failed, and went on failing when tried again.
-            ValueError: `exclude_doc_ids` has another length than `chunks`, or a plain string for a chunk.
+            ValueError: an argument has another length than `chunks`, or a plain string stands for a set of documents.
         """
-        rows = chunks.tolist() if isinstance(chunks, torch.Tensor) else [list(chunk) for chunk in chunks]
-        for place, keys in enumerate(() if exclude_doc_ids is None else exclude_doc_ids):
-            if isinstance(keys, str):  # a set of its letters would exclude nothing
-                raise ValueError(f"exclude_doc_ids[{place}] is {keys!r}: give a collection of ids, such as {[keys]!r}.")
-        excluded = [frozenset()] * len(rows) if exclude_doc_ids is None else [*map(frozenset, exclude_doc_ids)]
-        if len(excluded) != len(rows):
-            raise ValueError(f"There are {len(rows)} chunks and exclude_doc_ids for {len(excluded)}.")
-        queries = [(tuple(row), keys) for row, keys in zip(rows, excluded, strict=True)]
-        found = {query: self._cache[query] for query in queries if query in self._cache}
-        missing = [query for query in dict.fromkeys(queries) if query not in found]
-        if missing:
-            try:
+        queries = self._queries(chunks, exclude_doc_ids, continuations)
+        found: dict[Query, Rows] = {}
+        try:
+            if self.cache_size:
+                self._forget_if_changed()
+                found = {query: self._cache[query] for query in queries if query in self._cache}
+            missing = [query for query in dict.fromkeys(queries) if query not in found]
+            if missing:
                 found.update(zip(missing, self._search(missing), strict=True))
-            except KnowledgeBaseError as error:
-                if self.on_retrieval_error == "raise":
-                    raise
-                if not self.skipped_chunks:
-                    logger.warning("Going on without neighbors, as on_retrieval_error='skip' says: %s", error)
-                self.skipped_chunks += len(missing)
-                return self._tensors([[] for _ in queries])
+        except KnowledgeBaseError as error:
+            if self.on_retrieval_error == "raise":
+                raise
+            found = {query: self._cache[query] for query in queries if query in self._cache}
+            if not self.skipped_chunks:
+                logger.warning("Going on without neighbors, as on_retrieval_error='skip' says: %s", error)
+            self.skipped_chunks += len(set(queries) - found.keys())
+            return self._tensors([found.get(query, []) for query in queries])
         for query in queries if self.cache_size else ():
             self._cache[query] = found[query]
             self._cache.move_to_end(query)
@@ -170,26 +196,75 @@ class MilvusRetriever:
                 self._cache.popitem(last=False)
         return self._tensors([found[query] for query in queries])
 
-    def _search(self, queries: list[tuple[tuple[int, ...], frozenset[str]]]) -> list[list[dict[str, Any]]]:
+    def _queries(self, chunks, exclude_doc_ids, continuations) -> list[Query]:
+        rows = chunks.tolist() if isinstance(chunks, torch.Tensor) else [list(chunk) for chunk in chunks]
+        for place, keys in enumerate(() if exclude_doc_ids is None else exclude_doc_ids):
+            if isinstance(keys, str):  # a set of its letters would exclude nothing
+                raise ValueError(f"exclude_doc_ids[{place}] is {keys!r}: give a collection of ids, such as {[keys]!r}.")
+        excluded = [frozenset()] * len(rows) if exclude_doc_ids is None else [*map(frozenset, exclude_doc_ids)]
+        following = (
+            [()] * len(rows) if continuations is None or self.max_leakage is None else [*map(tuple, continuations)]
+        )
+        for name, given in (("exclude_doc_ids", excluded), ("continuations", following)):
+            if len(given) != len(rows):
+                raise ValueError(f"There are {len(rows)} chunks and {name} for {len(given)}.")
+        return [(tuple(row), after, keys) for row, after, keys in zip(rows, following, excluded, strict=True)]
+
+    def _forget_if_changed(self) -> None:
+        revision = self.store.revision()
+        if revision != self._cached_revision:
+            self._cache.clear()
+            self._cached_revision = revision
+
+    def _search(self, queries: list[Query]) -> list[Rows]:
         """At most k rows for each query, exactly the best of those allowed."""
-        unique = {tokens: place for place, tokens in enumerate(dict.fromkeys(tokens for tokens, _ in queries))}
+        unique = {tokens: place for place, tokens in enumerate(dict.fromkeys(tokens for tokens, _, _ in queries))}
         vectors = self.embedder.encode([self.tokenizer.decode(list(tokens)) for tokens in unique])
         wanted = self.num_neighbors
-        limit = wanted + (OVERFETCH if any(keys for _, keys in queries) else 0)
-        hits = self.store.search(vectors, limit)
-        results: list[list[dict[str, Any]]] = []
-        again: dict[frozenset[str], list[int]] = {}
-        for number, (tokens, keys) in enumerate(queries):
-            rows = hits[unique[tokens]]
-            results.append([row for row in rows if row["doc_id"] not in keys][:wanted])
-            if len(results[-1]) < wanted and len(rows) == limit:  # there may be more behind those left out
-                again.setdefault(keys, []).append(number)
-        for keys, numbers in again.items():
+        room = OVERFETCH if self.max_leakage is not None or any(keys for _, _, keys in queries) else 0
+        hits = self.store.search(vectors, wanted + room, expression=self.expression)
+        results = [self._allowed(query, hits[unique[query[0]]]) for query in queries]
+        short: dict[frozenset[str], list[int]] = {}
+        for number, (_, _, keys) in enumerate(queries):
+            if len(results[number]) < wanted:  # there may be more behind those left out
+                short.setdefault(keys, []).append(number)
+        for keys, numbers in short.items():
             places = [unique[queries[number][0]] for number in numbers]
-            refound = self.store.search(vectors[np.array(places)], wanted, exclude=map(doc_key, keys))
+            refound = self._search_without(vectors[places], [queries[number] for number in numbers], keys)
             for number, rows in zip(numbers, refound, strict=True):
                 results[number] = rows
         return results
+
+    def _search_without(self, vectors: np.ndarray, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
+        """The same, Milvus leaving out the documents of `keys`, and looking further until k are allowed or all are seen."""
+        matching = {"exclude": [doc_key(key) for key in keys], "expression": self.expression}
+        results: list[Rows] = [[] for _ in queries]
+        left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
+        while left:
+            there = self.store.how_many(**matching, at_most=limit)
+            hits = self.store.search(vectors[left], limit, **matching)
+            missed = [place for place, rows in enumerate(hits) if len(rows) < there]
+            if missed:  # an approximate index does not reach every row through a narrow filter
+                exact = self.store.search_exactly(vectors[left][missed], limit, **matching)
+                for place, rows in zip(missed, exact, strict=True):
+                    hits[place] = rows
+            for number, rows in zip(left, hits, strict=True):
+                results[number] = self._allowed(queries[number], rows)
+            if there < limit or limit == MOST_HITS:
+                break
+            left = [number for number in left if len(results[number]) < self.num_neighbors]
+            limit = min(8 * limit, MOST_HITS)
+        return results
+
+    def _allowed(self, query: Query, rows: Rows) -> Rows:
+        """The first k of these rows that this chunk may read."""
+        tokens, following, keys = query
+        rows = [row for row in rows if row["doc_id"] not in keys]
+        if self.max_leakage is not None:
+            run = int(self.max_leakage * self.chunk_size) + 1  # the shortest that is too long
+            text = runs((*tokens, *following), run)
+            rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
+        return rows[: self.num_neighbors]
 
     def _tensors(self, found: list[list[dict[str, Any]]]) -> Neighbors:
         n, k, r = len(found), self.num_neighbors, self.neighbor_length
@@ -205,14 +280,20 @@ class MilvusRetriever:
                 indices[chunk, place], scores[chunk, place] = row["chunk_index"], row["score"]
         return Neighbors(*map(torch.from_numpy, (ids, mask)), doc_ids, *map(torch.from_numpy, (indices, scores)))
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int | list[str]]:
         """What a model card says of the knowledge base: its names and size, never its address."""
         return {
             "embedding model": self.embedding_model,
             "collection": self.collection_name,
             "chunks": self.store.count(),
+            "sources": self.store.sources(),
         }
 
     def close(self) -> None:
         """Release the knowledge base; a Milvus Lite file can then be opened by another process."""
         self.store.close()
+
+
+def runs(tokens: Sequence[int], length: int) -> set[tuple[int, ...]]:
+    """All runs of `length` tokens. Two texts have a run of at least that length in common if these sets have a member in common."""
+    return {tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)}

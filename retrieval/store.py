@@ -1,32 +1,42 @@
 """MilvusStore: the one collection of a knowledge base, on Milvus Lite, a server or a cluster alike."""
 
 import hashlib
+import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import grpc
 import numpy as np
-from pymilvus import DataType, MilvusClient, MilvusException
-from pymilvus.milvus_client import IndexParams
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from pymilvus import DataType, MilvusClient
+from pymilvus.orm.schema import CollectionSchema
 
 from .chunking import Chunk
+from .connection import TLS, MilvusConnection
 from .errors import KnowledgeBaseError
+from .filters import MAX_FIELDS, Filter, all_of, filter_expression, tags
 from .identity import Identity
+from .indexes import IndexSettings, recommend
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
-IDENTITY = "retro.identity"
+# Collection properties. Milvus Lite keeps them and no description.
+IDENTITY, INDEX, REVISION, SOURCES = "retro.identity", "retro.index", "retro.revision", "retro.sources"
 MAX_ID_BYTES = 4096  # of a document id
+MAX_SOURCES = 100  # names of sources that a collection remembers
 ROWS_PER_CALL = 500
-# A Milvus Lite file is served by one embedded server a process, whatever closes a client: stores on it are counted here.
-_OPEN_FILES: Counter[str] = Counter()
-ATTEMPTS = 5
+MOST_HITS = 16384  # that Milvus returns for one vector
+HITS_PER_CALL = 65536  # bounds the size of an answer: some 50 MB with chunks of 64 tokens
+KEYS_PER_CALL = 10_000
+FIELDS = ("pk", "doc_id", "doc_key", "chunk_index", "content_hash", "tokens", "continuation", "metadata", "tags")
+VECTOR_TYPES = {
+    "float32": DataType.FLOAT_VECTOR,
+    "float16": DataType.FLOAT16_VECTOR,
+    "bfloat16": DataType.BFLOAT16_VECTOR,
+}
+HALF_SINCE = (2, 4)
 
 
 def doc_key(doc_id: str) -> int:
@@ -40,61 +50,79 @@ def primary_key(doc_id: str, chunk_index: int) -> str:
 
 
 def content_hash(chunk: Chunk) -> int:
-    """Changes when the chunk's tokens or those that follow it change."""
-    text = repr((list(chunk.tokens), list(chunk.continuation)))
+    """Changes when the chunk's tokens, those that follow it, or the document's metadata change."""
+    text = repr((list(chunk.tokens), list(chunk.continuation), sorted(chunk.metadata.items())))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def _drop_tracebacks(record: logging.LogRecord) -> bool:
-    return record.exc_info is None
+def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
+    """What is stored of a chunk.
+
+    Raises:
+        ValueError: a document id longer than 4096 bytes.
+    """
+    if len(chunk.doc_id.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"The document id {chunk.doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8.")
+    return {
+        "pk": primary_key(chunk.doc_id, chunk.index),
+        "doc_id": chunk.doc_id,
+        "doc_key": doc_key(chunk.doc_id),
+        "chunk_index": chunk.index,
+        "content_hash": content_hash(chunk),
+        "tokens": list(chunk.tokens),
+        "continuation": list(chunk.continuation),
+        "metadata": dict(chunk.metadata),
+        "tags": tags(chunk.metadata),
+        "embedding": embedding,
+    }
+
+
+def collection_schema(identity: Identity, vector_dtype: str = "float32") -> CollectionSchema:
+    """The columns of a knowledge base."""
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=identity.to_json())
+    schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=64)
+    schema.add_field("doc_id", DataType.VARCHAR, max_length=MAX_ID_BYTES)
+    schema.add_field("doc_key", DataType.INT64)
+    schema.add_field("chunk_index", DataType.INT64)
+    schema.add_field("content_hash", DataType.INT64)
+    for name in ("tokens", "continuation"):
+        schema.add_field(name, DataType.ARRAY, element_type=DataType.INT32, max_capacity=identity.chunk_size)
+    schema.add_field("metadata", DataType.JSON)
+    schema.add_field("tags", DataType.ARRAY, element_type=DataType.INT64, max_capacity=MAX_FIELDS)
+    schema.add_field("embedding", VECTOR_TYPES[vector_dtype], dim=identity.embedding_dimension)
+    return schema
 
 
 class MilvusStore:
-    """Rows of a collection: a chunk, its continuation and its embedding.
+    """Rows of a collection: a chunk, its continuation, its document's metadata, and its embedding.
 
     Args:
-        uri: a file path ending in .db (Milvus Lite) or http(s)://host:port. Default: MILVUS_URI.
+        uri: as for [`MilvusConnection`].
         collection_name: the collection; `create` makes it, `open` expects it.
-        token: "user:password" or an API key, never shown. Default: MILVUS_TOKEN.
+        token, database, tls, timeout: as for [`MilvusConnection`].
+        search_params: parameters of the index for searching, such as {"ef": 128}; what is not named is as it was when the
+            index was made.
 
     Raises:
-        KnowledgeBaseError: no uri; a file in use by another process; no server at the address.
+        KnowledgeBaseError: as [`MilvusConnection`] does.
     """
 
-    def __init__(self, uri: str | os.PathLike | None, collection_name: str, *, token: str | None = None) -> None:
-        uri = os.environ.get("MILVUS_URI") if uri is None else os.fspath(uri)
-        if not uri:
-            raise KnowledgeBaseError(
-                "No knowledge base is named: give a uri (a .db file or http://…) or set MILVUS_URI."
-            )
-        self.uri, self.collection_name = uri, collection_name
-        self.is_file = "://" not in uri
-        if self.is_file and not uri.endswith(".db"):
-            raise KnowledgeBaseError(f"{uri!r} is no server's address, and a Milvus Lite file must end in .db.")
-        token = token or os.environ.get("MILVUS_TOKEN")
-        # Milvus Lite logs a traceback of what is said in one sentence below
-        embedded = logging.getLogger("milvus_lite.server_manager")
-        embedded.addFilter(_drop_tracebacks)
-        try:
-            self.client = MilvusClient(uri, **({"token": token} if token and not self.is_file else {}))
-        except (MilvusException, grpc.RpcError) as error:
-            if self.is_file and Path(uri).exists():
-                raise KnowledgeBaseError(
-                    f"{uri} could not be opened. Milvus Lite lets one process at a time use a file: most likely another "
-                    "one has it open. Wait for that one, or share the knowledge base: start a Milvus server, ingest "
-                    "into it, and pass its address (http://host:19530) instead of the file."
-                ) from error
-            remedy = (
-                "does its folder exist and may it be written?"
-                if self.is_file
-                else "is the server up, and the token right?"
-            )
-            raise KnowledgeBaseError(f"No connection to {self.address}: {remedy}") from error
-        finally:
-            embedded.removeFilter(_drop_tracebacks)
-        self._closed = False
-        if self.is_file:
-            _OPEN_FILES[os.path.abspath(uri)] += 1
+    def __init__(
+        self,
+        uri: str | os.PathLike | None,
+        collection_name: str,
+        *,
+        token: str | None = None,
+        database: str | None = None,
+        tls: TLS | None = None,
+        timeout: float = 120.0,
+        search_params: Mapping[str, int] | None = None,
+    ) -> None:
+        self.collection_name = collection_name
+        self.connection = MilvusConnection(uri, token=token, database=database, tls=tls, timeout=timeout)
+        self._given_search_params = dict(search_params or {})
+        self._index: IndexSettings | None = None
+        self._dtype: np.dtype | None = None
 
     def __repr__(self) -> str:
         return f"MilvusStore({self.where})"
@@ -102,17 +130,20 @@ class MilvusStore:
     @property
     def where(self) -> str:
         """Names the collection in messages."""
-        return f"collection {self.collection_name!r} at {self.address}"
+        return f"collection {self.collection_name!r} at {self.connection.address}"
 
     @property
-    def address(self) -> str:
-        """The uri without the user and password that it may carry."""
-        scheme, separator, rest = self.uri.partition("://")
-        return scheme + separator + rest.rpartition("@")[2]
+    def client(self) -> MilvusClient:
+        """Of the connection, for what this class does not do."""
+        return self.connection.client
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of `MilvusClient`, of this collection; raises KnowledgeBaseError when it fails for good."""
+        return self.connection.call(method, self.collection_name, *args, **kwargs)
 
     @classmethod
-    def open(cls, uri: str | os.PathLike | None, collection_name: str, *, token: str | None = None) -> "MilvusStore":
-        """Open a knowledge base that exists.
+    def open(cls, uri: str | os.PathLike | None, collection_name: str, **kwargs: Any) -> "MilvusStore":
+        """Open a knowledge base that exists; arguments as for the class.
 
         Raises:
             KnowledgeBaseError: there is no such file, or no such collection in it.
@@ -122,51 +153,76 @@ class MilvusStore:
             raise KnowledgeBaseError(
                 f"There is no knowledge base file {path}: build it with `python -m retrieval ingest`."
             )
-        store = cls(uri, collection_name, token=token)
-        if not store.exists():
-            there = ", ".join(map(repr, sorted(store.call(store.client.list_collections)))) or "none"
+        store = cls(uri, collection_name, **kwargs)
+        try:
+            if not store.exists():
+                there = ", ".join(map(repr, sorted(store.connection.call("list_collections")))) or "none"
+                raise KnowledgeBaseError(f"There is no {store.where}; collections there: {there}.")
+        except BaseException:
             store.close()
-            raise KnowledgeBaseError(f"There is no {store.where}; collections there: {there}.")
+            raise
         return store
 
     def exists(self) -> bool:
         """Whether the collection is there; if so, it is loaded, since rows can be read from a loaded one only."""
-        if not self.call(self.client.has_collection, self.collection_name):
+        if not self.call("has_collection"):
             return False
-        if not self.call(self.client.list_indexes, self.collection_name):  # killed between making it and its index
-            self.call(self.client.create_index, self.collection_name, self._index())
-        if self.is_file:  # rows that a killed process left in the log are searched 30 times slower than those on disk
+        if not self.call("list_indexes"):  # killed between making it and its index
+            self.call("create_index", self._index_params(self.index()))
+        if self.connection.owns_file:  # rows that a killed process left in the log are searched 30 times slower
             self.flush()
-        self.call(self.client.load_collection, self.collection_name)
+        self.call("load_collection")
         return True
 
-    def _index(self) -> IndexParams:
-        index = self.client.prepare_index_params()
-        if self.is_file:  # exact, and some 20 ms a search at 20,000 chunks
-            index.add_index("embedding", index_type="FLAT", metric_type="IP")
-        else:
-            index.add_index("embedding", index_type="HNSW", metric_type="IP", params={"M": 16, "efConstruction": 200})
-        return index
+    def create(
+        self,
+        identity: Identity,
+        *,
+        index: IndexSettings | None = None,
+        expected_rows: int | None = None,
+        vector_dtype: str = "float32",
+    ) -> None:
+        """Make the collection; one that another process made meanwhile is left as it is.
 
-    def create(self, identity: Identity) -> None:
-        """Make the collection, or check that the one that is there has this identity's format."""
-        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False, description=identity.to_json())
-        schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=64)
-        schema.add_field("doc_id", DataType.VARCHAR, max_length=MAX_ID_BYTES)
-        schema.add_field("doc_key", DataType.INT64)
-        schema.add_field("chunk_index", DataType.INT64)
-        schema.add_field("content_hash", DataType.INT64)
-        for name in ("tokens", "continuation"):
-            schema.add_field(name, DataType.ARRAY, element_type=DataType.INT32, max_capacity=identity.chunk_size)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=identity.embedding_dimension)
-        # Milvus Lite keeps properties and no description; the identity goes into both
-        self.call(
-            self.client.create_collection,
-            self.collection_name,
-            schema=schema,
-            index_params=self._index(),
-            properties={IDENTITY: identity.to_json()},
+        Args:
+            identity: what its rows are made with.
+            index: default: what [`recommend`] says of `expected_rows`; without them, exact search on Milvus Lite and HNSW
+                on a server.
+            vector_dtype: "float32", or "float16" or "bfloat16" where the server knows them (2.4 or newer).
+
+        Raises:
+            KnowledgeBaseError: the server does not know the index or the type.
+            ValueError: there is no such type, or the index' parameters do not go with the dimension.
+        """
+        if vector_dtype not in VECTOR_TYPES:
+            raise ValueError(f"vector_dtype must be one of {', '.join(VECTOR_TYPES)}, not {vector_dtype!r}.")
+        is_lite, version = self.connection.is_lite, self.connection.version
+        if vector_dtype != "float32" and (is_lite or version < HALF_SINCE):
+            raise KnowledgeBaseError(
+                f"{vector_dtype} vectors need a Milvus server 2.4 or newer; at {self.connection.address} is "
+                f"{'Milvus Lite' if is_lite else 'version ' + '.'.join(map(str, version))}. Use float32."
+            )
+        settings = index or (
+            recommend(expected_rows, is_lite=is_lite)
+            if expected_rows is not None
+            else IndexSettings.parse("FLAT" if is_lite else "HNSW")
         )
+        settings.check(self.where, is_lite=is_lite, version=version, dimension=identity.embedding_dimension)
+        card = {"kind": settings.kind, **settings.build, **settings.search, "automatic": index is None}
+        properties = {IDENTITY: identity.to_json(), INDEX: json.dumps(card), REVISION: "0"}
+        try:
+            self.call(
+                "create_collection",
+                schema=collection_schema(identity, vector_dtype),
+                index_params=self._index_params(settings, identity.embedding_dimension),
+                properties=properties,
+            )
+        except KnowledgeBaseError:
+            if not self.exists():  # two ingestions that start at once both want to make it
+                raise
+
+    def _properties(self) -> dict[str, str]:
+        return self.call("describe_collection").get("properties", {})
 
     def identity(self) -> Identity:
         """The identity card that the collection was made with.
@@ -174,7 +230,7 @@ class MilvusStore:
         Raises:
             KnowledgeBaseError: it has none (another program made it), or a damaged one.
         """
-        description = self.call(self.client.describe_collection, self.collection_name)
+        description = self.call("describe_collection")
         card = description.get("properties", {}).get(IDENTITY) or description.get("description")
         if not card:
             raise KnowledgeBaseError(
@@ -182,30 +238,91 @@ class MilvusStore:
             )
         return Identity.from_json(card, self.where)
 
-    def count(self) -> int:
-        """Rows that a search can see."""
-        rows = self.call(
-            self.client.query,
-            self.collection_name,
-            filter="",
-            output_fields=["count(*)"],
-            consistency_level="Strong",
+    def index(self) -> IndexSettings:
+        """The index and its parameters."""
+        if self._index is None:
+            card = json.loads(self._properties().get(INDEX, '{"kind": "FLAT"}'))
+            card.pop("automatic", None)
+            self._index = IndexSettings.of(card.pop("kind"), card | self._given_search_params)
+        return self._index
+
+    def _index_params(self, settings: IndexSettings, dimension: int | None = None) -> Any:
+        params = MilvusClient.prepare_index_params()
+        dimension = dimension or self.identity().embedding_dimension
+        params.add_index(
+            "embedding", index_type=settings.kind, metric_type="IP", params=settings.build_params(dimension)
         )
+        return params
+
+    def reindex(self, settings: IndexSettings, *, automatic: bool = False) -> None:
+        """Build another index over the same rows. Searches wait meanwhile; nothing is embedded again.
+
+        Raises:
+            KnowledgeBaseError: the server does not know it; the old one then stays.
+            ValueError: its parameters do not go with the dimension.
+        """
+        dimension = self.identity().embedding_dimension
+        settings.check(
+            self.where, is_lite=self.connection.is_lite, version=self.connection.version, dimension=dimension
+        )
+        self.flush()
+        card = {"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic}
+        self.call("release_collection")
+        self.call("drop_index", "embedding")
+        # said before it is built: whoever finds the collection without an index builds the one that was asked for
+        self.call("alter_collection_properties", {INDEX: json.dumps(card)})
+        self._index = settings
+        self.call("create_index", self._index_params(settings, dimension))
+        self.call("load_collection")
+
+    def fit_index(self) -> None:
+        """On Milvus Lite, build the index that suits the size that the collection has grown to, unless one was asked for.
+
+        On a server, where others search meanwhile, it is only advised.
+        """
+        card = json.loads(self._properties().get(INDEX, "{}"))
+        if not card.get("automatic"):
+            return
+        is_lite = self.connection.is_lite
+        better = recommend(self.count(), is_lite=is_lite)
+        if is_lite and better.kind != card["kind"]:
+            self.reindex(better, automatic=True)
+        elif better.kind == "DISKANN" and card["kind"] == "HNSW":
+            logger.warning("%s has outgrown HNSW: `python -m retrieval index DISKANN` needs less memory.", self.where)
+
+    def count(self, expression: str = "") -> int:
+        """Rows that a search can see, of those that match a filter expression."""
+        rows = self.call("query", filter=expression, output_fields=["count(*)"], consistency_level="Strong")
         return int(rows[0]["count(*)"])
 
     def chunks_of(self, doc_ids: Iterable[str]) -> dict[str, int]:
         """Primary key -> content hash of every row of these documents."""
-        keys = sorted({doc_key(doc_id) for doc_id in doc_ids})
-        if not keys:
+        expression = _documents(doc_ids)
+        if not expression:
             return {}
-        rows = self.call(
-            self.client.query,
-            self.collection_name,
-            filter=f"doc_key in {keys}",
-            output_fields=["pk", "content_hash"],
-            consistency_level="Strong",
-        )
-        return {row["pk"]: row["content_hash"] for row in rows}
+        # page by page: one document can have more rows than Milvus returns at once
+        return {row["pk"]: row["content_hash"] for row in self.scan(("pk", "content_hash"), expression)}
+
+    def scan(self, fields: Sequence[str] = FIELDS, expression: str = "", page: int = 1000) -> Iterator[dict[str, Any]]:
+        """All rows, or those that match, in the order of their keys, in bounded memory.
+
+        Args:
+            fields: columns to read; "pk" is always among them.
+            page: rows read at a time.
+        """
+        last = ""
+        while True:
+            rows = self.call(
+                "query",
+                filter=all_of([expression, f'pk > "{last}"']),
+                limit=page,
+                output_fields=sorted({"pk", *fields}),
+                consistency_level="Strong",
+            )
+            yield from rows
+            if len(rows) < page:
+                return
+            last = max(row["pk"] for row in rows)
 
     def upsert(self, chunks: Sequence[Chunk], embeddings: np.ndarray) -> None:
         """Write chunks with their embeddings (n, dimension); one that is there already is replaced.
@@ -213,88 +330,175 @@ class MilvusStore:
         Raises:
             ValueError: a document id longer than 4096 bytes.
         """
-        rows = []
-        for chunk, embedding in zip(chunks, embeddings, strict=True):
-            if len(chunk.doc_id.encode()) > MAX_ID_BYTES:
-                raise ValueError(
-                    f"The document id {chunk.doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8."
-                )
-            rows.append(
-                {
-                    "pk": primary_key(chunk.doc_id, chunk.index),
-                    "doc_id": chunk.doc_id,
-                    "doc_key": doc_key(chunk.doc_id),
-                    "chunk_index": chunk.index,
-                    "content_hash": content_hash(chunk),
-                    "tokens": list(chunk.tokens),
-                    "continuation": list(chunk.continuation),
-                    "embedding": embedding,
-                }
-            )
+        vectors = np.asarray(embeddings, dtype=self._vector_dtype())
+        rows = [row_of(chunk, vector) for chunk, vector in zip(chunks, vectors, strict=True)]
         for start in range(0, len(rows), ROWS_PER_CALL):
-            self.call(self.client.upsert, self.collection_name, rows[start : start + ROWS_PER_CALL])
+            self.call("upsert", rows[start : start + ROWS_PER_CALL])
+
+    def _vector_dtype(self) -> np.dtype:
+        if self._dtype is None:
+            fields = {field["name"]: field["type"] for field in self.call("describe_collection")["fields"]}
+            name = next(name for name, kind in VECTOR_TYPES.items() if kind == fields["embedding"])
+            if name == "bfloat16":
+                import ml_dtypes
+
+                self._dtype = np.dtype(ml_dtypes.bfloat16)
+            else:
+                self._dtype = np.dtype(name)
+        return self._dtype
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete rows by primary key."""
         for start in range(0, len(keys), ROWS_PER_CALL):
-            self.call(self.client.delete, self.collection_name, ids=list(keys[start : start + ROWS_PER_CALL]))
+            self.call("delete", ids=list(keys[start : start + ROWS_PER_CALL]))
 
-    def search(self, embeddings: np.ndarray, limit: int, exclude: Iterable[int] = ()) -> list[list[dict[str, Any]]]:
+    def delete_documents(self, doc_ids: Collection[str] | None = None, where: Filter | None = None) -> int:
+        """Delete documents by their ids, or all whose metadata match a filter.
+
+        Returns:
+            the number of chunks that are gone. Unknown ids are none.
+
+        Raises:
+            ValueError: neither or both are given, an empty filter, or one that cannot be.
+        """
+        if (doc_ids is None) == (where is None):
+            raise ValueError("Name documents to delete, or give a filter; one of the two.")
+        if isinstance(doc_ids, str):
+            raise ValueError(f"doc_ids is {doc_ids!r}: give a collection of ids, such as {[doc_ids]!r}.")
+        if where is not None:
+            expression = filter_expression(where)
+            if not expression:
+                raise ValueError("An empty filter would delete every document; drop the collection if that is meant.")
+            expressions = [expression]
+        else:
+            ids = sorted(set(doc_ids))
+            expressions = [_documents(ids[i : i + KEYS_PER_CALL]) for i in range(0, len(ids), KEYS_PER_CALL)]
+        deleted = 0
+        for expression in expressions:
+            # by key, page by page: what is counted is what goes, also while others write
+            keys = [row["pk"] for row in self.scan(("pk",), expression)]
+            self.delete(keys)
+            deleted += len(keys)
+        self.touch()
+        return deleted
+
+    def search(
+        self, embeddings: np.ndarray, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
+    ) -> list[list[dict[str, Any]]]:
         """The nearest rows to each embedding (n, dimension), best first, with all that the model reads.
 
         Args:
             limit: rows for each, at most.
             exclude: `doc_key`s of documents to leave out.
+            expression: what rows must match besides.
         """
-        keys = sorted(set(exclude))
-        found = self.call(
-            self.client.search,
-            self.collection_name,
-            embeddings.tolist(),
-            limit=limit,
-            filter=f"doc_key not in {keys}" if keys else "",
-            output_fields=["doc_id", "doc_key", "chunk_index", "tokens", "continuation"],
-            # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
+        found: list[list[dict[str, Any]]] = []
+        vectors = np.asarray(embeddings, dtype=self._vector_dtype())
+        matching = all_of([_without(exclude), expression])
+        step = max(1, HITS_PER_CALL // limit)
+        for start in range(0, len(vectors), step):
+            hits = self.call(
+                "search",
+                list(vectors[start : start + step]),
+                limit=limit,
+                filter=matching,
+                output_fields=["doc_id", "doc_key", "chunk_index", "tokens", "continuation"],
+                search_params=self.index().search_params(limit),
+                # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
+                consistency_level="Session",
+            )
+            found += [[{**hit["entity"], "score": hit["distance"]} for hit in near] for near in hits]
+        return found
+
+    def search_exactly(
+        self, embeddings: np.ndarray, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
+    ) -> list[list[dict[str, Any]]]:
+        """The same by reading every row: for when an approximate index has not found rows that exist."""
+        best: list[list[dict[str, Any]]] = [[] for _ in embeddings]
+        fields = ("doc_id", "doc_key", "chunk_index", "tokens", "continuation", "embedding")
+        page: list[dict[str, Any]] = []
+
+        def take() -> None:
+            scores = embeddings @ np.stack([self.vector(row.pop("embedding")) for row in page]).T
+            for number, near in enumerate(scores):
+                candidates = best[number] + [
+                    {**page[place], "score": float(near[place])} for place in np.argsort(-near)[:limit]
+                ]
+                best[number] = sorted(candidates, key=lambda row: -row["score"])[:limit]
+            page.clear()
+
+        for row in self.scan(fields, all_of([_without(exclude), expression])):
+            page.append(row)
+            if len(page) == 1000:
+                take()
+        if page:
+            take()
+        return best
+
+    def vector(self, stored: Any) -> np.ndarray:
+        """An embedding as Milvus returns it, as float32."""
+        if isinstance(stored, bytes):
+            return np.frombuffer(stored, dtype=self._vector_dtype()).astype(np.float32)
+        return np.asarray(stored).astype(np.float32)
+
+    def how_many(self, *, exclude: Iterable[int] = (), expression: str = "", at_most: int) -> int:
+        """How many rows a search could return, counted no further than `at_most`."""
+        rows = self.call(
+            "query",
+            filter=all_of(['pk > ""', _without(exclude), expression]),
+            limit=at_most,
+            output_fields=["pk"],
             consistency_level="Session",
         )
-        return [[{**hit["entity"], "score": hit["distance"]} for hit in hits] for hits in found]
+        return len(rows)
 
     def flush(self) -> None:
         """Have all that was written on disk."""
-        self.call(self.client.flush, self.collection_name)
+        self.call("flush")
+
+    def touch(self, sources: Iterable[str] = ()) -> None:
+        """Say that rows have changed, so that those who remember neighbors forget them; and name where rows came from."""
+        properties = {REVISION: f"{time.time_ns()}"}
+        names = set(self.sources())
+        if new := set(sources) - names:
+            properties[SOURCES] = json.dumps(sorted(names | new)[:MAX_SOURCES])
+        self.call("alter_collection_properties", properties)
+
+    def revision(self) -> str:
+        """Another value whenever rows have changed through this library."""
+        return self._properties().get(REVISION, "")
+
+    def sources(self) -> list[str]:
+        """Names of the sources of its documents, the first hundred."""
+        return json.loads(self._properties().get(SOURCES, "[]"))
+
+    def health(self) -> dict[str, str | int]:
+        """What an operator wants to know: size, index and its state, whether it is loaded, and the server's version."""
+        index = self.call("describe_index", "embedding")
+        waiting = int(index.get("pending_index_rows") or 0)
+        state = self.call("get_load_state")["state"]
+        lite = "Milvus Lite " if self.connection.is_lite else "Milvus "
+        settings = self.index()
+        parameters = ", ".join(f"{name} {value}" for name, value in {**settings.build, **settings.search}.items())
+        return {
+            "chunks": self.count(),
+            "vectors": self._vector_dtype().name,
+            "index": f"{index['index_type']}" + (f" ({parameters})" if parameters else ""),
+            "index state": f"{waiting} rows to go" if waiting else "complete",
+            "loaded": "yes" if state.name == "Loaded" else state.name,
+            "server": lite + ".".join(map(str, self.connection.version)),
+        }
 
     def close(self) -> None:
         """Let go of the collection. After the last one on a Milvus Lite file, another process can open the file."""
-        if self._closed:
-            return
-        self._closed = True
-        self.client.close()
-        if self.is_file:
-            path = os.path.abspath(self.uri)
-            _OPEN_FILES[path] -= 1
-            if not _OPEN_FILES[path]:
-                from milvus_lite.server_manager import server_manager_instance  # there is none on Windows
+        self.connection.close()
 
-                server_manager_instance.release_server(self.uri)
 
-    def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Call Milvus; try again with growing pauses, then say what failed and where.
+def _documents(doc_ids: Iterable[str]) -> str:
+    keys = sorted({doc_key(doc_id) for doc_id in doc_ids})
+    return f"doc_key in {keys}" if keys else ""
 
-        Raises:
-            KnowledgeBaseError: it failed every time.
-        """
-        failures = (MilvusException, grpc.RpcError)
-        retrying = Retrying(
-            retry=retry_if_exception_type(failures),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential(multiplier=0.2, max=5),
-            reraise=True,
-        )
-        try:
-            return retrying(function, *args, **kwargs)
-        except failures as error:
-            reason = getattr(error, "message", None) or str(error)
-            raise KnowledgeBaseError(
-                f"Milvus refused {function.__name__} on {self.where}, {ATTEMPTS} times: {reason}. Check that the server is "
-                "up and has disk space, and that the collection was not dropped."
-            ) from error
+
+def _without(keys: Iterable[int]) -> str:
+    keys = sorted(keys)
+    return f"doc_key not in {keys}" if keys else ""

@@ -1,12 +1,14 @@
-"""A byte-level BPE tokenizer trained on real text, a fast embedding model with random weights, and a Milvus Lite file."""
+"""A byte-level BPE tokenizer trained on real text, a fast embedding model with random weights, Milvus Lite and a server."""
 
 import pydoc_data.topics
+import uuid
 
 import pytest
 
-from retrieval import BulkTokenizer, Document, Embedder
+from retrieval import BulkTokenizer, Document, Embedder, MilvusStore, chunk_documents
 
 from ..small_models import save_static_embedding, train_tokenizer
+from .milvus_server import MilvusServer
 
 CHUNK = 8
 
@@ -50,3 +52,49 @@ def documents():
     originals = [Document(f"topic {i}", text) for i, text in enumerate(texts)]
     copies = [Document(f"copy {c} of {i}", texts[i] + f" v{c}") for i in range(3) for c in range(12)]
     return originals + copies
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real Milvus server. Its tests are marked, as they take a download of 50 MB and some seconds to start it."""
+    server = MilvusServer(tmp_path_factory.mktemp("milvus") / "data")
+    yield server
+    server.stop()
+
+
+class Place:
+    """Where a test has its collection: Milvus Lite or a server."""
+
+    def __init__(self, uri, name, is_lite):
+        self.uri, self.name, self.is_lite = uri, name, is_lite
+        self.opened = []
+
+    def store(self, name=None, **kwargs):
+        self.opened.append(MilvusStore(self.uri, name or self.name, **kwargs))
+        return self.opened[-1]
+
+
+@pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
+def place(request, tmp_path):
+    is_lite = request.param == "lite"
+    uri = str(tmp_path / "kb.db") if is_lite else request.getfixturevalue("server").uri
+    place = Place(uri, f"c{uuid.uuid4().hex[:12]}", is_lite)
+    yield place
+    for number, store in enumerate(place.opened):
+        if not is_lite and not number:
+            for name in store.client.list_collections():
+                store.client.drop_collection(name)
+        store.close()
+
+
+def rows_of(store):
+    """All rows, without their keys and vectors."""
+    fields = ("doc_id", "chunk_index", "tokens", "continuation")
+    return sorted(
+        (r["doc_id"], r["chunk_index"], list(r["tokens"]), list(r["continuation"])) for r in store.scan(fields)
+    )
+
+
+def expected_rows(documents, tokenizer):
+    chunks = chunk_documents(documents, tokenizer, CHUNK)
+    return sorted((c.doc_id, c.index, list(c.tokens), list(c.continuation)) for c in chunks)

@@ -1,0 +1,140 @@
+"""Bulk files: documents → Parquet files that a Milvus server imports by itself, for loads too large to insert row by row."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .chunking import Chunk, Document, check_chunk_size
+from .embedding import Embedder
+from .errors import IdentityMismatch
+from .identity import Identity
+from .ingestion import IngestReport, Window, embed_windows, read_windows
+from .store import collection_schema, content_hash, doc_key, primary_key, row_of
+from .tokenization import BulkTokenizer
+
+PART = 32_768  # chunks of a file, some 80 MB with 384 dimensions: what an interruption loses at most
+
+
+def write_bulk_files(
+    documents: Iterable[Document],
+    folder: str | os.PathLike,
+    tokenizer: BulkTokenizer,
+    embedder: Embedder,
+    *,
+    chunk_size: int = 64,
+    rank: int = 0,
+    progress: bool = False,
+) -> IngestReport:
+    """Write chunks and embeddings as Parquet files, each complete or not there at all.
+
+    Run again after an interruption, parts that are there are not embedded again, as long as the documents come in the same
+    order; parts that no longer belong to them are deleted. The files hold the rows of a new, empty collection: importing
+    them does not look for rows that are there already.
+
+    Args:
+        folder: gets `identity.json` and `part-<rank>-<number>-<hash>.parquet`.
+        rank: of this process, when several write their documents' files into one folder.
+
+    Raises:
+        IdentityMismatch: the folder has files made with another tokenizer, embedding model or chunk size.
+        ValueError: an id comes twice, far apart: an import would keep both texts.
+    """
+    started = time.monotonic()
+    check_chunk_size(chunk_size)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = Identity.of(tokenizer, embedder, chunk_size)
+    _sign(folder, identity)
+    draft = folder / f".draft-{rank}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    written: set[Path] = set()
+    rows: list[dict[str, Any]] = []
+    parts: list[Path] = []  # of the windows on their way, in order
+
+    def missing(windows: Iterator[Window]) -> Iterator[Window]:
+        for number, window in enumerate(windows):
+            part = folder / f"part-{rank}-{number:06d}-{_hash(window)}.parquet"
+            written.add(part)
+            if part.exists():
+                window.report.chunks_unchanged += window.report.chunks_written
+                window.report.chunks_written = 0
+                window.new.clear()
+            parts.append(part)
+            yield window
+
+    def write(chunks: list[Chunk], embeddings: np.ndarray) -> None:
+        rows.extend(row_of(chunk, vector) for chunk, vector in zip(chunks, embeddings, strict=True))
+
+    def finish(_: Window) -> None:
+        part = parts.pop(0)
+        if rows:
+            _write_part(rows, identity, draft, part)
+            rows.clear()
+
+    with closing(sqlite3.connect(draft / "ids.sqlite", check_same_thread=False)) as ids:
+        windows = missing(read_windows(_once(documents, ids), tokenizer, chunk_size, lambda _: {}, size=PART))
+        report = embed_windows(windows, embedder, write, finish, progress=progress)
+    shutil.rmtree(draft)
+    for stale in set(folder.glob(f"part-{rank}-*.parquet")) - written:
+        stale.unlink()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _sign(folder: Path, identity: Identity) -> None:
+    card = folder / "identity.json"
+    if card.exists():
+        theirs = Identity.from_json(card.read_text(), str(folder))
+        if theirs.differences(identity):
+            raise IdentityMismatch(f"{folder} has files of another knowledge base; write into an empty folder.")
+    else:
+        draft = card.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(asdict(identity)))
+        draft.replace(card)
+
+
+def _once(documents: Iterable[Document], ids: sqlite3.Connection) -> Iterator[Document]:
+    """Refuses an id that comes again. The ids are kept on disk: there may be billions."""
+    ids.executescript(
+        "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; CREATE TABLE seen (key INTEGER PRIMARY KEY);"
+    )
+    for document in documents:
+        if not ids.execute("INSERT OR IGNORE INTO seen VALUES (?)", (doc_key(document.id),)).rowcount:
+            raise ValueError(
+                f"The document id {document.id!r} comes twice; bulk files would keep both texts. Give each document an id "
+                "of its own, or ingest without bulk files, where the last text counts."
+            )
+        yield document
+
+
+def _hash(window: Window) -> str:
+    digest = hashlib.sha256()
+    for _, chunk in window.new:
+        digest.update(f"{primary_key(chunk.doc_id, chunk.index)} {content_hash(chunk)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_part(rows: list[dict[str, Any]], identity: Identity, draft: Path, part: Path) -> None:
+    from pymilvus.bulk_writer import BulkFileType, LocalBulkWriter
+
+    for name in ("local_bulk_writer", "buffer"):  # it tells of every step
+        logging.getLogger(f"pymilvus.bulk_writer.{name}").setLevel(logging.WARNING)
+    size = 2**40  # all rows go into one file
+    writer = LocalBulkWriter(collection_schema(identity), str(draft), chunk_size=size, file_type=BulkFileType.PARQUET)
+    for row in rows:
+        writer.append_row(row)
+    writer.commit()
+    ((file,),) = writer.batch_files
+    Path(file).replace(part)

@@ -1,0 +1,195 @@
+"""Sharing a knowledge base: to Parquet files that `datasets` reads and the hub keeps, and from them to a collection."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_dataset
+from tqdm.auto import tqdm
+
+from .chunking import Chunk
+from .errors import IdentityMismatch, KnowledgeBaseError
+from .identity import Identity
+from .store import ROWS_PER_CALL, MilvusStore
+from .tokenization import BulkTokenizer
+
+ROWS_PER_FILE = 200_000
+CARD = """---
+tags: [retro, knowledge-base]
+---
+# {name}
+
+A knowledge base for RETRO models: {chunks:,} chunks of {chunk_size} tokens, tokenizer `{tokenizer}`, embeddings of
+`{embedding_model}` ({dimension} numbers).
+
+```sh
+python -m retrieval import {name} --uri kb.db
+```
+"""
+
+
+def export_knowledge_base(
+    store: MilvusStore, folder: str | os.PathLike, tokenizer: BulkTokenizer, *, progress: bool = False
+) -> int:
+    """Write all rows as Parquet files with a card, in a folder that [`import_knowledge_base`] and `load_dataset` read.
+
+    The folder appears when it is complete.
+
+    Args:
+        folder: must not be there yet.
+        tokenizer: the one of the knowledge base, for the texts.
+
+    Returns:
+        the number of chunks.
+
+    Raises:
+        KnowledgeBaseError: the folder is there already, or the collection is empty.
+        IdentityMismatch: the tokenizer is another one.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise KnowledgeBaseError(f"{folder} is there already: export into a folder of its own.")
+    identity = store.identity()
+    identity.check(store.where, tokenizer=tokenizer)
+    chunks = store.count()
+    if not chunks:
+        raise KnowledgeBaseError(f"{store.where} is empty: there is nothing to export.")
+    features = Features(
+        {name: Value("string") for name in ("doc_id", "text", "metadata")}
+        | {"chunk_index": Value("int64")}
+        | {name: List(Value("int32")) for name in ("tokens", "continuation")}
+        | {"embedding": List(Value("float32"), length=identity.embedding_dimension)}
+    )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        fields = ("doc_id", "chunk_index", "tokens", "continuation", "metadata", "embedding")
+        for row in tqdm(store.scan(fields), total=chunks, unit=" chunks", desc="export", disable=not progress):
+            yield {
+                "doc_id": row["doc_id"],
+                "chunk_index": row["chunk_index"],
+                "tokens": list(row["tokens"]),
+                "continuation": list(row["continuation"]),
+                "text": tokenizer.decode(list(row["tokens"])),
+                "metadata": json.dumps(row["metadata"]),
+                "embedding": store.vector(row["embedding"]),
+            }
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        # a fresh fingerprint: `datasets` would otherwise look for one by pickling the rows' generator
+        cache = draft / ".cache"
+        dataset = Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=draft.name)
+        files = -(-len(dataset) // ROWS_PER_FILE)
+        (draft / "data").mkdir()
+        for number in range(files):
+            file = draft / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
+            dataset.shard(files, number, contiguous=True).to_parquet(file)
+        written = len(dataset)
+        del dataset
+        shutil.rmtree(cache)
+        (draft / "identity.json").write_text(json.dumps(asdict(identity)))
+        card = asdict(identity) | {"name": folder.name, "chunks": written, "dimension": identity.embedding_dimension}
+        (draft / "README.md").write_text(CARD.format(**card))
+        draft.chmod(0o755)
+        draft.replace(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return written
+
+
+def push_knowledge_base(folder: str | os.PathLike, repo_id: str, *, private: bool = True) -> str:
+    """Upload an exported folder to the hub as a dataset repository; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=str(folder))
+    return str(url)
+
+
+def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = False, **made: Any) -> int:
+    """Bring exported rows into a collection, which is made if it is not there; nothing is embedded again.
+
+    Rows have the keys they had, so that an import that was interrupted is completed by running it again.
+
+    Args:
+        source: an exported folder, or the name of a dataset on the hub.
+        **made: of a collection that is made; as for [`MilvusStore.create`].
+
+    Returns:
+        the number of chunks.
+
+    Raises:
+        KnowledgeBaseError: there is no exported knowledge base, or a row of it is damaged.
+        IdentityMismatch: the collection is there, and made with other models.
+    """
+    card, rows = _open_export(source)
+    identity = Identity.from_json(card, source)
+    if not store.exists():
+        store.create(identity, **made)
+    if differences := store.identity().differences(identity):
+        raise IdentityMismatch(f"{store.where} and {source} do not go together: {'; '.join(differences)}.")
+    written, sources = 0, set()
+    batches = rows.iter(ROWS_PER_CALL)
+    with tqdm(unit=" chunks", desc="import", disable=not progress) as bar:
+        for batch in batches:
+            try:
+                chunks = [
+                    Chunk(doc_id, index, tokens, continuation, json.loads(metadata))
+                    for doc_id, index, tokens, continuation, metadata in zip(
+                        *(batch[name] for name in ("doc_id", "chunk_index", "tokens", "continuation", "metadata")),
+                        strict=True,
+                    )
+                ]
+                embeddings = np.array(batch["embedding"], dtype=np.float32)
+                _check(chunks, embeddings, identity)
+            except (ValueError, KeyError, TypeError) as error:
+                raise KnowledgeBaseError(f"Rows {written} and following of {source} are damaged: {error}") from error
+            store.upsert(chunks, embeddings)
+            sources |= {str(chunk.metadata["source"]) for chunk in chunks if "source" in chunk.metadata}
+            written += len(chunks)
+            bar.update(len(chunks))
+    store.flush()
+    store.touch(sources)
+    if store.connection.owns_file:
+        store.fit_index()
+    return written
+
+
+def _open_export(source: str) -> tuple[str, Any]:
+    folder = Path(source)
+    if folder.is_dir():
+        card, files = folder / "identity.json", sorted(map(str, folder.glob("data/*.parquet")))
+        if not card.is_file() or not files:
+            raise KnowledgeBaseError(
+                f"{folder} is no exported knowledge base: it needs identity.json and data/*.parquet."
+            )
+        return card.read_text(), load_dataset("parquet", data_files=files, split="train", streaming=True)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        card = hf_hub_download(source, "identity.json", repo_type="dataset")
+        return Path(card).read_text(), load_dataset(source, split="train", streaming=True)
+    except Exception as error:
+        raise KnowledgeBaseError(
+            f"{source!r} is no exported folder, and no knowledge base on the hub ({error})."
+        ) from error
+
+
+def _check(chunks: list[Chunk], embeddings: np.ndarray, identity: Identity) -> None:
+    """Raises ValueError unless these could have been written by an ingestion."""
+    if embeddings.shape != (len(chunks), identity.embedding_dimension) or not np.isfinite(embeddings).all():
+        raise ValueError(f"embeddings are not all {identity.embedding_dimension} finite numbers.")
+    for chunk in chunks:
+        tokens = [*chunk.tokens, *chunk.continuation]
+        sizes = (1 <= len(chunk.tokens) <= identity.chunk_size, len(chunk.continuation) <= identity.chunk_size)
+        if not all(sizes) or not 0 <= min(tokens) <= max(tokens) < identity.vocab_size:
+            raise ValueError(f"chunk {chunk.index} of {chunk.doc_id!r} does not have a chunk's tokens.")

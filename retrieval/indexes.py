@@ -1,0 +1,147 @@
+"""Vector indexes: which there are, their parameters, and which one suits a server and a size."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import KnowledgeBaseError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One type of index.
+
+    Attributes:
+        build, search: parameter → (least, most, default). A default of None leaves it to Milvus.
+        since: first version of a server that knows it.
+        lite: whether Milvus Lite builds it. (It accepts the names of others, and fails later.)
+    """
+
+    build: Mapping[str, tuple[int, int, int | None]] = field(default_factory=dict)
+    search: Mapping[str, tuple[int, int, int | None]] = field(default_factory=dict)
+    since: tuple[int, int] = (2, 2)
+    lite: bool = False
+
+
+_LISTS = {"nlist": (1, 65536, 1024)}
+_PROBES = {"nprobe": (1, 65536, 128)}
+KINDS: dict[str, Kind] = {
+    "FLAT": Kind(lite=True),
+    "HNSW": Kind({"M": (2, 2048, 16), "efConstruction": (8, 10_000, 200)}, {"ef": (1, 32768, 64)}, lite=True),
+    "IVF_FLAT": Kind(_LISTS, _PROBES, lite=True),
+    "IVF_SQ8": Kind(_LISTS, _PROBES, lite=True),
+    "IVF_PQ": Kind({**_LISTS, "m": (1, 65536, None), "nbits": (1, 16, 8)}, _PROBES),
+    "IVF_RABITQ": Kind(_LISTS, {**_PROBES, "rbq_query_bits": (0, 8, 0)}, since=(2, 6)),
+    "DISKANN": Kind(search={"search_list": (1, 65535, 100)}),
+    "AUTOINDEX": Kind(search={"level": (1, 10, None)}, lite=True),
+    "GPU_CAGRA": Kind(
+        {"intermediate_graph_degree": (2, 1024, 64), "graph_degree": (2, 1024, 32)},
+        {"itopk_size": (1, 1024, 128), "search_width": (1, 1024, 4)},
+        since=(2, 4),
+    ),
+}
+SMALL = 50_000  # rows up to which exact search on a laptop takes some hundredths of a second
+GRAPH_IN_MEMORY = 100_000_000  # rows up to which a graph and all vectors in memory are worth their cost
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """An index type with all its parameters. Build one with [`IndexSettings.parse`] or [`recommend`].
+
+    Attributes:
+        kind: a name of `KINDS`.
+        build, search: its parameters.
+    """
+
+    kind: str
+    build: Mapping[str, int]
+    search: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> "IndexSettings":
+        """Read "HNSW" or "HNSW:M=32,efConstruction=400,ef=128"; what is not named has its default.
+
+        Raises:
+            ValueError: no such index or parameter, or a value out of its range.
+        """
+        name, _, rest = text.partition(":")
+        name = name.strip().upper()
+        pairs: dict[str, Any] = {}
+        for item in filter(None, (item.strip() for item in rest.split(","))):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"{item!r} in {text!r} is not of the form parameter=value.")
+            pairs[key.strip()] = value.strip()
+        return cls.of(name, pairs)
+
+    @classmethod
+    def of(cls, kind: str, parameters: Mapping[str, Any]) -> "IndexSettings":
+        """Settings of this kind with some parameters given; raises as `parse` does."""
+        if kind not in KINDS:
+            raise ValueError(f"There is no index {kind!r}; there are {', '.join(KINDS)}.")
+        known = {**KINDS[kind].build, **KINDS[kind].search}
+        values: dict[str, int] = {}
+        for name, value in parameters.items():
+            if name not in known:
+                raise ValueError(f"{kind} has no parameter {name!r}; it has {', '.join(known) or 'none'}.")
+            least, most, _ = known[name]
+            try:
+                values[name] = int(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} of {kind} must be a whole number, not {value!r}.") from None
+            if not least <= values[name] <= most:
+                raise ValueError(f"{name} of {kind} must be between {least} and {most}, not {values[name]}.")
+        values = {name: default for name, (_, _, default) in known.items() if default is not None} | values
+        build = {name: values[name] for name in KINDS[kind].build if name in values}
+        search = {name: values[name] for name in KINDS[kind].search if name in values}
+        if search.get("nprobe", 1) > build.get("nlist", 65536):
+            search["nprobe"] = build["nlist"]
+        return cls(kind, build, search)
+
+    def check(self, where: str, *, is_lite: bool, version: tuple[int, ...], dimension: int) -> None:
+        """Compare with what a server can do, before anything is built.
+
+        Raises:
+            KnowledgeBaseError: it does not know the index.
+            ValueError: parameters that do not go with the dimension.
+        """
+        kind = KINDS[self.kind]
+        if is_lite and not kind.lite:
+            can = ", ".join(name for name, other in KINDS.items() if other.lite)
+            raise KnowledgeBaseError(
+                f"{where}: Milvus Lite cannot build {self.kind}; it has {can}. Others need a server."
+            )
+        if not is_lite and version < kind.since:
+            raise KnowledgeBaseError(
+                f"{where}: {self.kind} needs Milvus {'.'.join(map(str, kind.since))} or newer, this server is "
+                f"{'.'.join(map(str, version))}."
+            )
+        if self.kind == "IVF_PQ" and dimension % self.parts(dimension):
+            raise ValueError(f"m of IVF_PQ must divide the dimension {dimension}, and {self.build['m']} does not.")
+
+    def parts(self, dimension: int) -> int:
+        """`m` of IVF_PQ: into how many parts a vector is cut; by default as many as keep recall, two numbers a part."""
+        return self.build.get("m") or max(1, dimension // 2)
+
+    def build_params(self, dimension: int) -> dict[str, int]:
+        """As Milvus takes them."""
+        return {**self.build, "m": self.parts(dimension)} if self.kind == "IVF_PQ" else dict(self.build)
+
+    def search_params(self, limit: int) -> dict[str, dict[str, int]]:
+        """As Milvus takes them, for the `limit` nearest: lists that are walked may not be shorter than that."""
+        params = dict(self.search)
+        for name in ("ef", "search_list", "itopk_size"):
+            if name in params:
+                params[name] = max(params[name], limit)
+        return {"params": params}
+
+
+def recommend(rows: int, *, is_lite: bool) -> IndexSettings:
+    """The index for about this many rows.
+
+    Exact search while it is quick; then a graph, which finds the true neighbors soonest; and on disk when vectors and
+    graph no longer fit the memory of a few machines.
+    """
+    if rows <= SMALL:
+        return IndexSettings.parse("FLAT")
+    return IndexSettings.parse("HNSW" if is_lite or rows <= GRAPH_IN_MEMORY else "DISKANN")

@@ -1,0 +1,86 @@
+"""A real Milvus server for tests: installed into a virtual environment of its own, started on free loopback ports."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pymilvus import MilvusClient
+
+ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
+COMPONENTS = [
+    "proxy",
+    "etcd",
+    "root-coord",
+    "proxy-internal",
+    "query-coord",
+    "query-node",
+    "index-coord",
+    "index-node",
+    "data-coord",
+    "data-node",
+]
+
+
+def install() -> Path:
+    """The server's program, installed if it is not there."""
+    program = ENVIRONMENT / "bin" / "milvus-server"
+    if not program.exists():
+        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+        subprocess.run([ENVIRONMENT / "bin" / "pip", "install", "--quiet", "milvus==2.3.5"], check=True)
+    return program
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class MilvusServer:
+    """A server with its data in a folder; stop it and start it again as often as you like.
+
+    Args:
+        options: further ones of `milvus-server`.
+        client: what a client needs beside the address to be let in.
+    """
+
+    def __init__(self, folder: Path, *options: str, scheme: str = "http", **client) -> None:
+        self.folder, self.client = folder, client
+        ports = dict(zip(COMPONENTS, free_ports(len(COMPONENTS)), strict=True))
+        self.uri = f"{scheme}://127.0.0.1:{ports['proxy']}"
+        flags = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
+        self.command = [str(install()), "--data", str(folder), *flags, *options]
+        self.process: subprocess.Popen | None = None
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder.with_suffix(".log"), "ab") as log:
+            # a session of its own: the program that is started starts the server as its child
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                client = MilvusClient(self.uri, timeout=5, **self.client)
+                client.list_collections()
+                client.close()
+                return
+            except Exception:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    self.stop()
+                    raise
+                time.sleep(0.3)
+
+    def stop(self) -> None:
+        """As a power cut would: nothing is said to it before."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None

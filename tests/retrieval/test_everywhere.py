@@ -1,0 +1,364 @@
+"""What holds on Milvus Lite and on a server alike; the truth is numpy over the same chunks."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retrieval import (
+    Document,
+    Identity,
+    IdentityMismatch,
+    IndexSettings,
+    KnowledgeBaseError,
+    MilvusRetriever,
+    chunk_documents,
+    export_knowledge_base,
+    import_knowledge_base,
+    ingest,
+)
+
+from ..small_models import train_tokenizer
+from .conftest import CHUNK, expected_rows, rows_of
+
+
+def build(place, documents, tokenizer, embedder, **kwargs):
+    store = place.store()
+    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK, **kwargs)
+    return store
+
+
+def exact(queries, allowed, documents, tokenizer, embedder, k):
+    """Brute force: for each query the scores of the k best chunks of documents for which `allowed(query number, chunk)`."""
+    chunks = list(chunk_documents(documents, tokenizer, CHUNK))
+    vectors = embedder.encode([tokenizer.decode(chunk.tokens) for chunk in chunks])
+    found = []
+    for number, query in enumerate(queries):
+        scores = vectors @ embedder.encode([tokenizer.decode(list(query))])[0]
+        scores = [score for score, chunk in zip(scores, chunks, strict=True) if allowed(number, chunk)]
+        found.append(sorted(scores, reverse=True)[:k])
+    return found
+
+
+def same(found, expected):
+    for number, scores in enumerate(expected):
+        there = [doc_id for doc_id in found.doc_ids[number] if doc_id is not None]
+        assert len(there) == len(scores), number
+        np.testing.assert_allclose(found.scores[number, : len(scores)], scores, atol=1e-5)
+
+
+def some_chunks(documents, tokenizer, count):
+    whole = [c for c in chunk_documents(documents, tokenizer, CHUNK) if len(c.tokens) == CHUNK]
+    return whole[:: max(1, len(whole) // count)][:count]
+
+
+def test_ingested_twice_changed_and_shortened(place, tokenizer, embedder, documents):
+    store = build(place, documents, tokenizer, embedder)
+    assert rows_of(store) == expected_rows(documents, tokenizer) and store.count() == len(rows_of(store))
+    changed = [Document(documents[0].id, documents[0].text[:90]), Document(documents[1].id, "")]
+    report = ingest(changed + documents[2:], store, tokenizer, embedder, chunk_size=CHUNK)
+    assert report.chunks_unchanged > 0 and report.chunks_deleted > 0
+    assert rows_of(store) == expected_rows(changed + documents[2:], tokenizer)
+
+
+def test_exclusion_is_exact_among_hundreds_of_near_copies(place, tokenizer, embedder, documents):
+    text = documents[0].text[:200]
+    copies = [Document(f"near {i}", f"{text} v{i % 7}") for i in range(150)]
+    everything = documents + copies
+    store = build(place, everything, tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=3)
+    chunks = some_chunks(documents[:4], tokenizer, 20)
+    near = {document.id for document in copies}
+    ids = {document.id for document in everything}
+    sets = [set(), {chunks[0].doc_id}, near, near | {"topic 0"}, ids - {"topic 5"}, ids, ids - {"near 3", "near 99"}]
+    excluded = [sets[i % len(sets)] for i in range(len(chunks))]
+    found = retriever.retrieve([c.tokens for c in chunks], exclude_doc_ids=excluded)
+    for doc_ids, keys in zip(found.doc_ids, excluded, strict=True):
+        assert not keys & set(doc_ids)
+    queries = [c.tokens for c in chunks]
+    same(found, exact(queries, lambda n, c: c.doc_id not in excluded[n], everything, tokenizer, embedder, 3))
+
+
+def test_k_neighbors_although_the_index_is_too_coarse_to_find_them(place, tokenizer, embedder, documents):
+    """An index that looks at one list of many, and a filter that leaves a handful of rows."""
+    coarse = IndexSettings.parse("IVF_FLAT:nlist=64,nprobe=1")
+    store = build(place, documents * 1, tokenizer, embedder, index=coarse)
+    store.flush()
+    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=4)
+    chunks = some_chunks(documents, tokenizer, 10)
+    keys = {document.id for document in documents} - {"topic 8", "copy 3 of 1"}
+    found = retriever.retrieve([c.tokens for c in chunks], exclude_doc_ids=[keys] * len(chunks))
+    queries = [c.tokens for c in chunks]
+    same(found, exact(queries, lambda n, c: c.doc_id not in keys, documents, tokenizer, embedder, 4))
+
+
+def test_nothing_excluded_costs_one_search(place, tokenizer, embedder, documents, monkeypatch):
+    store = build(place, documents, tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder)
+    search, searches = store.client.search, []
+    monkeypatch.setattr(store.client, "search", lambda *a, **k: searches.append(len(a[1])) or search(*a, **k))
+    chunk = some_chunks(documents, tokenizer, 1)[0].tokens
+    retriever.retrieve([chunk, chunk, chunk, [5] * CHUNK])
+    assert searches == [2]  # equal chunks are searched once
+
+
+def longest_common_run(a, b):
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else 0
+    return table.max()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_neighbors_that_share_too_long_a_run_are_left_out(place, tokenizer, embedder, documents, share):
+    store = build(place, documents, tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=3, max_leakage=share)
+    chunks = some_chunks(documents[:5], tokenizer, 8)
+
+    def allowed(number, chunk):
+        text = (*chunks[number].tokens, *chunks[number].continuation)
+        return longest_common_run(text, (*chunk.tokens, *chunk.continuation)) <= share * CHUNK
+
+    queries = [c.tokens for c in chunks]
+    found = retriever.retrieve(queries, continuations=[c.continuation for c in chunks])
+    same(found, exact(queries, allowed, documents, tokenizer, embedder, 3))
+
+
+METADATA = [
+    {"source": "wiki", "year": 1999, "licence": "mit", "date": "2023-12-31"},
+    {"source": "web", "year": 2005, "checked": True, "date": "2024-01-01"},
+    {"source": "wiki", "year": 2010.5, "checked": False},
+    {"source": 'wiki" or year > 0', "year": -3},
+    {},
+]
+FILTERS = [
+    ({"source": "wiki"}, lambda m: m.get("source") == "wiki"),
+    ({"source": ["web", "none"]}, lambda m: m.get("source") == "web"),
+    ({"year": {">=": 2000, "<": 2010.5}}, lambda m: "year" in m and 2000 <= m["year"] < 2010.5),
+    ({"year": 1999.0, "source": "wiki"}, lambda m: m.get("year") == 1999),
+    ({"checked": True}, lambda m: m.get("checked") is True),
+    ({"checked": 1}, lambda m: False),
+    ({"date": {">=": "2024-01-01"}}, lambda m: m.get("date", "") >= "2024-01-01"),
+    ({"source": 'wiki" or year > 0'}, lambda m: m.get("source") == 'wiki" or year > 0'),
+    ({"nothing": "here"}, lambda m: False),
+]
+
+
+def test_metadata_filters_searches_and_deletions(place, tokenizer, embedder, documents):
+    tagged = [Document(d.id, d.text, METADATA[i % len(METADATA)]) for i, d in enumerate(documents)]
+    metadata = {d.id: d.metadata for d in tagged}
+    store = build(place, tagged, tokenizer, embedder)
+    chunks = some_chunks(documents, tokenizer, 5)
+    queries, keys = [c.tokens for c in chunks], {"topic 0", "topic 2", "topic 5"}
+    for wanted, matches in FILTERS:
+        retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=3, filter=wanted)
+        found = retriever.retrieve(queries, exclude_doc_ids=[keys] * len(queries))
+        expected = exact(
+            queries,
+            lambda n, c, matches=matches: matches(metadata[c.doc_id]) and c.doc_id not in keys,
+            documents,
+            tokenizer,
+            embedder,
+            3,
+        )
+        same(found, expected)
+    for wanted, matches in FILTERS[2:4]:
+        before = rows_of(store)
+        deleted = store.delete_documents(where=wanted)
+        after = rows_of(store)
+        assert after == [row for row in before if not matches(metadata[row[0]])]
+        assert deleted == len(before) - len(after) > 0
+    assert store.delete_documents(["topic 4", "unknown"]) > 0
+    assert "topic 4" not in {row[0] for row in rows_of(store)}
+
+
+def test_new_metadata_alone_is_a_change(place, tokenizer, embedder):
+    store = build(place, [Document("a", "the same text", {"year": 1})], tokenizer, embedder)
+    report = ingest([Document("a", "the same text", {"year": 2})], store, tokenizer, embedder, chunk_size=CHUNK)
+    assert report.chunks_written == 1 and store.count('metadata["year"] == 2') == store.count() == 1
+
+
+def test_a_retriever_in_use_sees_additions_changes_and_deletions_at_its_next_chunk(place, tokenizer, embedder):
+    store = build(place, [Document("old", "one two three four")], tokenizer, embedder)
+    other = place.store()
+    assert other.exists()
+    retriever = MilvusRetriever(other, tokenizer, embedder, num_neighbors=1, cache_size=100)
+    (query,) = tokenizer.encode_batch(["apples and pears"])
+    assert retriever.retrieve([query]).doc_ids == [["old"]]
+
+    def eventually(doc_id):
+        for _ in range(50):  # a server shows another client's writes within moments
+            if retriever.retrieve([query]).doc_ids == [[doc_id]]:
+                return True
+        return False
+
+    ingest([Document("new", "apples and pears")], store, tokenizer, embedder, chunk_size=CHUNK)
+    assert eventually("new")
+    store.delete_documents(["new"])
+    assert eventually("old")
+    ingest([Document("old", "apples")], store, tokenizer, embedder, chunk_size=CHUNK)
+    found = retriever.retrieve([query])
+    assert tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist()) == "apples"
+
+
+def test_what_is_remembered_is_not_searched_again(place, tokenizer, embedder, documents, monkeypatch):
+    store = build(place, documents, tokenizer, embedder)
+    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=10)
+    queries = [c.tokens for c in some_chunks(documents, tokenizer, 4)]
+    first = retriever.retrieve(queries)
+    monkeypatch.setattr(store.client, "search", lambda *a, **k: pytest.fail("searched"))
+    assert torch.equal(retriever.retrieve(queries[::-1]).ids, first.ids.flip(0))
+
+
+def test_two_ingestions_at_once(place, tokenizer, embedder, documents):
+    """Into a collection that is not there when they start; they share a third of the documents."""
+    shares = [documents[:32], documents[16:]]
+    stores = [place.store() for _ in shares]
+    errors = []
+
+    def run(store, share):
+        try:
+            ingest(share, store, tokenizer, embedder, chunk_size=CHUNK)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=item) for item in zip(stores, shares, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert rows_of(stores[0]) == expected_rows(documents, tokenizer) and stores[1].count() == len(rows_of(stores[0]))
+
+
+@pytest.mark.parametrize(
+    "kind", ["HNSW:M=8,efConstruction=64,ef=200", "IVF_FLAT:nlist=8,nprobe=8", "FLAT", "AUTOINDEX"]
+)
+def test_an_index_is_built_over_the_same_rows(place, tokenizer, embedder, documents, kind):
+    store = build(place, documents, tokenizer, embedder)
+    store.reindex(IndexSettings.parse(kind))
+    assert rows_of(store) == expected_rows(documents, tokenizer)
+    retriever = MilvusRetriever(place.store(), tokenizer, embedder, num_neighbors=2)
+    assert retriever.store.health()["index"].startswith(kind.partition(":")[0])
+    queries = [c.tokens for c in some_chunks(documents, tokenizer, 10)]
+    same(retriever.retrieve(queries), exact(queries, lambda n, c: True, documents, tokenizer, embedder, 2))
+
+
+def test_export_and_import_without_embedding_again(place, tokenizer, embedder, documents, tmp_path):
+    from datasets import load_dataset
+
+    tagged = [Document(d.id, d.text, METADATA[i % len(METADATA)]) for i, d in enumerate(documents)]
+    store = build(place, tagged, tokenizer, embedder)
+    count = export_knowledge_base(store, tmp_path / "out", tokenizer)
+    assert count == store.count()
+    rows = load_dataset("parquet", data_files=str(tmp_path / "out/data/*.parquet"), split="train")
+    texts = {(c.doc_id, c.index): tokenizer.decode(c.tokens) for c in chunk_documents(documents, tokenizer, CHUNK)}
+    assert {(row["doc_id"], row["chunk_index"]): row["text"] for row in rows} == texts
+
+    copy = place.store(f"{place.name}_copy")
+    for _ in range(2):  # again, as after an interruption
+        assert import_knowledge_base(str(tmp_path / "out"), copy) == count
+        assert rows_of(copy) == rows_of(store)
+    assert copy.sources() == store.sources() == ["web", "wiki", 'wiki" or year > 0']
+    queries = [c.tokens for c in some_chunks(documents, tokenizer, 5)]
+    before, after = (MilvusRetriever(s, tokenizer, embedder, num_neighbors=3).retrieve(queries) for s in (store, copy))
+    np.testing.assert_allclose(after.scores, before.scores, atol=1e-6)
+    with pytest.raises(KnowledgeBaseError, match="is there already"):
+        export_knowledge_base(store, tmp_path / "out", tokenizer)
+    other = train_tokenizer([documents[0].text], 300)
+    another = place.store(f"{place.name}_other")
+    ingest(documents[:1], another, type(tokenizer)(other), embedder, chunk_size=CHUNK)
+    with pytest.raises(IdentityMismatch, match="tokenizer_fingerprint"):
+        import_knowledge_base(str(tmp_path / "out"), another)
+
+
+def test_a_damaged_export_is_refused(place, tokenizer, embedder, documents, tmp_path):
+    from datasets import Dataset, load_dataset
+
+    store = build(place, documents[:2], tokenizer, embedder)
+    export_knowledge_base(store, tmp_path / "out", tokenizer)
+    (file,) = (tmp_path / "out/data").glob("*.parquet")
+    rows = load_dataset("parquet", data_files=str(file), split="train").to_list()
+    rows[0]["tokens"] = [tokenizer.vocab_size]
+    Dataset.from_list(rows).to_parquet(file)
+    with pytest.raises(KnowledgeBaseError, match="damaged.*does not have a chunk's tokens"):
+        import_knowledge_base(str(tmp_path / "out"), place.store(f"{place.name}_copy"))
+
+
+def test_types_and_indexes_that_are_not_known_there(place, tokenizer, embedder):
+    identity = Identity.of(tokenizer, embedder, CHUNK)
+    store = place.store()
+    with pytest.raises(KnowledgeBaseError, match="float16 vectors need a Milvus server 2.4"):
+        store.create(identity, vector_dtype="float16")
+    message = (
+        "Milvus Lite cannot build IVF_RABITQ" if place.is_lite else "needs Milvus 2.6 or newer, this server is 2.3"
+    )
+    with pytest.raises(KnowledgeBaseError, match=message):
+        store.create(identity, index=IndexSettings.parse("IVF_RABITQ"))
+    assert not store.exists()
+
+
+anything = st.text(st.characters(exclude_categories=()), min_size=1, max_size=60)
+text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
+hostile = st.sampled_from(
+    [
+        '" or doc_id != "',
+        "\\",
+        '\\"',
+        "\n",
+        "\0",
+        "\u202eabc",
+        "k" * 1024,
+        "') or ('1' == '1",
+        "{x}",
+        "%s",
+        "*",
+        "é" * 500,
+    ]
+)
+values = st.one_of(
+    text, hostile, st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False)
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.one_of(text, hostile), st.tuples(st.one_of(text, hostile), values), min_size=2, max_size=6))
+def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder, drawn):
+    documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
+    store = place.store(f"{place.name}_h")
+    if store.exists():
+        store.call("drop_collection")
+    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    assert rows_of(store) == expected_rows(documents, tokenizer)
+    stored = {row["doc_id"]: row["metadata"] for row in store.scan(("doc_id", "metadata"))}
+    assert stored == {document.id: document.metadata for document in documents}
+    for document in documents:
+        with_it = {d.id for d in documents if equal(d.metadata["value"], document.metadata["value"])}
+        retriever = MilvusRetriever(
+            store, tokenizer, embedder, num_neighbors=60, filter={"value": document.metadata["value"]}
+        )
+        assert set(retriever.retrieve([[5]]).doc_ids[0]) - {None} == with_it
+        found = retriever.retrieve([[5]], exclude_doc_ids=[{document.id}])
+        assert set(found.doc_ids[0]) - {None} == with_it - {document.id}
+    store.delete_documents([documents[0].id])
+    assert rows_of(store) == expected_rows(documents[1:], tokenizer)
+
+
+def equal(a, b):
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+@given(anything, anything, anything)
+def test_what_cannot_be_data_is_refused(id_, body, value):
+    try:
+        for part in (id_, body, value):
+            part.encode()
+    except UnicodeEncodeError:
+        with pytest.raises(ValueError, match="lone surrogate"):
+            Document(id_, body, {"value": value})
+    else:
+        Document(id_, body, {"value": value})
