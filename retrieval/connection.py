@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 FAILURES = (MilvusException, grpc.RpcError)
 UNAVAILABLE = 2  # how pymilvus numbers a connection that cannot be made
 NOT_LOADED = {101, 103, 106, 201, 202, 601}  # as after a server's restart, until it has read its segments again
-# Milvus' own numbers of what passes by itself: not ready, over the rate limit, a node or channel that comes back
-PASSING = NOT_LOADED | {1, UNAVAILABLE, 4, 8, 401, 500, 501, 502, 503, 600, 602, 900, 901, 902}
+# Milvus' own numbers of what passes by itself: over the rate limit, a node or channel that comes back
+PASSING = NOT_LOADED | {UNAVAILABLE, 4, 8, 401, 500, 501, 502, 503, 600, 602, 900, 901, 902}
 PASSING_WORDS = ("shard leader", "shard delegator", "not ready", "no available", "node offline", "channel not")
 COLLECTION_NOT_FOUND, DATABASE_NOT_FOUND = 100, 800
 FULL = {3: "memory", 7: "disk space", 9: "disk space or quota"}
@@ -124,13 +125,13 @@ class MilvusConnection:
         scheme, separator, rest = self.uri.partition("://")
         return scheme + separator + rest.rpartition("@")[2]
 
-    @property
+    @cached_property
     def version(self) -> tuple[int, ...]:
         """(major, minor) of the server, or of Milvus Lite."""
         text = self.call("get_server_version").removeprefix("milvus_lite-").removeprefix("v")
         return tuple(int(part) for part in text.split(".")[:2])
 
-    @property
+    @cached_property
     def is_lite(self) -> bool:
         """Whether Milvus Lite answers: a file, or one that another process serves under an http:// address."""
         return self.is_file or "milvus_lite" in self.call("get_server_version")

@@ -214,6 +214,7 @@ class MilvusRetriever:
         revision = self.store.revision()
         if revision != self._cached_revision:
             self._cache.clear()
+            self.store.catch_up()  # or what is remembered next could be what was there before
             self._cached_revision = revision
 
     def _search(self, queries: list[Query]) -> list[Rows]:

@@ -303,7 +303,7 @@ class MilvusStore:
         # page by page: one document can have more rows than Milvus returns at once
         return {row["pk"]: row["content_hash"] for row in self.scan(("pk", "content_hash"), expression)}
 
-    def scan(self, fields: Sequence[str] = FIELDS, expression: str = "", page: int = 1000) -> Iterator[dict[str, Any]]:
+    def scan(self, fields: Sequence[str] = FIELDS, expression: str = "", page: int = 5000) -> Iterator[dict[str, Any]]:
         """All rows, or those that match, in the order of their keys, in bounded memory.
 
         Args:
@@ -311,6 +311,8 @@ class MilvusStore:
             page: rows read at a time.
         """
         last = ""
+        # servers return what comes first in the order of keys; Milvus Lite does so if told that this is an iteration
+        order = {"iterator": "True"} if self.connection.is_lite else {}
         while True:
             rows = self.call(
                 "query",
@@ -318,11 +320,12 @@ class MilvusStore:
                 limit=page,
                 output_fields=sorted({"pk", *fields}),
                 consistency_level="Strong",
+                **order,
             )
             yield from rows
             if len(rows) < page:
                 return
-            last = max(row["pk"] for row in rows)
+            last = rows[-1]["pk"]
 
     def upsert(self, chunks: Sequence[Chunk], embeddings: np.ndarray) -> None:
         """Write chunks with their embeddings (n, dimension); one that is there already is replaced.
@@ -440,6 +443,10 @@ class MilvusStore:
         if isinstance(stored, bytes):
             return np.frombuffer(stored, dtype=self._vector_dtype()).astype(np.float32)
         return np.asarray(stored).astype(np.float32)
+
+    def catch_up(self) -> None:
+        """Have all later searches see what anyone has written until now; a server takes some tenths of a second for it."""
+        self.call("query", filter='pk == ""', limit=1, output_fields=["pk"], consistency_level="Strong")
 
     def how_many(self, *, exclude: Iterable[int] = (), expression: str = "", at_most: int) -> int:
         """How many rows a search could return, counted no further than `at_most`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from pymilvus import MilvusClient
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
+FIXED_PORT = 2380  # of the etcd inside the server, which cannot be chosen
 COMPONENTS = [
     "proxy",
     "etcd",
@@ -43,8 +44,23 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def wait_for_port(port: int) -> None:
+    """Until the server that was stopped has let go of it."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with socket.socket() as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(("127.0.0.1", port))
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Port {port} is in use: stop the other Milvus server (or etcd) first.") from error
+            time.sleep(0.2)
+
+
 class MilvusServer:
-    """A server with its data in a folder; stop it and start it again as often as you like.
+    """A server with its data in a folder; stop it and start it again as often as you like. Only one runs at a time.
 
     Args:
         options: further ones of `milvus-server`.
@@ -61,6 +77,7 @@ class MilvusServer:
         self.start()
 
     def start(self) -> None:
+        wait_for_port(FIXED_PORT)
         with open(self.folder.with_suffix(".log"), "ab") as log:
             # a session of its own: the program that is started starts the server as its child
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)

@@ -190,16 +190,10 @@ def test_a_retriever_in_use_sees_additions_changes_and_deletions_at_its_next_chu
     (query,) = tokenizer.encode_batch(["apples and pears"])
     assert retriever.retrieve([query]).doc_ids == [["old"]]
 
-    def eventually(doc_id):
-        for _ in range(50):  # a server shows another client's writes within moments
-            if retriever.retrieve([query]).doc_ids == [[doc_id]]:
-                return True
-        return False
-
     ingest([Document("new", "apples and pears")], store, tokenizer, embedder, chunk_size=CHUNK)
-    assert eventually("new")
+    assert retriever.retrieve([query]).doc_ids == [["new"]]
     store.delete_documents(["new"])
-    assert eventually("old")
+    assert retriever.retrieve([query]).doc_ids == [["old"]]
     ingest([Document("old", "apples")], store, tokenizer, embedder, chunk_size=CHUNK)
     found = retriever.retrieve([query])
     assert tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist()) == "apples"
@@ -317,7 +311,7 @@ hostile = st.sampled_from(
         "{x}",
         "%s",
         "*",
-        "é" * 500,
+        "é" * 100,
     ]
 )
 values = st.one_of(
@@ -339,7 +333,7 @@ def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder, drawn):
     for document in documents:
         with_it = {d.id for d in documents if equal(d.metadata["value"], document.metadata["value"])}
         retriever = MilvusRetriever(
-            store, tokenizer, embedder, num_neighbors=60, filter={"value": document.metadata["value"]}
+            store, tokenizer, embedder, num_neighbors=600, filter={"value": document.metadata["value"]}
         )
         assert set(retriever.retrieve([[5]]).doc_ids[0]) - {None} == with_it
         found = retriever.retrieve([[5]], exclude_doc_ids=[{document.id}])

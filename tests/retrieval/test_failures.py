@@ -1,0 +1,310 @@
+"""What goes wrong between this library and Milvus: it waits where waiting helps, says what happened where not, loses nothing."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from retrieval import (
+    TLS,
+    Document,
+    KnowledgeBaseError,
+    MilvusConnection,
+    MilvusRetriever,
+    MilvusStore,
+    ingest,
+)
+
+from .conftest import CHUNK, expected_rows, rows_of
+from .milvus_server import MilvusServer
+
+
+@pytest.mark.server
+class TestServer:
+    def test_away_for_thirty_seconds_during_retrieval_and_ingestion(self, server, documents, tokenizer, embedder):
+        store = MilvusStore(server.uri, "restarted", timeout=120)
+        ingest(documents[:20], store, tokenizer, embedder, chunk_size=CHUNK)
+        retriever = MilvusRetriever(store, tokenizer, embedder)
+        query = [[7] * CHUNK]
+        before = retriever.retrieve(query)
+        server.stop()
+        back = threading.Timer(30, server.start)
+        back.start()
+        started = time.monotonic()
+        during = retriever.retrieve(query)
+        assert time.monotonic() - started > 25 and during.doc_ids == before.doc_ids
+        back.join()
+        assert rows_of(store) == expected_rows(documents[:20], tokenizer)
+
+        errors = []
+
+        def add():
+            try:
+                ingest(documents, MilvusStore(server.uri, "restarted"), tokenizer, embedder, chunk_size=CHUNK)
+            except Exception as error:
+                errors.append(error)
+
+        adding = threading.Thread(target=add)
+        adding.start()
+        time.sleep(0.5)
+        server.stop()
+        server.start()
+        adding.join()
+        assert not errors and rows_of(store) == expected_rows(documents, tokenizer)
+        store.close()
+
+    def test_gone(self, server, documents, tokenizer, embedder):
+        store = MilvusStore(server.uri, "gone", timeout=4)
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        retriever = MilvusRetriever(store, tokenizer, embedder)
+        server.stop()
+        try:
+            started = time.monotonic()
+            with pytest.raises(KnowledgeBaseError, match=f"{server.uri} did not answer search for .*server up"):
+                retriever.retrieve([[7] * CHUNK])
+            assert 3 < time.monotonic() - started < 15
+            with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
+                MilvusStore(server.uri, "gone", timeout=4)
+        finally:
+            server.start()
+
+    def test_dropped_underneath(self, server, documents, tokenizer, embedder):
+        store = MilvusStore(server.uri, "dropped")
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        retriever = MilvusRetriever(store, tokenizer, embedder)
+        other = MilvusStore(server.uri, "dropped")
+        other.call("drop_collection")
+        for do in (lambda: retriever.retrieve([[7] * CHUNK]), store.count, lambda: store.delete(["a"])):
+            with pytest.raises(KnowledgeBaseError, match="'dropped' at http.* was dropped or renamed"):
+                do()
+
+    def test_released_by_someone_else(self, server, documents, tokenizer, embedder):
+        store = MilvusStore(server.uri, "released")
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        retriever = MilvusRetriever(store, tokenizer, embedder)
+        store.call("release_collection")
+        assert retriever.retrieve([[7] * CHUNK]).attention_mask.any()
+
+    def test_no_such_database(self, server):
+        with pytest.raises(KnowledgeBaseError, match="no database 'nope' at http"):
+            MilvusStore(server.uri, "c", database="nope")
+        with pytest.raises(KnowledgeBaseError, match="no database .* at http.*/nope2"):
+            MilvusStore(f"{server.uri}/nope2", "c")
+
+    def test_another_database_has_other_collections(self, server, documents, tokenizer, embedder):
+        MilvusConnection(server.uri).call("create_database", "second")
+        store = MilvusStore(server.uri, "c", database="second")
+        ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
+        assert MilvusStore.open(f"{server.uri}/second", "c").count() == store.count()
+        assert not MilvusStore(server.uri, "c").exists()
+
+
+@pytest.fixture(scope="module")
+def guarded(server, tmp_path_factory):
+    """A server with TLS and passwords, and the certificate that it shows; the other one is stopped meanwhile."""
+    server.stop()
+    folder = tmp_path_factory.mktemp("guarded")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext {names}".split()
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    options = ["--authorization-enabled", "true", "--tls-mode", "1"]
+    options += ["--server-pem-path", certificate, "--server-key-path", key]
+    client = {"secure": True, "server_pem_path": certificate, "server_name": "localhost", "token": "root:Milvus"}
+    guarded = MilvusServer(folder / "data", *options, scheme="https", **client)
+    yield guarded, TLS(certificate, server_name="localhost")
+    guarded.stop()
+    server.start()
+
+
+@pytest.mark.server
+class TestGuardedServer:
+    def test_let_in(self, guarded, documents, tokenizer, embedder, monkeypatch):
+        server, tls = guarded
+        monkeypatch.setenv("MILVUS_TOKEN", "root:Milvus")
+        store = MilvusStore(server.uri, "c", tls=tls)
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        assert rows_of(store) == expected_rows(documents[:2], tokenizer)
+        assert "Milvus" not in repr(store) + repr(store.connection).removeprefix("MilvusConnection")
+
+    @pytest.mark.parametrize("token", ["root:wrong", None])
+    def test_wrong_or_no_token(self, guarded, token):
+        server, tls = guarded
+        with pytest.raises(KnowledgeBaseError, match="does not let this program in: check the token") as caught:
+            MilvusConnection(server.uri, token=token, tls=tls, timeout=5)
+        assert "wrong" not in str(caught.value)
+
+    def test_no_certificate(self, guarded):
+        uri = guarded[0].uri.replace("127.0.0.1", "localhost")  # not the channel of the tests above
+        with pytest.raises(KnowledgeBaseError, match="https:// and which certificate"):
+            MilvusConnection(uri, token="root:Milvus", timeout=5)
+
+    def test_tls_files_that_cannot_be(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no TLS file"):
+            TLS(str(tmp_path / "none.pem"))
+        with pytest.raises(ValueError, match="both"):
+            TLS(certificate=__file__)
+
+
+INGEST = """
+import sys
+from transformers import AutoTokenizer
+from retrieval import *
+from tests.retrieval.test_failures import texts
+uri, tokenizer, embedding, version = sys.argv[1:]
+tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
+store = MilvusStore(uri, "retro")
+print("ready", flush=True)
+ingest(texts(int(version)), store, tokenizer, embedder, chunk_size=8)
+store.close()
+print("done", flush=True)
+"""
+
+
+def texts(version):
+    """Documents that get longer and shorter from version to version."""
+    return [
+        Document(f"d{i}", f"version {version} of {i} " + "word " * ((i * 7 + version * 13) % 90)) for i in range(1500)
+    ]
+
+
+def start(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_twenty_kills_at_random_points_leave_what_one_run_would(
+    tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
+):
+    """Each run brings another version of the documents, and is killed; the last one is not."""
+    uri, moments = str(tmp_path / "kb.db"), random.Random(0)
+    for version in range(20):
+        process = start(INGEST, uri, tokenizer_folder, embedding_folder, version)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        time.sleep(moments.uniform(0.02, 1.5))
+        process.kill()
+        process.communicate()
+    store = MilvusStore(uri, "retro")
+    ingest(texts(20), store, tokenizer, embedder, chunk_size=8)
+    assert rows_of(store) == expected_rows(texts(20), tokenizer)
+    assert store.count() == len(rows_of(store))
+    store.close()
+
+
+WRITE = """
+import sys
+from transformers import AutoTokenizer
+from retrieval import *
+uri, tokenizer, embedding = sys.argv[1:]
+tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
+store = MilvusStore(uri, "retro")
+ingest([], store, tokenizer, embedder, chunk_size=8)
+for i in range(10**6):
+    chunks = [Chunk(f"d{i}", j, [1 + i % 9] * 8, []) for j in range(20)]
+    store.upsert(chunks, embedder.encode(["text"] * 20))
+    print(i, flush=True)
+"""
+
+
+def test_what_milvus_lite_acknowledged_outlives_a_kill(tmp_path, tokenizer_folder, embedding_folder):
+    uri = str(tmp_path / "kb.db")
+    process = start(WRITE, uri, tokenizer_folder, embedding_folder)
+    for _ in range(120):
+        last = int(process.stdout.readline())
+    process.kill()
+    rest, _ = process.communicate()
+    last = int(rest.split()[-1]) if rest.endswith("\n") else last
+    with contextlib.closing(MilvusStore.open(uri, "retro")) as store:
+        there = {row["pk"] for row in store.scan(("pk",))}
+        assert len(there) >= 20 * (last + 1)
+        assert store.chunks_of([f"d{last}"]).keys() <= there and len(store.chunks_of([f"d{last}"])) == 20
+
+
+def test_a_full_disk_loses_nothing(tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder):
+    """No file may grow beyond a limit, which is how a full disk looks to the program."""
+    uri = str(tmp_path / "kb.db")
+    store = MilvusStore(uri, "retro")
+    ingest(texts(0)[:100], store, tokenizer, embedder, chunk_size=CHUNK)
+    store.close()
+    code = INGEST.replace("ingest(", "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                          "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\ningest(")  # fmt: skip
+    process = start(code, uri, tokenizer_folder, embedding_folder, 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "has no more disk space" in errors and "run the same command again" in errors
+    store = MilvusStore.open(uri, "retro")
+    assert {row[0] for row in rows_of(store)} >= {document.id for document in texts(0)[:100]}
+    ingest(texts(0), store, tokenizer, embedder, chunk_size=CHUNK)
+    assert rows_of(store) == expected_rows(texts(0), tokenizer)
+    store.close()
+
+
+class TestOneFileForSeveralProcesses:
+    def test_the_first_serves_the_others_and_one_of_them_takes_over(
+        self, tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
+    ):
+        uri = str(tmp_path / "kb.db")
+        serving = start("import sys; from retrieval.cli import main; main(['serve', '--uri', sys.argv[1]])", uri)
+        assert "is served at http://127.0.0.1:" in serving.stdout.readline()
+        store = MilvusStore(uri, "retro")
+        assert not store.connection.owns_file
+        helper = start(INGEST, uri, tokenizer_folder, embedding_folder, 3)  # two write at once, a third serves
+        ingest(texts(3)[:700], store, tokenizer, embedder, chunk_size=8)
+        _, errors = helper.communicate(timeout=120)
+        assert helper.returncode == 0, errors
+        assert rows_of(store) == expected_rows(texts(3), tokenizer)
+        serving.send_signal(signal.SIGINT)
+        serving.communicate(timeout=30)
+        assert serving.returncode == 0
+        assert rows_of(store) == expected_rows(texts(3), tokenizer)  # this process has opened the file itself
+        assert store.connection.owns_file
+        store.close()
+        assert not (tmp_path / "kb.db.served").exists()
+
+    def test_serve_says_who_serves_already(self, tmp_path):
+        connection = MilvusConnection(str(tmp_path / "kb.db"))
+        command = [sys.executable, "-m", "retrieval", "serve", "--uri", connection.uri]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2 and f"already, at {connection.serving}" in result.stderr
+        connection.close()
+
+    def test_a_file_of_another_machine(self, tmp_path):
+        uri = str(tmp_path / "kb.db")
+        connection = MilvusConnection(uri)
+        notice = tmp_path / "kb.db.served"
+        notice.write_text(json.dumps(json.loads(notice.read_text()) | {"host": "elsewhere"}))
+        code = f"from retrieval import MilvusConnection; MilvusConnection({uri!r})"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "in use by process" in result.stderr and "one machine only" in result.stderr
+        connection.close()
+
+    def test_something_that_is_no_knowledge_base(self, tmp_path):
+        (tmp_path / "kb.db").write_text("a text")
+        with pytest.raises(KnowledgeBaseError, match="is not a Milvus Lite knowledge base"):
+            MilvusConnection(str(tmp_path / "kb.db"))
+
+
+def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_folder, embedding_folder):
+    rows = [{"id": document.id, "text": document.text} for document in texts(1)[:400]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), "--multi_gpu"]
+    ingest_ = ["-m", "retrieval", "ingest", str(tmp_path / "rows.jsonl"), "--doc-id-field", "id"]
+    models = ["--tokenizer", str(tokenizer_folder), "--embedding-model", str(embedding_folder), "--chunk-size", "8"]
+    command = [sys.executable, *launch, *ingest_, *models, "--uri", str(tmp_path / "kb.db")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "process 0 of 2" in result.stdout and "process 1 of 2" in result.stdout, result.stdout
+    with contextlib.closing(MilvusStore.open(str(tmp_path / "kb.db"), "retro")) as store:
+        expected = [Document(row["id"], row["text"]) for row in rows]
+        assert rows_of(store) == expected_rows(expected, tokenizer)
