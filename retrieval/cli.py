@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -155,7 +156,8 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # by `accelerate launch`
         from accelerate import PartialState
 
-        ranks = PartialState(timeout=timedelta(days=30))  # the first to finish waits for the last
+        # without an accelerator it would take every process for the only one; the first to finish waits for the last
+        ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     rank, processes = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL

@@ -55,11 +55,18 @@ def documents():
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server_process(tmp_path_factory):
     """A real Milvus server. Its tests are marked, as they take a download of 50 MB and some seconds to start it."""
     server = MilvusServer(tmp_path_factory.mktemp("milvus") / "data")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def server(server_process):
+    """The same, running, whatever the last test did with it."""
+    server_process.start()
+    return server_process
 
 
 class Place:

@@ -77,27 +77,39 @@ class MilvusServer:
         self.start()
 
     def start(self) -> None:
+        """Returns when it answers, at once if it runs. One that was killed sees itself for a minute before it starts."""
+        if self.process is not None:
+            return
         wait_for_port(FIXED_PORT)
         with open(self.folder.with_suffix(".log"), "ab") as log:
             # a session of its own: the program that is started starts the server as its child
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
+        if not self._answers(seconds=180):
+            self.stop()
+            raise RuntimeError(f"The Milvus server in {self.folder} does not start; its logs are there.")
+
+    def _answers(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Exception):
                 client = MilvusClient(self.uri, timeout=5, **self.client)
                 client.list_collections()
                 client.close()
-                return
-            except Exception:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    self.stop()
-                    raise
-                time.sleep(0.3)
+                return True
+            time.sleep(0.3)
+        return False
 
     def stop(self) -> None:
-        """As a power cut would: nothing is said to it before."""
-        if self.process is not None:
+        """The server and the program that started it; returns when both are gone."""
+        if self.process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+                os.killpg(self.process.pid, number)
+                deadline = time.monotonic() + 20
+                while time.monotonic() < deadline:
+                    self.process.poll()
+                    os.killpg(self.process.pid, 0)  # raises when nobody is left
+                    time.sleep(0.1)
+        self.process.wait()
+        self.process = None
