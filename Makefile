@@ -27,4 +27,4 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build demo_output *.egg-info
+	rm -rf .venv .venv-milvus build demo_output *.egg-info

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -29,39 +28,6 @@ from .milvus_server import MilvusServer
 
 @pytest.mark.server
 class TestServer:
-    def test_away_for_thirty_seconds_during_retrieval_and_ingestion(self, server, documents, tokenizer, embedder):
-        patient = [MilvusStore(server.uri, "restarted", timeout=300) for _ in range(2)]
-        hasty = MilvusStore(server.uri, "restarted", timeout=4)
-        ingest(documents[:20], patient[0], tokenizer, embedder, chunk_size=CHUNK)
-        retriever, impatient = (MilvusRetriever(store, tokenizer, embedder) for store in (patient[0], hasty))
-        query, waits = [[7] * CHUNK], []
-        before = retriever.retrieve(query)
-        server.stop()
-
-        def add():
-            waits.append(ingest(documents, patient[1], tokenizer, embedder, chunk_size=CHUNK))
-
-        def read():
-            waits.append(retriever.retrieve(query))
-
-        threads = [threading.Thread(target=run) for run in (add, read)]
-        for thread in threads:
-            thread.start()
-        started = time.monotonic()
-        with pytest.raises(KnowledgeBaseError, match=f"{server.uri} did not answer search for .*server up"):
-            impatient.retrieve(query)
-        assert 3 < time.monotonic() - started < 15
-        with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
-            MilvusStore(server.uri, "restarted", timeout=4)
-        time.sleep(30 - (time.monotonic() - started))
-        assert not waits
-        server.start()
-        for thread in threads:
-            thread.join()
-        assert len(waits) == 2
-        assert {type(wait).__name__ for wait in waits} == {"IngestReport", "Neighbors"}
-        assert before.attention_mask.any() and rows_of(patient[0]) == expected_rows(documents, tokenizer)
-
     def test_dropped_underneath(self, server, documents, tokenizer, embedder):
         store = MilvusStore(server.uri, "dropped")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
@@ -131,6 +97,19 @@ class TestGuardedServer:
         uri = guarded[0].uri.replace("127.0.0.1", "localhost")  # not the channel of the tests above
         with pytest.raises(KnowledgeBaseError, match="https:// and which certificate"):
             MilvusConnection(uri, token="root:Milvus", timeout=5)
+
+    def test_gone(self, guarded, documents, tokenizer, embedder):
+        server, tls = guarded
+        store = MilvusStore(server.uri, "gone", token="root:Milvus", tls=tls, timeout=4)
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        retriever = MilvusRetriever(store, tokenizer, embedder)
+        server.stop()
+        started = time.monotonic()
+        with pytest.raises(KnowledgeBaseError, match=f"{server.uri} did not answer search for .*server up"):
+            retriever.retrieve([[7] * CHUNK])
+        assert 3 < time.monotonic() - started < 15
+        with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
+            MilvusStore(server.uri, "gone", token="root:Milvus", tls=tls, timeout=4)
 
     def test_tls_files_that_cannot_be(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no TLS file"):
