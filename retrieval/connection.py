@@ -147,6 +147,7 @@ class MilvusConnection:
             self.client = MilvusClient(
                 self.serving if self.is_file else self.uri, timeout=min(self.timeout, 10.0), **options
             )
+            self.client.list_collections(timeout=min(self.timeout, 10.0))  # only now a database is looked for
         except (*FAILURES, OSError, ValueError) as error:
             raise KnowledgeBaseError(self._why_no_connection(error)) from error
 
@@ -210,7 +211,7 @@ class MilvusConnection:
 
     def _why_no_connection(self, error: Exception) -> str:
         if getattr(error, "code", None) == DATABASE_NOT_FOUND or "database" in str(error) and "exist" in str(error):
-            return f"There is no database {self.database or ''!r} at {self.address}: create it, or name another one."
+            return f"There is no database {self.database or self.address.rpartition('/')[2]!r} at {self.address}: create it, or name another one."
         if self.is_file or not _answers(self.uri):
             return f"No connection to {self.address}: nothing answers there. Is the server up, and the address right?"
         return (
