@@ -6,7 +6,7 @@
 
 Vectors are MiniLM's, of chunks of 64 tokens of the sources and documentation of Python and its installed packages; they are kept
 in --cache for the next time. Queries are chunks that the collection does not hold. --synthetic makes vectors by mixing two
-real ones and noise. Every tenth round of timing is repeated; printed are median and spread.
+real ones and noise. Printed are median, least and most.
 """
 
 import argparse

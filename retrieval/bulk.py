@@ -1,7 +1,6 @@
 """Bulk files: documents → Parquet files that a Milvus server imports by itself, for loads too large to insert row by row."""
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -9,7 +8,6 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from .embedding import Embedder
 from .errors import IdentityMismatch
 from .identity import Identity
 from .ingestion import IngestReport, Window, embed_windows, read_windows
-from .store import collection_schema, content_hash, doc_key, primary_key, row_of
+from .rows import collection_schema, content_hash, doc_key, primary_key, row_of
 from .tokenization import BulkTokenizer
 
 PART = 32_768  # chunks of a file, some 80 MB with 384 dimensions: what an interruption loses at most
@@ -101,7 +99,7 @@ def _sign(folder: Path, identity: Identity) -> None:
             raise IdentityMismatch(f"{folder} has files of another knowledge base; write into an empty folder.")
     else:
         draft = card.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(asdict(identity)))
+        draft.write_text(identity.to_json())
         draft.replace(card)
 
 

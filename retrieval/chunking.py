@@ -64,6 +64,11 @@ class Chunk:
     metadata: Mapping[str, Scalar] = field(default_factory=dict)
 
 
+def source_names(texts: Iterable[Document | Chunk]) -> set[str]:
+    """Where these are from, as far as their metadata tells."""
+    return {str(text.metadata["source"]) for text in texts if "source" in text.metadata}
+
+
 def split_tokens(document: Document, tokens: Sequence[int], chunk_size: int) -> Iterator[Chunk]:
     """Cut one document's tokens into chunks."""
     for index, start in enumerate(range(0, len(tokens), chunk_size)):

@@ -26,8 +26,9 @@ from .filters import parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .retriever import MilvusRetriever
+from .rows import VECTOR_TYPES
 from .sources import read_all
-from .store import VECTOR_TYPES, MilvusStore
+from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
 console = Console(highlight=False)

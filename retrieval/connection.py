@@ -114,7 +114,11 @@ class MilvusConnection:
         self.owns_file = False  # this process opened it
         self.serving = ""  # the address that answers, which for a file is on the loopback interface
         self.client: MilvusClient | None = None
-        self._connect()
+        try:
+            self._connect()
+        except BaseException:
+            self.close()  # or a file would stay open that nobody has
+            raise
 
     def __repr__(self) -> str:
         return f"MilvusConnection({self.address})"
@@ -125,16 +129,20 @@ class MilvusConnection:
         scheme, separator, rest = self.uri.partition("://")
         return scheme + separator + rest.rpartition("@")[2]
 
-    @cached_property
+    @property
     def version(self) -> tuple[int, ...]:
         """(major, minor) of the server, or of Milvus Lite."""
-        text = self.call("get_server_version").removeprefix("milvus_lite-").removeprefix("v")
+        text = self._version.removeprefix("milvus_lite-").removeprefix("v")
         return tuple(int(part) for part in text.split(".")[:2])
 
-    @cached_property
+    @property
     def is_lite(self) -> bool:
         """Whether Milvus Lite answers: a file, or one that another process serves under an http:// address."""
-        return self.is_file or "milvus_lite" in self.call("get_server_version")
+        return self.is_file or "milvus_lite" in self._version
+
+    @cached_property
+    def _version(self) -> str:
+        return self.call("get_server_version")
 
     def _connect(self) -> None:
         options = {"token": self._token} if self._token else {}
@@ -211,7 +219,8 @@ class MilvusConnection:
 
     def _why_no_connection(self, error: Exception) -> str:
         if getattr(error, "code", None) == DATABASE_NOT_FOUND or "database" in str(error) and "exist" in str(error):
-            return f"There is no database {self.database or self.address.rpartition('/')[2]!r} at {self.address}: create it, or name another one."
+            name = self.database or self.address.rpartition("/")[2]
+            return f"There is no database {name!r} at {self.address}: create it, or name another one."
         if self.is_file or not _answers(self.uri):
             return f"No connection to {self.address}: nothing answers there. Is the server up, and the address right?"
         return (

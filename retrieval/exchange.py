@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
 from tqdm.auto import tqdm
 
-from .chunking import Chunk
+from .chunking import Chunk, source_names
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .store import ROWS_PER_CALL, MilvusStore
@@ -94,7 +94,7 @@ def export_knowledge_base(
         written = len(dataset)
         del dataset
         shutil.rmtree(cache)
-        (draft / "identity.json").write_text(json.dumps(asdict(identity)))
+        (draft / "identity.json").write_text(identity.to_json())
         card = asdict(identity) | {"name": folder.name, "chunks": written, "dimension": identity.embedding_dimension}
         (draft / "README.md").write_text(CARD.format(**card))
         draft.chmod(0o755)
@@ -154,13 +154,12 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
             except (ValueError, KeyError, TypeError) as error:
                 raise KnowledgeBaseError(f"Rows {written} and following of {source} are damaged: {error}") from error
             store.upsert(chunks, embeddings)
-            sources |= {str(chunk.metadata["source"]) for chunk in chunks if "source" in chunk.metadata}
+            sources |= source_names(chunks)
             written += len(chunks)
             bar.update(len(chunks))
     store.flush()
     store.touch(sources)
-    if store.connection.owns_file:
-        store.fit_index()
+    store.fit_index()
     return written
 
 

@@ -12,12 +12,13 @@ string of a user's ever becomes part of one: equality compares 64-bit hashes of 
 own, and ranges hold numbers, dates and field names that are checked character by character.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .hashing import hash64
 
 MAX_FIELDS = 32
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -129,4 +130,4 @@ def _tag(name: str, value: Scalar) -> int:
         value = int(value)  # 3.0 is what 3 is asked for as
     text = json.dumps([name, value])
     # 63 bits: the least 64-bit number is one that servers cannot read
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True) >> 1
+    return hash64(text) >> 1

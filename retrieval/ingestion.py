@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .chunking import Chunk, Document, check_chunk_size, document_batches, split_tokens
+from .chunking import Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
 from .embedding import Embedder
 from .identity import Identity
 from .indexes import IndexSettings
-from .store import MilvusStore, content_hash, doc_key, primary_key
+from .rows import content_hash, doc_key, primary_key
+from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
 WINDOW = 4096  # chunks that are sorted by length together, so that a batch of the model has little padding
@@ -120,8 +121,7 @@ def ingest(
     windows = read_windows(documents, tokenizer, chunk_size, there)
     report = embed_windows(windows, embedder, write, finish, progress=progress)
     store.flush()
-    if store.connection.owns_file:  # of several processes that fill a file, one
-        store.fit_index()
+    store.fit_index()
     report.seconds = time.monotonic() - started
     return report
 
@@ -206,9 +206,7 @@ def _add_documents(
     window.stale += sorted(stale)
     window.report.chunks_deleted += len(stale)
     window.doc_ids.update(documents)
-    window.sources |= {
-        str(document.metadata["source"]) for document in documents.values() if "source" in document.metadata
-    }
+    window.sources |= source_names(documents.values())
 
 
 def embed_windows(

@@ -14,7 +14,8 @@ from .connection import TLS
 from .embedding import Embedder
 from .errors import KnowledgeBaseError
 from .filters import Filter, filter_expression
-from .store import MOST_HITS, MilvusStore, doc_key
+from .rows import doc_key
+from .store import MOST_HITS, MilvusStore
 from .tokenization import BulkTokenizer
 
 logger = logging.getLogger(__name__)

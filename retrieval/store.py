@@ -1,8 +1,6 @@
 """MilvusStore: the one collection of a knowledge base, on Milvus Lite, a server or a cluster alike."""
 
-import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,87 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pymilvus import DataType, MilvusClient
-from pymilvus.orm.schema import CollectionSchema
+from pymilvus import MilvusClient
 
 from .chunking import Chunk
 from .connection import TLS, MilvusConnection
 from .errors import KnowledgeBaseError
-from .filters import MAX_FIELDS, Filter, all_of, filter_expression, tags
+from .filters import Filter, all_of, filter_expression
 from .identity import Identity
 from .indexes import IndexSettings, recommend
-
-logger = logging.getLogger(__name__)
+from .rows import VECTOR_TYPES, collection_schema, doc_key, row_of
 
 # Collection properties. Milvus Lite keeps them and no description.
 IDENTITY, INDEX, REVISION, SOURCES = "retro.identity", "retro.index", "retro.revision", "retro.sources"
-MAX_ID_BYTES = 4096  # of a document id
 MAX_SOURCES = 100  # names of sources that a collection remembers
 ROWS_PER_CALL = 500
 MOST_HITS = 16384  # that Milvus returns for one vector
 HITS_PER_CALL = 65536  # bounds the size of an answer: some 50 MB with chunks of 64 tokens
 KEYS_PER_CALL = 10_000
-FIELDS = ("pk", "doc_id", "doc_key", "chunk_index", "content_hash", "tokens", "continuation", "metadata", "tags")
-VECTOR_TYPES = {
-    "float32": DataType.FLOAT_VECTOR,
-    "float16": DataType.FLOAT16_VECTOR,
-    "bfloat16": DataType.BFLOAT16_VECTOR,
-}
 HALF_SINCE = (2, 4)
-
-
-def doc_key(doc_id: str) -> int:
-    """64 bits of a document id's hash, signed: what filters speak of, so that no id is ever part of an expression."""
-    return int.from_bytes(hashlib.sha256(doc_id.encode()).digest()[:8], "big", signed=True)
-
-
-def primary_key(doc_id: str, chunk_index: int) -> str:
-    """The same for the same chunk of the same document, so that writing it twice leaves one row."""
-    return f"{hashlib.sha256(doc_id.encode()).hexdigest()[:32]}-{chunk_index}"
-
-
-def content_hash(chunk: Chunk) -> int:
-    """Changes when the chunk's tokens, those that follow it, or the document's metadata change."""
-    text = repr((list(chunk.tokens), list(chunk.continuation), sorted(chunk.metadata.items())))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-
-
-def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
-    """What is stored of a chunk.
-
-    Raises:
-        ValueError: a document id longer than 4096 bytes.
-    """
-    if len(chunk.doc_id.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"The document id {chunk.doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8.")
-    return {
-        "pk": primary_key(chunk.doc_id, chunk.index),
-        "doc_id": chunk.doc_id,
-        "doc_key": doc_key(chunk.doc_id),
-        "chunk_index": chunk.index,
-        "content_hash": content_hash(chunk),
-        "tokens": list(chunk.tokens),
-        "continuation": list(chunk.continuation),
-        "metadata": dict(chunk.metadata),
-        "tags": tags(chunk.metadata),
-        "embedding": embedding,
-    }
-
-
-def collection_schema(identity: Identity, vector_dtype: str = "float32") -> CollectionSchema:
-    """The columns of a knowledge base."""
-    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=identity.to_json())
-    schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=64)
-    schema.add_field("doc_id", DataType.VARCHAR, max_length=MAX_ID_BYTES)
-    schema.add_field("doc_key", DataType.INT64)
-    schema.add_field("chunk_index", DataType.INT64)
-    schema.add_field("content_hash", DataType.INT64)
-    for name in ("tokens", "continuation"):
-        schema.add_field(name, DataType.ARRAY, element_type=DataType.INT32, max_capacity=identity.chunk_size)
-    schema.add_field("metadata", DataType.JSON)
-    schema.add_field("tags", DataType.ARRAY, element_type=DataType.INT64, max_capacity=MAX_FIELDS)
-    schema.add_field("embedding", VECTOR_TYPES[vector_dtype], dim=identity.embedding_dimension)
-    return schema
 
 
 class MilvusStore:
@@ -208,8 +143,7 @@ class MilvusStore:
             else IndexSettings.parse("FLAT" if is_lite else "HNSW")
         )
         settings.check(self.where, is_lite=is_lite, version=version, dimension=identity.embedding_dimension)
-        card = {"kind": settings.kind, **settings.build, **settings.search, "automatic": index is None}
-        properties = {IDENTITY: identity.to_json(), INDEX: json.dumps(card), REVISION: "0"}
+        properties = {IDENTITY: identity.to_json(), INDEX: _index_card(settings, index is None), REVISION: "0"}
         try:
             self.call(
                 "create_collection",
@@ -266,11 +200,10 @@ class MilvusStore:
             self.where, is_lite=self.connection.is_lite, version=self.connection.version, dimension=dimension
         )
         self.flush()
-        card = {"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic}
         self.call("release_collection")
         self.call("drop_index", "embedding")
         # said before it is built: whoever finds the collection without an index builds the one that was asked for
-        self.call("alter_collection_properties", {INDEX: json.dumps(card)})
+        self.call("alter_collection_properties", {INDEX: _index_card(settings, automatic)})
         self._index = settings
         self.call("create_index", self._index_params(settings, dimension))
         self.call("load_collection")
@@ -278,17 +211,14 @@ class MilvusStore:
     def fit_index(self) -> None:
         """On Milvus Lite, build the index that suits the size that the collection has grown to, unless one was asked for.
 
-        On a server, where others search meanwhile, it is only advised.
+        Of several processes that fill a file, the one that has opened it does this; on a server, where others search
+        meanwhile, nobody.
         """
-        card = json.loads(self._properties().get(INDEX, "{}"))
-        if not card.get("automatic"):
+        if not self.connection.owns_file or not json.loads(self._properties().get(INDEX, "{}")).get("automatic"):
             return
-        is_lite = self.connection.is_lite
-        better = recommend(self.count(), is_lite=is_lite)
-        if is_lite and better.kind != card["kind"]:
+        better = recommend(self.count(), is_lite=True)
+        if better.kind != self.index().kind:
             self.reindex(better, automatic=True)
-        elif better.kind == "DISKANN" and card["kind"] == "HNSW":
-            logger.warning("%s has outgrown HNSW: `python -m retrieval index DISKANN` needs less memory.", self.where)
 
     def count(self, expression: str = "") -> int:
         """Rows that a search can see, of those that match a filter expression."""
@@ -303,7 +233,7 @@ class MilvusStore:
         # page by page: one document can have more rows than Milvus returns at once
         return {row["pk"]: row["content_hash"] for row in self.scan(("pk", "content_hash"), expression)}
 
-    def scan(self, fields: Sequence[str] = FIELDS, expression: str = "", page: int = 5000) -> Iterator[dict[str, Any]]:
+    def scan(self, fields: Sequence[str], expression: str = "", page: int = 5000) -> Iterator[dict[str, Any]]:
         """All rows, or those that match, in the order of their keys, in bounded memory.
 
         Args:
@@ -509,3 +439,8 @@ def _documents(doc_ids: Iterable[str]) -> str:
 def _without(keys: Iterable[int]) -> str:
     keys = sorted(keys)
     return f"doc_key not in {keys}" if keys else ""
+
+
+def _index_card(settings: IndexSettings, automatic: bool) -> str:
+    """What `MilvusStore.index` reads; `automatic` if nobody asked for this index."""
+    return json.dumps({"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic})

@@ -272,3 +272,13 @@ def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_fo
     with contextlib.closing(MilvusStore.open(str(tmp_path / "kb.db"), "retro")) as store:
         expected = [Document(row["id"], row["text"]) for row in rows]
         assert rows_of(store) == expected_rows(expected, tokenizer)
+
+
+def test_a_file_is_let_go_when_its_database_is_not_there(tmp_path):
+    uri = str(tmp_path / "kb.db")
+    with pytest.raises(KnowledgeBaseError, match="no database 'nope'"):
+        MilvusConnection(uri, database="nope")
+    command = [sys.executable, "-m", "retrieval", "serve", "--uri", uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert "is served at" in serving.stdout.readline()
+        serving.send_signal(signal.SIGINT)
