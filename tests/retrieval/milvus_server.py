@@ -70,7 +70,14 @@ class MilvusServer:
     def __init__(self, folder: Path, *options: str, scheme: str = "http", **client) -> None:
         self.folder, self.client = folder, client
         ports = dict(zip(COMPONENTS, free_ports(len(COMPONENTS)), strict=True))
-        self.environment = {**os.environ, "METRICS_PORT": str(free_ports(1)[0])}
+        self.environment = {
+            **os.environ,
+            "METRICS_PORT": str(free_ports(1)[0]),
+            "DEPLOY_MODE": "STANDALONE",
+            "MILVUS_RUN_DIR": str(folder / "run"),
+            "LD_LIBRARY_PATH": str(folder / "bin"),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
         self.uri = f"{scheme}://127.0.0.1:{ports['proxy']}"
         flags = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
         self.command = [str(install()), "--data", str(folder), *flags, *options]
@@ -78,14 +85,19 @@ class MilvusServer:
         self.start()
 
     def start(self) -> None:
-        """Returns when it answers, at once if it runs. One that was killed sees itself for a minute before it starts."""
+        """Returns when it answers, at once if it runs."""
         if self.process is not None:
             return
         wait_for_port(FIXED_PORT)
+        command = self.command
+        if (self.folder / "configs" / "milvus.yaml").exists():
+            # Started before: without the wheel's launcher, which takes a port for used as long as the dead server's
+            # connections linger in the system, and silently listens on the next one.
+            command = [str(self.folder / "bin" / "milvus"), "run", "standalone"]
         with open(self.folder.with_suffix(".log"), "ab") as log:
             # a session of its own: the program that is started starts the server as its child
             self.process = subprocess.Popen(
-                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         if not self._answers(seconds=180):
             self.stop()

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -57,6 +59,50 @@ class TestServer:
         ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
         assert MilvusStore.open(f"{server.uri}/second", "c").count() == store.count()
         assert not MilvusStore(server.uri, "c").exists()
+
+
+@pytest.mark.server
+def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokenizer, embedder):
+    """Killed in the middle of an ingestion and of searches, and started again: both wait, go on, and miss nothing."""
+    half = len(documents) // 2
+    store = MilvusStore(server.uri, "outage")
+    ingest(documents[:half], store, tokenizer, embedder, chunk_size=CHUNK)
+    retriever = MilvusRetriever(store, tokenizer, embedder)
+    chunks = [list(row[2]) for row in rows_of(store) if len(row[2]) == CHUNK][:5]
+    before = retriever.retrieve(chunks).scores
+    gone, ended = threading.Event(), threading.Event()
+
+    def rest():
+        yield from documents[half:-2]
+        assert gone.wait(60)
+        yield from documents[-2:]
+
+    def search():
+        found = []
+        while not ended.is_set():
+            found.append(retriever.retrieve(chunks).scores)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        searches = pool.submit(search)
+        ingestion = pool.submit(
+            ingest, rest(), MilvusStore(server.uri, "outage"), tokenizer, embedder, chunk_size=CHUNK
+        )
+        time.sleep(1)
+        try:
+            server.stop()
+            gone.set()
+            time.sleep(30)
+            assert not searches.done() and not ingestion.done()
+            server.start()
+            ingestion.result(timeout=150)
+            retriever.retrieve(chunks)  # the collection is loaded again
+        finally:
+            ended.set()
+        found = searches.result(timeout=150)
+    assert rows_of(store) == expected_rows(documents, tokenizer)
+    # an answer is one of the knowledge base before the other half, or with some of it: never less similar, never fewer
+    assert len(found) > 1 and all((scores >= before - 1e-5).all() for scores in found)
 
 
 @pytest.fixture(scope="module")
