@@ -6,7 +6,7 @@ import time
 import pytest
 from pymilvus import connections, utility
 
-from retrieval import BulkTokenizer, Document, Identity, IdentityMismatch, MilvusStore, bulk, ingest
+from retrieval import BulkTokenizer, Document, Identity, IdentityMismatch, MilvusStore, bulk, chunking, ingest
 from retrieval.bulk import write_bulk_files
 
 from ..small_models import train_tokenizer
@@ -50,6 +50,7 @@ def test_an_interrupted_run_leaves_whole_parts_and_the_next_goes_on(
     tmp_path, monkeypatch, documents, tokenizer, embedder
 ):
     monkeypatch.setattr(bulk, "PART", 20)
+    monkeypatch.setattr(chunking, "BATCH_DOCUMENTS", 4)
 
     def broken():
         yield from documents[:30]
