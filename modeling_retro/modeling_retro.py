@@ -299,6 +299,11 @@ class RetroModel(RetroPreTrainedModel):
         return mask.bool()
 
 
+def is_added(name: str) -> bool:
+    """Whether the parameter of this name is one that RETRO adds to GPT-2's."""
+    return any(part in name for part in ("cca.", "ln_cca.", "encoder."))
+
+
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
     """RETRO with a language-modelling head tied to the token embeddings.
 
@@ -332,10 +337,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         The decoder's own weights, embeddings among them, keep their values, so that with `use_retrieval=False` the
         model stays its GPT-2 exactly.
         """
-        new = ("cca.", "ln_cca.", "encoder.")
-        for name, parameter in self.transformer.named_parameters():
-            parameter.requires_grad_(any(part in name for part in new))
-        self.lm_head.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_added(name))
 
     @can_return_tuple
     def forward(

@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--text-field", default="text", help="of a JSONL line or dataset row")
     add.add_argument("--doc-id-field", help="of a JSONL line or dataset row; default: source and number")
     add.add_argument("--metadata-fields", nargs="+", default=(), help="of a JSONL line or dataset row, to filter by")
+    add.add_argument("--subset", help="of a dataset of the hub")
+    add.add_argument("--split", default="train", help="of a dataset of the hub")
     add.add_argument("--chunk-size", type=int, default=64, help="tokens in a chunk (default: 64)")
     add.add_argument("--batch-size", type=int, default=32, help="of the embedding model (default: 32)")
     add.add_argument(
@@ -165,7 +167,12 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     device = arguments.device or (str(ranks.device) if ranks else None)
     embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
     documents: Iterator[Document] = read_all(
-        arguments.sources, arguments.text_field, arguments.doc_id_field, arguments.metadata_fields
+        arguments.sources,
+        arguments.text_field,
+        arguments.doc_id_field,
+        arguments.metadata_fields,
+        arguments.subset,
+        arguments.split,
     )
     if ranks:
         documents = documents_of_rank(documents, rank, processes)

@@ -1,12 +1,29 @@
 """RetroDataCollator: packed sequences → a batch of tensors, with the neighbors of every chunk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from .retriever import MilvusRetriever
+
+
+@dataclass
+class RetrievalStatistics:
+    """What was read since the counters were last taken."""
+
+    chunks: int = 0
+    chunks_with_neighbors: int = 0
+    neighbors: int = 0
+    similarity: float = 0.0  # summed over neighbors
+
+    def take(self) -> dict[str, float]:
+        """Share of chunks that have a neighbor and mean similarity of all neighbors; the counters begin anew."""
+        share = self.chunks_with_neighbors / max(self.chunks, 1)
+        numbers = {"chunks_with_neighbors": share, "mean_similarity": self.similarity / max(self.neighbors, 1)}
+        self.__init__()
+        return numbers
 
 
 @dataclass
@@ -19,10 +36,15 @@ class RetroDataCollator:
 
     Args:
         retriever: an object with `retrieve`, `chunk_size`, `num_neighbors` and `neighbor_length`, such as
-            [`MilvusRetriever`]; None gives plain language-model batches.
+            [`MilvusRetriever`]. Not asked for sequences that come with their neighbors (see `neighbors_of`); None gives plain
+            language-model batches for those that do not.
+
+    Attributes:
+        statistics: of what was retrieved.
     """
 
     retriever: "MilvusRetriever | None" = None
+    statistics: RetrievalStatistics = field(default_factory=RetrievalStatistics)
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -45,37 +67,53 @@ class RetroDataCollator:
         batch = {"input_ids": input_ids, "labels": labels}
         if not attention_mask.all():
             batch["attention_mask"] = attention_mask.long()
-        if self.retriever is not None:
-            batch |= self._neighbors(input_ids, lengths // self.retriever.chunk_size, features)
+        if "neighbor_ids" in features[0]:
+            batch |= _stack_neighbors(features)
+        elif self.retriever is not None:
+            batch |= _stack_neighbors(self.neighbors_of(features))
         return batch
 
-    def _neighbors(self, input_ids: torch.Tensor, complete: torch.Tensor, features: list[dict]) -> dict:
-        """Neighbors of each row's first `complete[row]` chunks, in the slots of those chunks."""
-        chunk_size = self.retriever.chunk_size
-        slots = int(complete.max())
-        shape = (len(features), slots, self.retriever.num_neighbors, self.retriever.neighbor_length)
-        neighbor_ids = torch.zeros(shape, dtype=torch.long)
-        neighbor_attention_mask = torch.zeros(shape, dtype=torch.bool)
-        used = torch.arange(slots) < complete[:, None]  # (B, C)
-        if slots:
-            whole = input_ids[:, : slots * chunk_size]
-            chunks = whole.reshape(len(features), slots, chunk_size)[used]  # (n, chunk_size), row after row
-            exclude = [
-                still_to_come
-                for feature, count in zip(features, complete.tolist(), strict=True)
-                for still_to_come in _documents_from_chunk_on(feature["doc_ids"])[:count]
+    def neighbors_of(self, features: list[dict]) -> list[dict]:
+        """The neighbors of each sequence's complete chunks, in one search.
+
+        Returns:
+            for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool}.
+        """
+        size = self.retriever.chunk_size
+        counts = [len(feature["input_ids"]) // size for feature in features]
+        places = [(feature, chunk) for feature, count in zip(features, counts, strict=True) for chunk in range(count)]
+        if not places:
+            shape = (0, self.retriever.num_neighbors, self.retriever.neighbor_length)
+            none = {"neighbor_ids": torch.zeros(shape, dtype=torch.long)}
+            return [none | {"neighbor_attention_mask": torch.zeros(shape, dtype=torch.bool)}] * len(features)
+        chunks = torch.tensor([feature["input_ids"][chunk * size : (chunk + 1) * size] for feature, chunk in places])
+        exclude = [
+            still_to_come
+            for feature, count in zip(features, counts, strict=True)
+            for still_to_come in _documents_from_chunk_on(feature["doc_ids"])[:count]
+        ]
+        following = {}
+        if getattr(self.retriever, "max_leakage", None) is not None:
+            following["continuations"] = [
+                feature["input_ids"][(chunk + 1) * size : (chunk + 2) * size] for feature, chunk in places
             ]
-            following = {}
-            if getattr(self.retriever, "max_leakage", None) is not None:
-                following["continuations"] = [
-                    feature["input_ids"][(chunk + 1) * chunk_size : (chunk + 2) * chunk_size]
-                    for feature, count in zip(features, complete.tolist(), strict=True)
-                    for chunk in range(count)
-                ]
-            found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
-            neighbor_ids[used] = found.ids
-            neighbor_attention_mask[used] = found.attention_mask
-        return {"neighbor_ids": neighbor_ids, "neighbor_attention_mask": neighbor_attention_mask}
+        found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
+        there = found.attention_mask.any(-1)  # (n, k)
+        self.statistics.chunks += len(places)
+        self.statistics.chunks_with_neighbors += int(there.any(-1).sum())
+        self.statistics.neighbors += int(there.sum())
+        self.statistics.similarity += float(found.scores[there].sum())
+        ids, masks = found.ids.split(counts), found.attention_mask.split(counts)
+        return [{"neighbor_ids": ids_, "neighbor_attention_mask": mask} for ids_, mask in zip(ids, masks, strict=True)]
+
+
+def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:
+    """(B, C, k, r) each, C the most chunks of a row; the slots of a row with fewer are masked out."""
+    stacked = {}
+    for name, dtype in (("neighbor_ids", torch.long), ("neighbor_attention_mask", torch.bool)):
+        rows = [torch.as_tensor(feature[name], dtype=dtype) for feature in features]
+        stacked[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return stacked
 
 
 def _documents_from_chunk_on(doc_ids: list[list[str]]) -> list[frozenset[str]]:

@@ -1,12 +1,21 @@
 """Packing: documents → sequences of one length, each chunk with the ids of the documents it touches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from datasets import Dataset, Features, List, Value
 
+from .chunking import Document, tokenize_documents
+from .tokenization import BulkTokenizer
+
+NO_TEXT = "There is no text to pack: every document is empty, or there are none."
 FEATURES = Features({"input_ids": List(Value("int32")), "doc_ids": List(List(Value("string")))})
+
+
+Place = tuple[int, int]  # documents that are used up, and tokens of the next one
 
 
 def pack(
@@ -29,27 +38,86 @@ def pack(
     Yields:
         {"input_ids": up to block_size ints, "doc_ids": for each chunk, the partial last one too, a list of ids}.
     """
+    return (sequence for sequence, _ in pack_from(documents, block_size, chunk_size, end_of_text_id))
+
+
+def pack_from(
+    documents: Iterable[tuple[str, Sequence[int]]],
+    block_size: int,
+    chunk_size: int,
+    end_of_text_id: int,
+    start: int = 0,
+) -> Iterator[tuple[dict, Place]]:
+    """The same from token `start` of the first document on, with the place in the documents where each sequence ends."""
     tokens: list[int] = []
     touched: list[list[str]] = []
-    for doc_id, document in documents:
-        if not len(document):
-            continue
-        rest = [*document, end_of_text_id]
-        start = 0
-        while start < len(rest):
-            piece = rest[start : start + block_size - len(tokens)]
+    number = -1
+    for number, (doc_id, document) in enumerate(documents):
+        rest = [*document, end_of_text_id] if len(document) else []
+        used, start = start, 0
+        while used < len(rest):
+            piece = rest[used : used + block_size - len(tokens)]
             first_chunk, last_chunk = len(tokens) // chunk_size, (len(tokens) + len(piece) - 1) // chunk_size
             touched.extend([] for _ in range(last_chunk + 1 - len(touched)))
             for ids in touched[first_chunk:]:
                 if doc_id not in ids:
                     ids.append(doc_id)
             tokens += piece
-            start += len(piece)
+            used += len(piece)
             if len(tokens) == block_size:
-                yield {"input_ids": tokens, "doc_ids": touched}
+                yield {"input_ids": tokens, "doc_ids": touched}, (number, used)
                 tokens, touched = [], []
     if len(tokens) > 1:
-        yield {"input_ids": tokens, "doc_ids": touched}
+        yield {"input_ids": tokens, "doc_ids": touched}, (number + 1, 0)
+
+
+class PackedStream(torch.utils.data.IterableDataset):
+    """Packed sequences of a stream of documents, epoch after epoch without end, which can go on where it stopped.
+
+    Args:
+        documents: epoch → its documents; the same epoch gives the same ones in the same order.
+        tokenizer: gives the tokens.
+        block_size, chunk_size: as for [`pack`].
+
+    Raises (while it is read):
+        ValueError: an epoch without a sequence.
+    """
+
+    def __init__(
+        self, documents: Callable[[int], Iterable[Document]], tokenizer: BulkTokenizer, block_size: int, chunk_size: int
+    ) -> None:
+        self.documents, self.tokenizer = documents, tokenizer
+        self.block_size, self.chunk_size = block_size, chunk_size
+        self._start = (0, 0, 0)  # epoch, documents, tokens
+        self._places = {0: self._start}  # after so many sequences
+
+    def __iter__(self) -> Iterator[dict]:
+        count = 0
+        epoch, skipped, start = self._start
+        self._places = {0: self._start}
+        while True:
+            documents = islice(self.documents(epoch), skipped, None)
+            tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, self.tokenizer))
+            empty = not skipped and not start
+            packed = pack_from(tokenized, self.block_size, self.chunk_size, self.tokenizer.eos_token_id, start)
+            for sequence, (used, tokens) in packed:
+                empty = False
+                count += 1
+                self._places[count] = (epoch, skipped + used, tokens)
+                yield sequence
+            if empty:
+                raise ValueError(NO_TEXT)
+            epoch, skipped, start = epoch + 1, 0, 0
+
+    def state_after(self, count: int) -> list[int]:
+        """Where to go on when the first `count` sequences were used, whatever was read ahead; [`load_state`] takes it."""
+        for earlier in [number for number in self._places if number < count]:
+            del self._places[earlier]  # a run goes only forward
+        return list(self._places[count])
+
+    def load_state(self, state: Sequence[int]) -> None:
+        """Go on from there, by reading the documents before it once more without tokenizing them."""
+        self._start = tuple(state)
 
 
 def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Path) -> Dataset:
@@ -63,7 +131,7 @@ def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Pat
         ValueError: there was not a single sequence.
     """
     if next(sequences(), None) is None:
-        raise ValueError("There is no text to pack: every document is empty, or there are none.")
+        raise ValueError(NO_TEXT)
     # a fresh fingerprint: `datasets` would otherwise reuse an old file although the text behind it has changed
     return Dataset.from_generator(
         sequences, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False

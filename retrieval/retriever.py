@@ -1,6 +1,7 @@
 """MilvusRetriever: token chunks in, the neighbors that the model reads out."""
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class MilvusRetriever:
         self.cache_size = cache_size
         self._cache: OrderedDict[Query, Rows] = OrderedDict()
         self._cached_revision = ""
+        self._lock = threading.Lock()  # training reads ahead in a thread of its own
 
     @classmethod
     def from_uri(
@@ -174,6 +176,10 @@ class MilvusRetriever:
             ValueError: an argument has another length than `chunks`, or a plain string stands for a set of documents.
         """
         queries = self._queries(chunks, exclude_doc_ids, continuations)
+        with self._lock:
+            return self._retrieve(queries)
+
+    def _retrieve(self, queries: list[Query]) -> Neighbors:
         found: dict[Query, Rows] = {}
         try:
             if self.cache_size:

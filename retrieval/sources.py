@@ -6,58 +6,77 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import load_dataset
+
 from .chunking import Document
 
 logger = logging.getLogger(__name__)
 
+FILE_ID = "__file_id__"  # what a text file's row has, beside its text
 
-def source_name(source: str) -> str:
-    """What a source is called in ids and metadata: a file's or folder's own name, or that of a dataset."""
+
+def source_name(source: str, subset: str | None = None) -> str:
+    """What a source is called in ids and metadata: a file's or folder's own name, or a dataset's with its subset's."""
     path = Path(source)
-    return path.resolve().name if path.exists() else source
+    if path.exists():
+        return path.resolve().name
+    return source if subset is None else f"{source}/{subset}"
+
+
+def read_rows(source: str, subset: str | None = None, split: str = "train") -> Iterable[Mapping[str, Any]]:
+    """The rows of one source, in their order; a text file is one row, which carries its id.
+
+    Args:
+        source: a folder (every text file below it but hidden ones; the id is the folder's name and the path in it), a
+            .jsonl file (a row a line), a .parquet file, another file (one row; the id is its name), or a dataset of the
+            hub, which is streamed.
+        subset, split: of a dataset of the hub.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or dataset.
+        ValueError: a line is not JSON.
+    """
+    path, name = Path(source), source_name(source)
+    if path.is_dir():
+        return _text_files(path, name)
+    if path.suffix == ".jsonl" and path.is_file():
+        return _json_lines(path)
+    if path.is_file() and path.suffix != ".parquet":
+        return _text_file(path, name)
+    try:
+        if path.is_file():
+            return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return load_dataset(source, subset, split=split, streaming=True)
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source!r} is no file, no folder, and no dataset that can be loaded ({type(error).__name__}: {error})."
+        ) from error
 
 
 def read_documents(
-    source: str, text_field: str = "text", doc_id_field: str | None = None, metadata_fields: Sequence[str] = ()
+    source: str,
+    text_field: str = "text",
+    doc_id_field: str | None = None,
+    metadata_fields: Sequence[str] = (),
+    subset: str | None = None,
+    split: str = "train",
 ) -> Iterator[Document]:
     """Documents of one source, one at a time. Each carries the source's name as metadata "source".
 
     Args:
-        source: a folder (every text file below it but hidden ones; the id is the folder's name and the path in it), a
-            .jsonl file (one document a line), another file (one document; the id is its name), or a dataset of the hub
-            (streamed, split "train").
-        text_field: the field of a JSONL line or dataset row with the text.
-        doc_id_field: the field with the id; default: the source's name and the number of the line or row.
-        metadata_fields: fields of a line or row that become the document's metadata; where one is null it has none.
+        source, subset, split: as for [`read_rows`].
+        text_field: the field of a row with the text.
+        doc_id_field: the field with the id; default: the source's name and the number of the row.
+        metadata_fields: fields of a row that become the document's metadata; where one is null it has none.
 
     Raises:
         FileNotFoundError: there is no such file, folder or dataset.
         ValueError: a line is not JSON, or a field is missing.
     """
-    path, name = Path(source), source_name(source)
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not hidden:
-                yield from _text_file(file, f"{name}/{file.relative_to(path).as_posix()}", name)
-    elif path.is_file() and path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            rows = (
-                _json_line(line, f"{source}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-            )
-            yield from documents_from_rows(rows, name, text_field, doc_id_field, metadata_fields)
-    elif path.is_file():
-        yield from _text_file(path, name, name)
-    else:
-        from datasets import load_dataset
-
-        try:
-            rows = load_dataset(source, split="train", streaming=True)
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{source!r} is no file, no folder, and no dataset that can be loaded ({type(error).__name__}: {error})."
-            ) from error
-        yield from documents_from_rows(rows, name, text_field, doc_id_field, metadata_fields)
+    rows = read_rows(source, subset, split)
+    return documents_from_rows(rows, source_name(source, subset), text_field, doc_id_field, metadata_fields)
 
 
 def read_all(
@@ -65,6 +84,8 @@ def read_all(
     text_field: str = "text",
     doc_id_field: str | None = None,
     metadata_fields: Sequence[str] = (),
+    subset: str | None = None,
+    split: str = "train",
 ) -> Iterator[Document]:
     """Documents of several sources, one after the other; arguments as for [`read_documents`].
 
@@ -80,7 +101,7 @@ def read_all(
                 "folder that holds both."
             )
     for source in sources:
-        yield from read_documents(source, text_field, doc_id_field, metadata_fields)
+        yield from read_documents(source, text_field, doc_id_field, metadata_fields, subset, split)
 
 
 def documents_from_rows(
@@ -91,7 +112,21 @@ def documents_from_rows(
     metadata_fields: Sequence[str] = (),
 ) -> Iterator[Document]:
     """Documents from mappings, such as the rows of any `datasets` dataset; `name` is part of ids that are made up."""
-    for number, row in enumerate(rows):
+    return documents_from_numbered_rows(enumerate(rows), name, text_field, doc_id_field, metadata_fields)
+
+
+def documents_from_numbered_rows(
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    name: str,
+    text_field: str = "text",
+    doc_id_field: str | None = None,
+    metadata_fields: Sequence[str] = (),
+) -> Iterator[Document]:
+    """The same for some of a source's rows, each with its number in it."""
+    for number, row in rows:
+        if FILE_ID in row:
+            yield Document(row[FILE_ID], row["text"], {"source": name})
+            continue
         for needed in (text_field, doc_id_field, *metadata_fields):
             if needed is not None and needed not in row:
                 raise ValueError(f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}.")
@@ -107,7 +142,14 @@ def _storable(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 
-def _text_file(file: Path, id_: str, source: str) -> Iterator[Document]:
+def _text_files(folder: Path, name: str) -> Iterator[dict[str, str]]:
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            yield from _text_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
+
+
+def _text_file(file: Path, id_: str) -> Iterator[dict[str, str]]:
     try:
         text = file.read_bytes().decode()  # not read_text, which would turn \r\n into \n
     except UnicodeDecodeError:
@@ -115,7 +157,14 @@ def _text_file(file: Path, id_: str, source: str) -> Iterator[Document]:
     if "\0" in text:
         logger.warning("Skipped %s: it is not UTF-8 text.", file)
     else:
-        yield Document(id_, text, {"source": source})
+        yield {FILE_ID: id_, "text": text}
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _json_line(line, f"{path}, line {number}")
 
 
 def _json_line(line: str, where: str) -> Mapping[str, Any]:

@@ -1,0 +1,244 @@
+"""Streams of documents: several datasets, filtered, shuffled and mixed by weight, as `datasets` does it."""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import tenacity
+from datasets import Features, IterableDataset, Value, interleave_datasets
+from datasets.distributed import split_dataset_by_node
+
+from .chunking import Document
+from .sources import documents_from_numbered_rows, read_rows, source_name
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features({"id": Value("string"), "text": Value("string")})
+_END = object()
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "!=": lambda a, b: a != b,
+}
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """One source of a mixture; the fields are the keys of an entry of `train_data` in YAML.
+
+    Attributes:
+        dataset: as for [`retrieval.sources.read_rows`].
+        subset, split: of a dataset of the hub.
+        text_field, doc_id_field: fields of a row; without the latter, a document's id is the source's name and the row's number.
+        weight: share of this source among the documents of the mixture, relative to the others'; all sources have one or none.
+        filter: "module:function" that takes a row and says whether it is kept, or a condition on columns such as
+            {"language": "en", "score": {">=": 0.5}, "kind": ["web", "wiki"]}; a row without the column is left out.
+        shuffle_buffer: documents among which the next one is drawn; 0 keeps the order.
+        seed: of the shuffle, which is another one in each epoch.
+        num_shards, shard_index: only every `num_shards`-th row is read, from row `shard_index` on.
+        skip, take: rows (of the shard, that pass the filter) left out at the beginning, and read at most after that.
+
+    Raises:
+        ValueError: a field out of its range, or a filter that is neither.
+    """
+
+    dataset: str
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    doc_id_field: str | None = None
+    weight: float | None = None
+    filter: str | Mapping[str, Any] | None = None
+    shuffle_buffer: int = 0
+    seed: int = 0
+    num_shards: int = 1
+    shard_index: int = 0
+    skip: int = 0
+    take: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise ValueError(f"A data source needs the name of its dataset, file or folder; it is {self.dataset!r}.")
+        where = f"Data source {self.dataset!r}: "
+        if self.weight is not None and not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
+            raise ValueError(f"{where}weight is {self.weight!r}; it must be a number from 0.")
+        for name, least in (("shuffle_buffer", 0), ("num_shards", 1), ("shard_index", 0), ("skip", 0), ("take", 1)):
+            value = getattr(self, name)
+            if (name, value) != ("take", None) and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{where}{name} is {value!r}; it must be a whole number from {least}.")
+        if self.shard_index >= self.num_shards:
+            raise ValueError(f"{where}shard_index is {self.shard_index}, but there are {self.num_shards} shards.")
+        row_filter(self.filter, where)
+
+    def documents(self) -> Iterator[dict[str, str]]:
+        """Rows {"id", "text"}, one pass, neither shuffled nor mixed.
+
+        Raises:
+            FileNotFoundError: there is no such file, folder or dataset.
+            ValueError: a row has no text field; the message names those that it has.
+        """
+        rows = enumerate(patiently(lambda: read_rows(self.dataset, self.subset, self.split)))
+        rows = islice(rows, self.shard_index, None, self.num_shards)
+        if self.filter is not None:
+            keeps = row_filter(self.filter)
+            rows = (numbered for numbered in rows if keeps(numbered[1]))
+        rows = islice(rows, self.skip, None if self.take is None else self.skip + self.take)
+        name = source_name(self.dataset, self.subset)
+        for document in documents_from_numbered_rows(rows, name, self.text_field, self.doc_id_field):
+            yield {"id": document.id, "text": document.text}
+
+
+def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Callable[[Mapping[str, Any]], bool]:
+    """What `DocumentStream.filter` means, as a function of a row.
+
+    Raises:
+        ValueError: no such module or function, or a comparison that there is not.
+    """
+    if condition is None:
+        return lambda row: True
+    if isinstance(condition, str):
+        module, _, name = condition.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{where}filter {condition!r} is no function that can be imported, such as 'package.module:function' ({error})."
+            ) from error
+        return function
+    if not isinstance(condition, Mapping):
+        raise ValueError(
+            f"{where}filter must be 'module:function' or a mapping of columns to values, not {condition!r}."
+        )
+    for column, wanted in condition.items():
+        if isinstance(wanted, Mapping) and (unknown := wanted.keys() - COMPARISONS.keys()):
+            raise ValueError(
+                f"{where}filter on {column!r} has {sorted(unknown)}; there are {', '.join(COMPARISONS)}, a value, or a list."
+            )
+
+    def keeps(row: Mapping[str, Any]) -> bool:
+        for column, wanted in condition.items():
+            value = row.get(column)
+            if value is None:
+                return False
+            if isinstance(wanted, Mapping):
+                if not all(COMPARISONS[sign](value, bound) for sign, bound in wanted.items()):
+                    return False
+            elif value not in (wanted if isinstance(wanted, list | tuple) else [wanted]):
+                return False
+        return True
+
+    return keeps
+
+
+def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6) -> Iterator[Mapping[str, Any]]:
+    """The rows that `rows()` gives, going on at the same row when the network fails, with growing pauses.
+
+    A `datasets` stream goes on from its `state_dict`; anything else is read again up to the row it had come to.
+
+    Raises:
+        ConnectionError, TimeoutError: it went on failing, `attempts` times without a row in between.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_of_the_network),
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=60),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
+    source, rows_read, state = None, 0, None
+
+    def step(iterator: Iterator | None) -> tuple[Iterator, Any]:
+        nonlocal source
+        if iterator is None:
+            source = rows()
+            if state is not None:
+                source.load_state_dict(state)
+            iterator = islice(iter(source), 0 if state is not None else rows_read, None)
+        return iterator, next(iterator, _END)
+
+    iterator, row = retrying(step, None)
+    while row is not _END:
+        rows_read += 1
+        if hasattr(source, "state_dict"):
+            state = source.state_dict()
+        yield row
+        try:
+            iterator, row = step(iterator)
+        except Exception as error:
+            if not _of_the_network(error):
+                raise
+            logger.warning("Reading broke off after %d rows (%s): going on from there.", rows_read, error)
+            iterator, row = retrying(step, None)  # the old iterator ended with its error
+
+
+def _of_the_network(error: BaseException) -> bool:
+    # requests' and httpx's errors, and huggingface_hub's, are told by the families they belong to
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(
+        names & {"RequestException", "TransportError", "HfHubHTTPError"}
+    )
+
+
+def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, processes: int = 1) -> Iterator[Document]:
+    """The documents of all streams: one after the other, or drawn by their weights until each is used up.
+
+    With weights, a stream that ends before the others begins again, as `interleave_datasets` has it ("all_exhausted").
+    Several processes share the documents: each gets every `processes`-th of the same order.
+
+    Args:
+        epoch: gives every shuffle, and the order of the draws, another seed.
+
+    Raises:
+        ValueError: the weights sum to nothing, or some streams have one and others not.
+    """
+    check_weights(streams)
+    parts, weights = [], []
+    for stream in streams:
+        if stream.weight == 0:
+            continue
+        part = IterableDataset.from_generator(stream.documents, features=FEATURES)
+        if stream.shuffle_buffer:
+            part = part.shuffle(seed=_seed(stream.seed, epoch), buffer_size=stream.shuffle_buffer)
+        parts.append(part)
+        weights.append(stream.weight)
+    if None in weights:
+        rows: Iterable[dict] = (row for part in parts for row in part)
+        rows = islice(rows, rank, None, processes)
+    else:
+        shares = (np.array(weights) / sum(weights)).tolist()
+        mixed = interleave_datasets(
+            parts, probabilities=shares, seed=_seed(streams[0].seed, epoch), stopping_strategy="all_exhausted"
+        )
+        rows = split_dataset_by_node(mixed, rank, processes)
+    return (Document(row["id"], row["text"]) for row in rows)
+
+
+def _seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def check_weights(streams: Sequence[DocumentStream]) -> None:
+    """Raises ValueError if the weights sum to nothing, or some streams have one and others not; or two have one name."""
+    weights = [stream.weight for stream in streams]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        without = [stream.dataset for stream in streams if stream.weight is None]
+        raise ValueError(f"Some data sources have a weight and {without} have none: give all of them one, or none.")
+    if None not in weights and not sum(weights) > 0:
+        raise ValueError(
+            f"The weights of the data sources are {weights}: they sum to nothing. Give one of them a weight."
+        )
+    named: dict[tuple, str] = {}
+    for stream in streams:
+        key = (source_name(stream.dataset, stream.subset), stream.split)
+        other = named.setdefault(key, stream.dataset)
+        if other != stream.dataset and stream.doc_id_field is None:
+            raise ValueError(
+                f"{other} and {stream.dataset} have the same name, which their documents' ids begin with. Rename one, or "
+                "give a folder that holds both."
+            )

@@ -1,0 +1,103 @@
+"""The data of a training run: documents packed into sequences, before or while it trains, and neighbors stored with them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+
+from configuration_retro import RetroConfig
+from retrieval import BulkTokenizer, MilvusRetriever
+from retrieval.chunking import tokenize_documents
+from retrieval.collator import RetroDataCollator
+from retrieval.packing import FEATURES, PackedStream, pack, packed_dataset
+from retrieval.streams import DocumentStream, mix
+
+CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
+
+
+def pack_streams(
+    streams: list[DocumentStream], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, cache_dir: str | Path
+) -> Dataset:
+    """One pass over the mixture as sequences of block_size tokens, in its order, in an Arrow file."""
+
+    def sequences() -> Iterator[dict]:
+        tokenized = ((document.id, ids) for document, ids in tokenize_documents(mix(streams), tokenizer))
+        return pack(tokenized, block_size, chunk_size, tokenizer.eos_token_id)
+
+    return packed_dataset(sequences, cache_dir)
+
+
+def stream_sequences(
+    streams: list[DocumentStream], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, rank: int, processes: int
+) -> PackedStream:
+    """The mixture, epoch after epoch, packed as it is read; each process has documents of its own."""
+    return PackedStream(partial(_share, streams, rank, processes), tokenizer, block_size, chunk_size)
+
+
+def _share(streams: list[DocumentStream], rank: int, processes: int, epoch: int) -> Iterator:
+    return mix(streams, epoch, rank, processes)
+
+
+def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
+    """What sequences with neighbors are made for, and can be used with."""
+    sizes = {name: getattr(config, name) for name in ("chunk_size", "num_neighbors", "neighbor_length")}
+    return {"tokenizer": tokenizer.fingerprint, "block_size": block_size, **sizes}
+
+
+def precompute(
+    parts: dict[str, Dataset], retriever: MilvusRetriever, card: dict[str, Any], folder: str | os.PathLike
+) -> None:
+    """Store sequences with their chunks' neighbors, as Arrow files; the folder appears when all is there.
+
+    Raises:
+        FileExistsError: there is such a folder already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: precompute into a new folder, or delete it.")
+    collator = RetroDataCollator(retriever)
+
+    def find(batch: dict[str, list]) -> dict[str, list]:
+        rows = [
+            {"input_ids": ids, "doc_ids": docs} for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
+        ]
+        found = collator.neighbors_of(rows)
+        return {name: [row[name].tolist() for row in found] for name in ("neighbor_ids", "neighbor_attention_mask")}
+
+    ids, mask = List(List(List(Value("int32")))), List(List(List(Value("bool"))))
+    features = Features({**FEATURES, "neighbor_ids": ids, "neighbor_attention_mask": mask})
+    stored = DatasetDict(
+        {name: part.map(find, batched=True, batch_size=64, features=features) for name, part in parts.items()}
+    )
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        stored.save_to_disk(str(draft))
+        card = card | {"embedding_model": retriever.embedding_model, "collection_name": retriever.collection_name}
+        (draft / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[DatasetDict, dict[str, Any]]:
+    """The sequences that `precompute` stored, and what they were found with.
+
+    Raises:
+        FileNotFoundError: it is no such folder.
+        ValueError: they were made for another tokenizer, block size or chunk grid; names both sides.
+    """
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {CARD}).")
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in card.items():
+        if theirs[name] != value:
+            raise ValueError(
+                f"{folder} was precomputed with {name} {theirs[name]}, this run has {value}: use the same, or precompute again."
+            )
+    return load_from_disk(str(folder)), theirs

@@ -1,0 +1,36 @@
+"""Floating-point operations of a training step, counted from the model's shapes."""
+
+import torch
+
+
+def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """Multiplications and additions of forward and backward of one batch, recomputation aside.
+
+    As usual (Kaplan et al., 2020; Chowdhery et al., 2022, appendix B): 2 for each weight of a matrix and token in the forward
+    pass, twice that backward (once, for the gradients of the inputs, where weights are frozen), and those of attention scores.
+    """
+    config = model.config
+    rows, length = batch["input_ids"].shape
+    width = config.n_embd
+    tokens = rows * length
+    read = batch["neighbor_ids"].numel() if "neighbor_ids" in batch else 0
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 2 or "wpe" in name or "wpos" in name:
+            continue
+        if "wte" in name:
+            uses = tokens  # as the output projection; looking up costs nothing
+        elif ".encoder." in name:
+            uses = read
+        elif ".cca." in name:  # queries and outputs a token, keys and values a neighbor token
+            uses = (read if "c_attn" in name else tokens) if read else 0
+        else:
+            uses = tokens
+        total += (6 if parameter.requires_grad else 4) * parameter.numel() * uses
+    # scores and weighted sums: 2 · 2 · width for each pair, three times with the backward pass
+    total += 12 * config.n_layer * width * tokens * length / 2
+    total += 12 * config.encoder_num_layers * width * read * config.neighbor_length
+    total += (
+        12 * len(config.cca_layers) * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
+    )
+    return total

@@ -1,0 +1,271 @@
+"""RetroTrainer: Trainer that retrieves ahead, drops neighbors, resumes streams exactly, and measures on, off and shuffled."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from evaluation_retro import Evaluation, byte_lengths, sequence_nats
+from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
+from modeling_retro.modeling_retro import is_added
+from modeling_retro.sharing import write_code
+from retrieval.packing import PackedStream
+from retrieval.prefetch import Prefetcher
+
+from .arguments import RetroTrainingArguments
+from .flops import step_flops
+
+logger = logging.getLogger(__name__)
+
+WAITING = 0.1  # share of the time from which on waiting for neighbors is worth a word
+
+
+class RetroTrainer(Trainer):
+    """Trainer for RETRO models; its evaluation measures loss and bits-per-byte with neighbors on, off and shuffled.
+
+    Args:
+        args: [`RetroTrainingArguments`].
+        processing_class: the tokenizer.
+        data_collator: a [`retrieval.collator.RetroDataCollator`].
+        train_dataset: packed sequences, or a [`PackedStream`] of this process' own documents.
+        prefetch_batches: batches made ahead of the model; 0: none.
+        **kwargs: as for `Trainer`.
+    """
+
+    args: RetroTrainingArguments
+
+    def __init__(self, *args, processing_class: PreTrainedTokenizerBase, prefetch_batches: int = 0, **kwargs):
+        self.bytes_of = byte_lengths(processing_class)
+        self.prefetch_batches = prefetch_batches
+        super().__init__(
+            *args,
+            processing_class=processing_class,
+            compute_metrics=lambda measured: Evaluation(measured.predictions, measured.label_ids).metrics(),
+            **kwargs,
+        )
+        self.add_callback(StopOnSignal())
+        if (settings := self.args.benchmark_settings()) is not None:
+            self.add_callback(BenchmarkCallback(self, settings))
+        self._batches: Prefetcher | None = None
+        self._source: Iterator | None = None  # what `_batches` reads
+        self._sequences = 0  # that this process has trained on
+        self._since = _Progress()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """`Trainer.train`; a stream goes on where the checkpoint was made."""
+        skip = self.args.ignore_data_skip
+        if isinstance(self.train_dataset, PackedStream):
+            # a stream finds its place by itself; Trainer would make all batches before it, to throw them away
+            self.args.ignore_data_skip = True
+            if resume_from_checkpoint is not None:
+                self.train_dataset.load_state(self._load_place(resume_from_checkpoint))
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.ignore_data_skip = skip
+            self._stop_reading()
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        # not prepared by accelerate: the stream is this process' own already
+        return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The batches of one update, made ahead."""
+        if not self.prefetch_batches:
+            started = time.perf_counter()
+            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._since.waited += time.perf_counter() - started
+        else:
+            if self._source is not epoch_iterator:
+                self._stop_reading()
+                self._source = epoch_iterator
+                self._batches = Prefetcher(epoch_iterator, self.prefetch_batches)
+            before = self._batches.seconds_waited
+            samples = super().get_batch_samples(self._batches, num_batches, device)
+            self._since.waited += self._batches.seconds_waited - before
+        for batch in samples[0]:
+            self._sequences += len(batch["input_ids"])
+            self._since.tokens += int((batch["labels"] != -100).sum())
+            self._since.flops += step_flops(self.model, batch)
+        return samples
+
+    def _stop_reading(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = self._source = None
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        if self.args.neighbor_dropout and "neighbor_attention_mask" in inputs:
+            # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
+            mask = inputs["neighbor_attention_mask"]
+            kept = torch.rand(len(mask)) >= self.args.neighbor_dropout
+            inputs = inputs | {"neighbor_attention_mask": mask & kept.to(mask.device)[:, None, None, None]}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Trainer's: decay for matrices alone; with `retro_learning_rate`, groups of their own for what RETRO adds."""
+        optimizer = super().create_optimizer(model)
+        if self.args.retro_learning_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            added = {id(parameter) for name, parameter in named if is_added(name)}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in added]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in added]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": self.args.retro_learning_rate})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._since.numbers(self.args)
+            self._since = _Progress()
+            statistics = getattr(self.data_collator, "statistics", None)
+            if statistics is not None and statistics.chunks:
+                logs |= statistics.take()
+            if logs["retrieval_wait"] > WAITING and self.is_world_process_zero():
+                logger.info(
+                    "Retrieval is the limit: %.0f %% of the time goes to waiting for batches. A faster embedding model or "
+                    "device, a server, more cache or precompute_to would help.",
+                    100 * logs["retrieval_wait"],
+                )
+        super().log(logs, start_time)
+
+    # What a run needs to go on exactly, written by every process before rank 0 writes trainer_state.json, the last file
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # what is half-written would only fill the disk
+            raise OSError(
+                f"The checkpoint {folder} could not be written ({error}); it was removed, earlier ones are whole. Free some "
+                "space and resume with --resume_from_checkpoint true."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, PackedStream):
+            place = self.train_dataset.state_after(self._sequences)
+            self._place_file(output_dir).write_text(json.dumps({"place": place, "processes": self.args.world_size}))
+        self.accelerator.wait_for_everyone()
+
+    def _place_file(self, folder: str | os.PathLike) -> Path:
+        return Path(folder) / f"data_place_{self.args.process_index}.json"
+
+    def _load_place(self, checkpoint: str) -> list[int]:
+        file = self._place_file(checkpoint)
+        saved = json.loads(file.read_text()) if file.is_file() else {"processes": "other data"}
+        if saved["processes"] != self.args.world_size:
+            raise ValueError(
+                f"{checkpoint} was made by {saved['processes']} processes that shared the stream, this run has "
+                f"{self.args.world_size}: resume with as many."
+            )
+        return saved["place"]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Each sequence's nats in the place of logits, its sizes in that of labels: Trainer gathers both."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            nats, sizes = sequence_nats(model, inputs, self.model.config.chunk_size, self.bytes_of)
+        return None, nats, sizes
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        measured = ("bits_per_byte", "gain_over")
+        self.model.evaluation = {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if any(part in name for part in measured)
+        }
+        return metrics
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """RETRO's own card: base model, knowledge base, evaluation."""
+        if self.is_world_process_zero():
+            name = self.hub_model_id or model_name or Path(self.args.output_dir).name
+            self.model.model_card(name).save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer pushes a checkpoint's weights and configuration from output_dir; the code that opens them goes along
+        if self.is_world_process_zero():
+            write_code(self.model, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Trainer pickles its arguments beside the weights; a checkpoint that is shared must not hold a token."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+
+class _Progress:
+    """What was done since the last log, by this process."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited, self.tokens, self.flops = 0.0, 0, 0.0
+
+    def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
+        """tokens_per_second of all processes; retrieval_wait, a share of the time; utilisation, if the peak is known."""
+        seconds = time.perf_counter() - self.started
+        numbers = {
+            "tokens_per_second": args.world_size * self.tokens / seconds,
+            "retrieval_wait": self.waited / seconds,
+        }
+        if args.device_peak_tflops is not None:
+            numbers["model_flops_utilization"] = self.flops / seconds / (1e12 * args.device_peak_tflops)
+        return numbers
+
+
+class BenchmarkCallback(TrainerCallback):
+    """DeepEval's benchmarks at each evaluation, with neighbors and without, as further numbers of that evaluation."""
+
+    def __init__(self, trainer: Trainer, settings: BenchmarkSettings) -> None:
+        self.trainer, self.settings = trainer, settings
+
+    def on_evaluate(self, args, state, control, *, metrics: dict[str, float], **kwargs) -> None:
+        # by every process: the weights may be spread over all
+        scores = run_benchmarks(self.trainer.model, self.trainer.processing_class, self.settings)
+        scores = {f"eval_{name}": score for name, score in scores.items()}
+        metrics.update(scores)
+        self.trainer.log(dict(scores))
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, as a cluster sends it before it takes a machine away: finish the step, save a checkpoint, end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        asked = self.asked
+        if dist.is_initialized():  # all stop after the same step
+            votes = torch.tensor(float(asked), device=args.device)
+            dist.all_reduce(votes)
+            asked = bool(votes > 0)
+        if asked:
+            logger.info("Asked to end: saving a checkpoint after step %d.", state.global_step)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        signal.signal(signal.SIGTERM, self._before)
