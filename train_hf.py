@@ -224,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
             if training.push_to_hub:
                 trainer.push_to_hub(commit_message="Trained and evaluated")  # writes the card, too
             else:
-                trainer.create_modelcard_of()
+                trainer.create_model_card()
+            trainer.accelerator.wait_for_everyone()  # a process may serve the knowledge base to the others
         finally:
             if trainer.model.retriever is not None:
                 trainer.model.retriever.close()

@@ -229,7 +229,7 @@ def check_weights(streams: Sequence[DocumentStream]) -> None:
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
         without = [stream.dataset for stream in streams if stream.weight is None]
         raise ValueError(f"Some data sources have a weight and {without} have none: give all of them one, or none.")
-    if None not in weights and not sum(weights) > 0:
+    if weights and None not in weights and not sum(weights) > 0:
         raise ValueError(
             f"The weights of the data sources are {weights}: they sum to nothing. Give one of them a weight."
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 
@@ -72,7 +73,10 @@ def precompute(
     ids, mask = List(List(List(Value("int32")))), List(List(List(Value("bool"))))
     features = Features({**FEATURES, "neighbor_ids": ids, "neighbor_attention_mask": mask})
     stored = DatasetDict(
-        {name: part.map(find, batched=True, batch_size=64, features=features) for name, part in parts.items()}
+        {
+            name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
+            for name, part in parts.items()
+        }
     )
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

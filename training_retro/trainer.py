@@ -78,8 +78,14 @@ class RetroTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
-        # not prepared by accelerate: the stream is this process' own already
-        return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
+        # Not prepared by accelerate: the stream is this process' own already. A generator of its own: the loader draws
+        # from it when it starts, and would otherwise draw from the one whose state a checkpoint has just restored.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one update, made ahead."""

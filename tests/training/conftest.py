@@ -1,5 +1,6 @@
 """A small tokenizer, a small model, and a knowledge base made of arithmetic."""
 
+import pydoc_data.topics
 from dataclasses import dataclass
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from configuration_retro import RetroConfig
+from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 
-from ..small_models import train_tokenizer
+from ..small_models import save_static_embedding, train_tokenizer
 
 CHUNK, NEIGHBOR = 8, 16
 
@@ -88,3 +90,20 @@ class ArithmeticRetriever:
 @pytest.fixture
 def retriever(tokenizer):
     return ArithmeticRetriever(len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer_folder, tokenizer):
+    """A folder of texts, a tokenizer, an embedding model and a knowledge base of the training part."""
+    root = tmp_path_factory.mktemp("world")
+    topics = list(pydoc_data.topics.topics.values())
+    for part, texts in (("train", topics[:8]), ("held_out", topics[8:12])):
+        (root / part).mkdir()
+        for number, text in enumerate(texts):
+            (root / part / f"{number}.txt").write_text(text[:600], encoding="utf-8")
+    save_static_embedding(tokenizer, root / "embedding", dim=32, seed=0)
+    store = MilvusStore(str(root / "kb.db"), "texts")
+    embedder = Embedder(str(root / "embedding"), device="cpu")
+    ingest(read_documents(str(root / "train")), store, BulkTokenizer(tokenizer), embedder, chunk_size=CHUNK)
+    store.close()
+    return root

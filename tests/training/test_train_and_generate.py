@@ -2,7 +2,6 @@
 
 import json
 import os
-import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,67 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import generate_hf
 import train_hf
 from modeling_retro import RetroForCausalLM
-from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 
 from ..hub import Hub
-from ..small_models import save_static_embedding
 from .conftest import CHUNK
-
-OVERRIDES = (
-    f"{{n_layer: 3, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: {CHUNK}, cca_layers: [1], embd_pdrop: 0.0}}"
-)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer_folder, tokenizer):
-    """A folder of texts, a tokenizer, an embedding model and a knowledge base of the training part."""
-    root = tmp_path_factory.mktemp("world")
-    topics = list(pydoc_data.topics.topics.values())
-    for part, texts in (("train", topics[:8]), ("held_out", topics[8:12])):
-        (root / part).mkdir()
-        for number, text in enumerate(texts):
-            (root / part / f"{number}.txt").write_text(text[:600], encoding="utf-8")
-    save_static_embedding(tokenizer, root / "embedding", dim=32, seed=0)
-    store = MilvusStore(str(root / "kb.db"), "texts")
-    embedder = Embedder(str(root / "embedding"), device="cpu")
-    ingest(read_documents(str(root / "train")), store, BulkTokenizer(tokenizer), embedder, chunk_size=CHUNK)
-    store.close()
-    return root
-
-
-def flags(world, tokenizer_folder, output_dir, **changes):
-    settings = {
-        "tokenizer_name": tokenizer_folder,
-        "config_overrides": OVERRIDES,
-        "train_data": world / "train",
-        "validation_data": world / "held_out",
-        "output_dir": output_dir,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": "5e-3",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    } | changes
-    return [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def knowledge_base(world):
-    return {"knowledge_base": world / "kb.db", "collection_name": "texts", "embedding_model": world / "embedding"}
-
-
-def train(arguments, cache_dir):
-    trainer = train_hf.build_trainer(*(parsed := train_hf.parse_arguments(arguments)), cache_dir)
-    trainer.train(resume_from_checkpoint=parsed[2].resume_from_checkpoint)
-    if trainer.model.retriever is not None:
-        trainer.model.retriever.close()
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+from .runs import OVERRIDES, flags, knowledge_base, losses, train
 
 
 def test_from_scratch_with_a_knowledge_base_learns_reports_and_saves(world, tokenizer_folder, tmp_path, capsys):

@@ -1,0 +1,139 @@
+"""Mixtures of document streams: what each setting does, against plain Python over the same rows."""
+
+import json
+from collections import Counter
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from retrieval import read_documents
+from retrieval.streams import DocumentStream, mix, patiently, row_filter
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rows = [{"text": f"text {i}", "key": f"k{i}", "lang": "en" if i % 3 else "de", "score": i / 10} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+def ids(stream, **kwargs):
+    return [document.id for document in mix([stream], **kwargs)]
+
+
+def test_ids_and_texts_are_those_of_an_ingestion(rows, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    expected = [(document.id, document.text) for document in read_documents(path)]
+    assert [(document.id, document.text) for document in mix([DocumentStream(path)])] == expected
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    parquet = DocumentStream(str(tmp_path / "rows.parquet"), doc_id_field="key")
+    assert [(document.id, document.text) for document in mix([parquet])] == [(row["key"], row["text"]) for row in rows]
+
+
+def high_and_english(row):
+    return row["lang"] == "en" and row["score"] > 2
+
+
+@pytest.mark.parametrize(
+    "condition, keeps",
+    [
+        ({"lang": "de"}, lambda row: row["lang"] == "de"),
+        ({"lang": ["de", "fr"], "score": {">=": 1, "<": 2}}, lambda row: row["lang"] == "de" and 1 <= row["score"] < 2),
+        ({"score": {"!=": 0.5}}, lambda row: row["score"] != 0.5),
+        ({"none": 1}, lambda row: False),
+        (f"{__name__}:high_and_english", high_and_english),
+    ],
+)
+def test_filter_shard_skip_and_take_in_this_order(rows, tmp_path, condition, keeps):
+    settings = {"num_shards": 2, "shard_index": 1, "skip": 1, "take": 5, "filter": condition, "doc_id_field": "key"}
+    kept = [row["key"] for row in rows[1::2] if keeps(row)][1:6]
+    assert ids(DocumentStream(str(tmp_path / "rows.jsonl"), **settings)) == kept
+
+
+def test_a_shuffle_is_another_one_in_each_epoch_and_the_same_when_repeated(rows, tmp_path):
+    stream = DocumentStream(str(tmp_path / "rows.jsonl"), shuffle_buffer=16, seed=3)
+    first, second = ids(stream), ids(stream, epoch=1)
+    assert first != second and sorted(first) == sorted(second) and len(set(first)) == len(rows)
+    assert ids(stream) == first and ids(stream, epoch=1) == second
+
+
+@pytest.mark.parametrize("weights", [(None, None), (3, 1)])
+def test_processes_share_the_documents(tmp_path, weights):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(200)))
+    streams = [DocumentStream(str(tmp_path / f"{name}.jsonl"), weight=w) for name, w in zip("ab", weights, strict=True)]
+    whole = [document.text for document in mix(streams)]
+    shares = [[document.text for document in mix(streams, rank=rank, processes=3)] for rank in range(3)]
+    assert Counter(whole) == sum(map(Counter, shares), Counter())
+    assert shares == [whole[rank::3] for rank in range(3)]
+    if weights[0]:  # until both are used up: the second one, drawn less often, ends it
+        early = Counter(text[0] for text in whole[:200])
+        assert 120 < early["a"] < 180 and set(whole) == {f"{name}{i}" for name in "ab" for i in range(200)}
+    else:
+        assert whole == [f"{name}{i}" for name in "ab" for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"weight": -1}, "weight is -1"),
+        ({"shuffle_buffer": 1.5}, "shuffle_buffer is 1.5"),
+        ({"num_shards": 2, "shard_index": 2}, "shard_index is 2, but there are 2 shards"),
+        ({"filter": "no.such:thing"}, "no function that can be imported"),
+        ({"filter": {"score": {"~": 1}}}, r"\['~'\]; there are >,"),
+        ({"filter": 7}, "not 7"),
+        ({"dataset": ""}, "needs the name"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentStream(**{"dataset": "rows", **settings})
+
+
+def test_mixtures_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="sum to nothing"):
+        list(mix([DocumentStream("a", weight=0), DocumentStream("b", weight=0)]))
+    with pytest.raises(ValueError, match=r"\['b'\] have none"):
+        list(mix([DocumentStream("a", weight=1), DocumentStream("b")]))
+    (tmp_path / "rows.jsonl").write_text('{"content": "x"}')
+    with pytest.raises(ValueError, match="has no field 'text'; it has 'content'"):
+        list(mix([DocumentStream(str(tmp_path / "rows.jsonl"))]))
+    assert row_filter(None)({})
+
+
+class TestNetwork:
+    """A source that breaks off now and then, as a line does."""
+
+    @pytest.fixture(autouse=True)
+    def no_pauses(self, monkeypatch):
+        monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+
+    def source(self, failures, streaming):
+        left = list(failures)
+
+        def generate():
+            for i in range(30):
+                if left and i == left[0]:
+                    raise ConnectionError(f"gone after {left.pop(0)} rows")
+                yield {"i": i}
+
+        return (lambda: IterableDataset.from_generator(generate)) if streaming else generate
+
+    @pytest.mark.parametrize("streaming", [True, False])
+    def test_goes_on_at_the_same_row(self, streaming):
+        rows = patiently(self.source([3, 3, 10, 29], streaming))
+        assert [row["i"] for row in rows] == list(range(30))
+
+    def test_gives_up_in_the_end(self):
+        with pytest.raises(ConnectionError, match="gone after 4 rows"):
+            list(patiently(self.source([4] * 50, streaming=False), attempts=3))
+
+    def test_other_errors_are_told_at_once(self):
+        def broken():
+            yield {"i": 0}
+            raise ValueError("row 1 is not JSON")
+
+        rows = patiently(broken)
+        assert next(rows) == {"i": 0}
+        with pytest.raises(ValueError, match="row 1"):
+            next(rows)

@@ -1,0 +1,342 @@
+"""Training runs as a team has them: read ahead, precomputed, streamed, stopped and resumed, in several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import train_hf
+from retrieval.packing import PackedStream
+
+from .conftest import CHUNK
+from .runs import OVERRIDES, flags, knowledge_base, losses, train
+
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def yaml_flags(path, arguments, **settings):
+    """A configuration file for what flags cannot say, and the flags."""
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return [str(path), *arguments]
+
+
+def mixture(world):
+    """Two weighted sources with shuffles, as only YAML can say it."""
+    return [
+        {"dataset": str(world / "train"), "weight": 2, "shuffle_buffer": 4, "seed": 1},
+        {"dataset": str(world / "held_out"), "weight": 1},
+    ]
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+class TestNeighborsAhead:
+    def test_reading_ahead_changes_no_loss(self, world, tokenizer_folder, tmp_path):
+        changes = {"neighbor_dropout": 0.3, "gradient_accumulation_steps": 2, **knowledge_base(world)}
+        overrides = {"config_overrides": OVERRIDES.replace("embd_pdrop: 0.0", "embd_pdrop: 0.1")}
+        runs = [
+            train(
+                flags(world, tokenizer_folder, tmp_path / "run", prefetch_batches=n, **overrides, **changes),
+                tmp_path / f"{n}",
+            )
+            for n in (0, 3)
+        ]
+        assert losses(runs[0]) == losses(runs[1])
+
+    def test_precomputed_neighbors_give_the_same_run_without_a_knowledge_base(self, world, tokenizer_folder, tmp_path):
+        train_hf.main(
+            flags(world, tokenizer_folder, tmp_path / "run", precompute_to=tmp_path / "stored", **knowledge_base(world))
+        )
+        given = {"train_data": None, "validation_data": None, "precomputed": tmp_path / "stored"}
+
+        def batches(**changes):
+            arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path / "run", **changes))
+            trainer = train_hf.build_trainer(*arguments, tmp_path / "c")
+            seen = [*trainer.get_train_dataloader(), *trainer.get_eval_dataloader()]
+            if trainer.model.retriever is not None:
+                trainer.model.retriever.close()
+            return seen
+
+        fetched, stored_batches = batches(**knowledge_base(world)), batches(**given)
+        assert len(fetched) == len(stored_batches) > 20
+        for one, other in zip(fetched, stored_batches, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        stored = train(flags(world, tokenizer_folder, tmp_path / "run", **given), tmp_path / "c")
+        assert losses(stored)[-1] < losses(stored)[0] and stored.model.config.collection_name == "texts"
+        row = stored.train_dataset[0]
+        assert torch.tensor(row["neighbor_ids"]).shape == (len(row["input_ids"]) // CHUNK, 2, 2 * CHUNK)
+        with pytest.raises(SystemExit, match="block_size 64, this run has 32"):
+            train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", block_size=32, **given))
+        with pytest.raises(SystemExit, match="holds no precomputed neighbors"):
+            train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **{**given, "precomputed": world}))
+
+    def test_a_search_that_fails_ends_the_run_with_its_cause(self, world, tokenizer_folder, tmp_path):
+        trainer = train_hf.build_trainer(
+            *train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path / "run", **knowledge_base(world))),
+            tmp_path,
+        )
+        try:
+            trainer.model.retriever._search = lambda queries: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                trainer.train()
+            assert trainer._batches is None  # and nothing reads on
+        finally:
+            trainer.model.retriever.close()
+
+
+class TestRegimes:
+    def test_what_retro_adds_has_its_own_learning_rate(self, world, tokenizer_folder, tmp_path):
+        trainer = train(
+            flags(world, tokenizer_folder, tmp_path, max_steps=1, retro_learning_rate=0.25, **knowledge_base(world)),
+            tmp_path,
+        )
+        rates = {
+            name: (group["initial_lr"], group["weight_decay"])
+            for group in trainer.optimizer.param_groups
+            for name, parameter in trainer.model.named_parameters()
+            if any(parameter is other for other in group["params"])
+        }
+        assert set(rates) == {name for name, _ in trainer.model.named_parameters()}
+        for name, parameter in trainer.model.named_parameters():
+            added = any(part in name for part in (".cca.", ".ln_cca.", ".encoder."))
+            assert rates[name] == (0.25 if added else 5e-3, 0.1 if parameter.ndim > 1 else 0.0), name
+
+    def test_adapters_train_alone(self, world, tokenizer_folder, tmp_path):
+        lora = "{r: 2, target_modules: [c_attn, q_attn]}"
+        trainer = train(flags(world, tokenizer_folder, tmp_path, lora=lora, **knowledge_base(world)), tmp_path / "c")
+        assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+        assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+        trainer.save_model(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+    def test_defaults_are_those_of_gpt2s_pretraining(self, world, tokenizer_folder, tmp_path):
+        arguments = flags(world, tokenizer_folder, tmp_path, learning_rate=None, max_steps=200)
+        _, _, training = train_hf.parse_arguments(arguments)
+        assert (training.learning_rate, training.weight_decay, training.adam_beta2) == (6e-4, 0.1, 0.95)
+        assert training.max_grad_norm == 1.0 and training.get_warmup_steps(200) == 2
+        trainer = train(arguments[:], tmp_path / "c")
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        assert max(rates) == 6e-4 and abs(rates[-1] - 6e-5) < 1e-6  # cosine to a tenth
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_half_precision_and_checkpointing(self, world, tokenizer_folder, tmp_path, precision):
+        if precision == "fp16":
+            pytest.importorskip("torch.cuda") if torch.cuda.is_available() else pytest.skip("fp16 needs a GPU")
+        changes = {precision: "true", "gradient_checkpointing": "true", **knowledge_base(world)}
+        trainer = train(flags(world, tokenizer_folder, tmp_path, **changes), tmp_path / "c")
+        assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+class TestResume:
+    """Runs of 12 steps that stop and go on, against one that does not stop, in one process and in two."""
+
+    def run(self, world, tokenizer_folder, folder, streaming, processes=1, **changes):
+        settings = {
+            "max_steps": 12,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "per_device_train_batch_size": 4 // processes,
+        }
+        settings |= {"lr_scheduler_type": "constant", "neighbor_dropout": 0.2, "gradient_accumulation_steps": 2}
+        settings |= {"streaming": str(streaming).lower(), "train_data": None, **knowledge_base(world), **changes}
+        overrides = OVERRIDES.replace("embd_pdrop: 0.0", "embd_pdrop: 0.1")
+        arguments = flags(world, tokenizer_folder, folder, config_overrides=overrides, validation_data=None, **settings)
+        arguments = yaml_flags(folder.with_suffix(".yaml"), arguments, train_data=mixture(world))
+        command = [sys.executable] if processes == 1 else ACCELERATE
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "NONE"}
+        return subprocess.Popen(
+            [*command, train_hf.__file__, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, process):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-3000:]
+
+    def losses(self, folder):
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+    @pytest.mark.parametrize(
+        "streaming, processes, sign",
+        [
+            (True, 1, signal.SIGTERM),
+            (False, 1, signal.SIGKILL),
+            (True, 2, signal.SIGKILL),
+            (False, 2, signal.SIGTERM),
+        ],
+    )
+    def test_stopped_and_resumed(self, world, tokenizer_folder, tmp_path, streaming, processes, sign):
+        sizes = {"streaming": streaming, "processes": processes}
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        self.end(self.run(world, tokenizer_folder, whole, **sizes, save_strategy="no"))
+        stopped = self.run(world, tokenizer_folder, parts, **sizes, max_steps=10_000)  # it would go on for long
+        while not (parts / "checkpoint-3" / "trainer_state.json").exists():
+            assert stopped.poll() is None, stopped.communicate()[0][-3000:]
+            time.sleep(0.02)
+        os.killpg(stopped.pid, sign)
+        stopped.communicate(timeout=120)
+        last = max(int(folder.name.rpartition("-")[2]) for folder in parts.glob("checkpoint-*"))
+        for resumed_from in sorted({2, min(last, 8)}):  # within an epoch, and mostly across one
+            again = tmp_path / f"again{resumed_from}"
+            checkpoint = parts / f"checkpoint-{resumed_from}"
+            self.end(
+                self.run(world, tokenizer_folder, again, **sizes, resume_from_checkpoint=checkpoint, save_strategy="no")
+            )
+            state = json.loads((again / "trainer_state.json").read_text())
+            assert state["global_step"] == 12
+            assert self.losses(again)[resumed_from:] == self.losses(whole)[resumed_from:]
+            weights = weights_of(whole)
+            assert all(torch.equal(weights[name], weight) for name, weight in weights_of(again).items())
+
+
+def test_a_stream_goes_on_at_any_sequence(tokenizer):
+    from retrieval import BulkTokenizer, Document
+
+    documents = [Document(f"d{i}", f"text {i} " * (i % 5)) for i in range(9)]
+
+    def stream():
+        return PackedStream(
+            lambda epoch: documents[epoch % 3 :] + documents[: epoch % 3], BulkTokenizer(tokenizer), 16, 8
+        )
+
+    whole = []
+    for sequence in stream():
+        whole.append(sequence)
+        if len(whole) == 60:
+            break
+    for used in (0, 1, 7, 20, 41):
+        first = stream()
+        ahead = iter(first)
+        for _ in range(used + 3):  # read further than was used
+            next(ahead)
+        state = json.loads(json.dumps(first.state_after(used)))
+        second = stream()
+        second.load_state(state)
+        assert [sequence for sequence, _ in zip(second, range(10), strict=False)] == whole[used : used + 10]
+
+
+class TestManyProcesses:
+    def test_two_processes_have_the_losses_of_one(self, world, tokenizer_folder, tmp_path):
+        plain = OVERRIDES.replace("embd_pdrop: 0.0", "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0")
+
+        def run(command, name, size):
+            arguments = flags(
+                world,
+                tokenizer_folder,
+                tmp_path / name,
+                per_device_train_batch_size=size,
+                config_overrides=plain,
+                **knowledge_base(world),
+            )
+            ran = subprocess.run([*command, train_hf.__file__, *arguments], capture_output=True, text=True, timeout=240)
+            assert ran.returncode == 0, ran.stderr[-3000:]
+            state = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+            return [entry["loss"] for entry in state if "loss" in entry], json.loads(
+                (tmp_path / name / "eval_results.json").read_text()
+            )
+
+        (one, one_eval), (two, two_eval) = run([sys.executable], "one", 4), run(ACCELERATE, "two", 2)
+        assert one == pytest.approx(two, abs=1e-4) and len(one) == 6
+        for name in ("eval_loss", "eval_off_loss", "eval_bits_per_byte"):
+            assert one_eval[name] == pytest.approx(two_eval[name], abs=1e-4)
+
+    def test_a_rank_that_fails_ends_the_run_with_its_message(self, world, tokenizer_folder, tmp_path):
+        arguments = flags(world, tokenizer_folder, tmp_path / "run", block_size=65, **knowledge_base(world))
+        ran = subprocess.run([*ACCELERATE, train_hf.__file__, *arguments], capture_output=True, text=True, timeout=240)
+        assert ran.returncode != 0 and "block_size is 65; it must be from 2" in ran.stderr
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(world, tokenizer_folder, tmp_path, monkeypatch):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", save_strategy="steps", save_steps=2)
+    trainer = train_hf.build_trainer(*train_hf.parse_arguments(arguments), tmp_path / "c")
+    saved = trainer._save_optimizer_and_scheduler
+
+    def full(folder):
+        if folder.endswith("-4"):
+            raise OSError(28, "No space left on device")
+        saved(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left.*earlier ones are whole"):
+        trainer.train()
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    resumed = train([*arguments, "--resume_from_checkpoint", "true"], tmp_path / "c2")
+    assert resumed.state.global_step == 6
+
+
+def test_a_half_written_checkpoint_is_passed_over(world, tokenizer_folder, tmp_path):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=4)
+    train(arguments, tmp_path / "c")
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    (tmp_path / "run" / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    _, _, training = train_hf.parse_arguments([*arguments, "--resume_from_checkpoint", "true"])
+    assert training.resume_from_checkpoint.endswith("checkpoint-4")
+
+
+def test_the_log_tells_of_retrieval_and_speed(world, tokenizer_folder, tmp_path):
+    trainer = train(
+        flags(world, tokenizer_folder, tmp_path, device_peak_tflops=0.1, **knowledge_base(world)), tmp_path / "c"
+    )
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < first["chunks_with_neighbors"] <= 1 and -1 <= first["mean_similarity"] <= 1
+    assert first["tokens_per_second"] > 0 and 0 <= first["retrieval_wait"] <= 1
+    assert 0 < first["model_flops_utilization"] < 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"train_data": [{"dataset": "train", "wieght": 1}]}, "did you mean weight"),
+        ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to nothing"),
+        ({"train_data": [{"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'; it has 'text'"),
+        ({"train_data": [7]}, "7 is neither a name nor a mapping"),
+        ({"streaming": True, "max_steps": -1}, "streaming has no end: set max_steps"),
+        ({"neighbor_dropout": 1.5}, "neighbor_dropout is a share"),
+        ({"benchmarks": ["NoSuchBench"], "eval_strategy": "steps", "eval_steps": 1}, "NoSuchBench|DeepEval"),
+        ({"lora": {"rr": 8}}, "rr"),
+    ],
+)
+def test_bad_settings_are_named_first(world, tokenizer_folder, tmp_path, settings, message, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    (world / "rows.jsonl").write_text('{"text": "some text"}\n')
+    given = dict.fromkeys(settings)
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", **given)
+    with pytest.raises(SystemExit) as caught:
+        train_hf.main(yaml_flags(tmp_path / "config.yaml", arguments, **settings))
+    text = f"{caught.value} {capsys.readouterr().err}"
+    assert any(part in text for part in message.split("|")), text
+
+
+def test_documents_shorter_than_a_chunk_and_blocks_with_a_partial_one(world, tokenizer_folder, tmp_path):
+    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps({"text": "ab"}) for _ in range(40)))
+    trainer = train(
+        flags(
+            world,
+            tokenizer_folder,
+            tmp_path / "run",
+            train_data=tmp_path / "short.jsonl",
+            block_size=27,
+            **knowledge_base(world),
+        ),
+        tmp_path / "c",
+    )
+    assert isinstance(trainer.train_dataset, datasets.Dataset) and len(trainer.train_dataset[0]["input_ids"]) == 27
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
