@@ -272,6 +272,8 @@ class MilvusRetriever:
             run = int(self.max_leakage * self.chunk_size) + 1  # the shortest that is too long
             text = runs((*tokens, *following), run)
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
+        # Equal chunks come in any order, and their scores differ by rounding: the same neighbors every time
+        rows = sorted(rows, key=lambda row: (-round(row["score"], 5), row["doc_id"], row["chunk_index"]))
         return rows[: self.num_neighbors]
 
     def _tensors(self, found: list[list[dict[str, Any]]]) -> Neighbors:

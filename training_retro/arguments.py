@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
@@ -193,6 +195,12 @@ class RetroTrainingArguments(TrainingArguments):
             )
         if self.device_peak_tflops is not None and not self.device_peak_tflops > 0:
             raise ValueError(f"device_peak_tflops must be a positive number, not {self.device_peak_tflops}.")
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        # accelerate numbers the processes' CPUs, and no checkpoint of tensors can be read onto a "cpu:0"
+        device = super()._setup_devices
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def benchmark_settings(self) -> BenchmarkSettings | None:
         """What is run at each evaluation; raises ValueError where that cannot be."""
