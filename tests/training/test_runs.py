@@ -347,3 +347,24 @@ def test_documents_shorter_than_a_chunk_and_blocks_with_a_partial_one(world, tok
     )
     assert isinstance(trainer.train_dataset, datasets.Dataset) and len(trainer.train_dataset[0]["input_ids"]) == 27
     assert all(torch.isfinite(torch.tensor(losses(trainer))))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+def test_accelerate_configurations_are_read(name, monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    file = Path(train_hf.__file__).parent / "examples" / "accelerate" / f"{name}_8_gpus.yaml"
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 8 and config.mixed_precision == "bf16"
+    if name == "fsdp":
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "RetroBlock,RetroEncoderLayer"
+
+
+@pytest.mark.parametrize("name", ["train_local", "train_openwebtext", "train_mixture"])
+def test_example_configurations_are_read(name, tmp_path):
+    example = Path(train_hf.__file__).parent / "examples" / f"{name}.yaml"
+    arguments = [str(example), "--output_dir", str(tmp_path)]
+    if name != "train_local":
+        arguments += ["--bf16", "false"]  # here may be no GPU
+    _, data, training = train_hf.parse_arguments(arguments)
+    assert data.streams("train_data") and data.streams("validation_data") and training.save_total_limit == 2
