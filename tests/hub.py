@@ -63,12 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_json({"url": f"{self.server.url}/{name}", "id": name})
         elif self.path == "/api/validate-yaml":
             self._answer_json({"errors": [], "warnings": []})
-        elif found := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/(.+)/preupload/main", self.path):
             paths = [file["path"] for file in json.loads(body)["files"]]
             self._answer_json(
                 {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
             )
-        elif found := re.fullmatch(r"/api/models/(.+)/commit/main", self.path.split("?")[0]):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/(.+)/commit/main", self.path.split("?")[0]):
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(b"", 404, X_Error_Code="EntryNotFound")
             else:
                 self._answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
-        elif (found := re.match(r"/api/models/([^/]+/[^/?]+)", self.path)) and found[1] in files:
+        elif (found := re.match(r"/api/(?:models|datasets)/([^/]+/[^/?]+)", self.path)) and found[1] in files:
             siblings = [{"rfilename": path} for path in files[found[1]]]
             self._answer_json({"id": found[1], "sha": COMMIT, "tags": [], "siblings": siblings})
         else:

@@ -12,11 +12,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from retrieval import (
     TLS,
     Document,
+    IndexSettings,
     KnowledgeBaseError,
     MilvusConnection,
     MilvusRetriever,
@@ -59,6 +61,23 @@ class TestServer:
         ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
         assert MilvusStore.open(f"{server.uri}/second", "c").count() == store.count()
         assert not MilvusStore(server.uri, "c").exists()
+
+
+@pytest.mark.server
+def test_searches_while_the_index_is_built_anew(server, documents, tokenizer, embedder):
+    """A collection is not loaded then: searches wait, and find what they found before."""
+    store = MilvusStore(server.uri, "indexing")
+    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    retriever = MilvusRetriever(MilvusStore(server.uri, "indexing"), tokenizer, embedder)
+    chunks = [list(row[2]) for row in rows_of(store) if len(row[2]) == CHUNK][:5]
+    before = retriever.retrieve(chunks).scores
+    with ThreadPoolExecutor(1) as pool:
+        built = pool.submit(lambda: [store.reindex(IndexSettings.parse(kind)) for kind in ("HNSW", "IVF_FLAT", "FLAT")])
+        searched = 0
+        while not built.done() or not searched:
+            np.testing.assert_allclose(retriever.retrieve(chunks).scores, before, atol=1e-5)
+            searched += 1
+        built.result()
 
 
 @pytest.mark.server

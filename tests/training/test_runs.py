@@ -368,3 +368,15 @@ def test_example_configurations_are_read(name, tmp_path):
         arguments += ["--bf16", "false"]  # here may be no GPU
     _, data, training = train_hf.parse_arguments(arguments)
     assert data.streams("train_data") and data.streams("validation_data") and training.save_total_limit == 2
+
+
+def test_a_retriever_that_is_too_slow_is_named(world, tokenizer_folder, tmp_path, caplog):
+    arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path, **knowledge_base(world)))
+    trainer = train_hf.build_trainer(*arguments, tmp_path / "c")
+    search = trainer.model.retriever._search
+    trainer.model.retriever._search = lambda queries: time.sleep(0.2) or search(queries)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    trainer.model.retriever.close()
+    assert "Retrieval is the limit" in caplog.text
+    assert trainer.state.log_history[3]["retrieval_wait"] > 0.3

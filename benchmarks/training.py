@@ -1,0 +1,112 @@
+"""Tokens a second of `train_hf.py` on real text: neighbors fetched in the step, ahead, and precomputed; two processes; evaluation.
+
+    python benchmarks/training.py
+
+Python's own sources and those of installed packages, MiniLM, a Milvus Lite file, a decoder of 6 layers and width 256, batches of 8
+sequences of 512 tokens. Each way is a run of its own; they take turns, and median, least and most over the rounds are printed.
+Without a GPU, embedding and training share the processor: what is fetched ahead is then not free, as it is where the embedding model
+has a device of its own (see prefetch.py, which measures the overlap alone).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from machine import MINILM, machine, make_tokenizer, read_files, source_files, spread
+
+from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+SIZES = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5]}"
+
+
+def prepare(folder: Path, characters: int) -> None:
+    """Texts, tokenizer and knowledge base."""
+    total = 0
+    for number, document in enumerate(read_files(source_files())):
+        part = "held_out" if number % 10 == 0 else "train"
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / f"{number}.txt").write_text(document.text, encoding="utf-8")
+        total += len(document.text)
+        if total >= characters:
+            break
+    tokenizer = make_tokenizer(source_files())
+    tokenizer.save_pretrained(folder / "tokenizer")
+    store = MilvusStore(str(folder / "kb.db"), "text")
+    ingest(read_documents(str(folder / "train")), store, BulkTokenizer(tokenizer), Embedder(str(MINILM)))
+    store.close()
+
+
+def run(
+    folder: Path, command: Sequence[str], name: str, steps: int, batch: int, **settings: object
+) -> dict[str, float]:
+    """The last log of a run, and its evaluation's if it has one."""
+    output = folder / name
+    settings = {
+        "tokenizer_name": folder / "tokenizer",
+        "config_overrides": SIZES,
+        "train_data": folder / "train",
+        "output_dir": output,
+        "max_steps": steps,
+        "logging_steps": steps // 2,  # the first half warms up
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 8,
+        "neighbor_cache_size": 0,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | settings
+    flags = [text for key, value in settings.items() if value is not None for text in (f"--{key}", str(value))]
+    done = subprocess.run([*command, str(ROOT / "train_hf.py"), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    if not (output / "trainer_state.json").exists():
+        return {}
+    logs = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    result = [log for log in logs if "tokens_per_second" in log][-1]
+    evaluated = output / "eval_results.json"
+    return result | (json.loads(evaluated.read_text()) if evaluated.exists() else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--characters", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, arguments.characters)
+        place = {"knowledge_base": folder / "kb.db", "collection_name": "text", "embedding_model": MINILM}
+        run(folder, [sys.executable], "none", 2, 8, precompute_to=folder / "stored", **place)
+        stored = {"train_data": None, "precomputed": folder / "stored"}
+        one = [sys.executable]
+        ways = {
+            "the decoder alone": (one, 8, {}),
+            "neighbors precomputed": (one, 8, stored),
+            "fetched in the step": (one, 8, {"prefetch_batches": 0, **place}),
+            "fetched ahead": (one, 8, {"prefetch_batches": 4, **place}),
+            "precomputed, two processes": (LAUNCH, 4, stored),
+            "fetched ahead, two processes": (LAUNCH, 4, {"prefetch_batches": 4, **place}),
+        }
+        speeds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(arguments.rounds):
+            for way, (command, batch, settings) in ways.items():
+                speeds[way].append(run(folder, command, "run", arguments.steps, batch, **settings)["tokens_per_second"])
+        for way, values in speeds.items():
+            print(f"{way:30s} {spread(values, digits=0)} tokens/s", flush=True)
+        held_out = {"validation_data": folder / "held_out", **place}
+        measured = [run(folder, one, "eval", 2, 8, **held_out) for _ in range(arguments.rounds)]
+        rates = [512 * log["eval_samples_per_second"] for log in measured]
+        print(f"{'evaluation: on, off, shuffled':30s} {spread(rates, digits=0)} tokens/s, retrieval included")
+
+
+if __name__ == "__main__":
+    main()
