@@ -292,6 +292,8 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
         )
     if data.precompute_to is not None and data.knowledge_base is None:
         raise ValueError("precompute_to stores neighbors, and without a knowledge_base there are none.")
+    if data.precompute_to is not None and training.world_size > 1:
+        raise ValueError(f"precompute_to runs in one process, not in {training.world_size}.")
     if data.streaming and (data.precomputed or data.precompute_to):
         raise ValueError("streaming packs while it trains; precomputed neighbors need it done before. Use one of them.")
     if data.streaming and training.max_steps <= 0:

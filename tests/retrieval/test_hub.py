@@ -15,7 +15,7 @@ PUSH = "import sys; from retrieval import push_knowledge_base; push_knowledge_ba
 def test_pushed_and_imported_elsewhere(tmp_path, documents, tokenizer, embedder):
     store = MilvusStore(str(tmp_path / "kb.db"), "retro")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
-    export_knowledge_base(store, tmp_path / "export")
+    export_knowledge_base(store, tmp_path / "export", tokenizer)
     with Hub() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
         environment |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
