@@ -15,7 +15,7 @@ import numpy as np
 
 from .chunking import Chunk, Document, check_chunk_size
 from .embedding import Embedder
-from .errors import IdentityMismatch
+from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .ingestion import IngestReport, Window, embed_windows, read_windows
 from .rows import collection_schema, content_hash, doc_key, primary_key, row_of
@@ -45,11 +45,16 @@ def write_bulk_files(
         rank: of this process, when several write their documents' files into one folder.
 
     Raises:
+        KnowledgeBaseError: pymilvus' bulk writer is not installed.
         IdentityMismatch: the folder has files made with another tokenizer, embedding model or chunk size.
         ValueError: an id comes twice, far apart: an import would keep both texts.
     """
     started = time.monotonic()
     check_chunk_size(chunk_size)
+    try:
+        import pymilvus.bulk_writer  # noqa: F401
+    except ImportError as error:
+        raise KnowledgeBaseError("Bulk files need more packages: pip install 'transformers-retro[bulk]'.") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     identity = Identity.of(tokenizer, embedder, chunk_size)

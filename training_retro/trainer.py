@@ -191,7 +191,8 @@ class RetroTrainer(Trainer):
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
         measured = ("bits_per_byte", "gain_over")
-        self.model.evaluation = {
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT's
+        model.evaluation = {
             name.removeprefix("eval_"): value
             for name, value in metrics.items()
             if any(part in name for part in measured)
