@@ -26,7 +26,16 @@ UNAVAILABLE = 2  # how pymilvus numbers a connection that cannot be made
 NOT_LOADED = {101, 103, 106, 201, 202, 601}  # as after a server's restart, until it has read its segments again
 # Milvus' own numbers of what passes by itself: over the rate limit, a node or channel that comes back
 PASSING = NOT_LOADED | {UNAVAILABLE, 4, 8, 401, 500, 501, 502, 503, 600, 602, 900, 901, 902}
-PASSING_WORDS = ("shard leader", "shard delegator", "not ready", "no available", "node offline", "channel not")
+# "milvuslite is closed": said by a process that serves a file to this one, and is just ending
+PASSING_WORDS = (
+    "milvuslite is closed",
+    "shard leader",
+    "shard delegator",
+    "not ready",
+    "no available",
+    "node offline",
+    "channel not",
+)
 COLLECTION_NOT_FOUND, DATABASE_NOT_FOUND = 100, 800
 FULL = {3: "memory", 7: "disk space", 9: "disk space or quota"}
 # Milvus Lite lets one process open a file; how long to wait until that one has said under which address it serves it

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from pymilvus import MilvusException
 
 from retrieval import (
     TLS,
@@ -296,6 +297,15 @@ class TestOneFileForSeveralProcesses:
         assert store.connection.owns_file
         store.close()
         assert not (tmp_path / "kb.db.served").exists()
+
+    def test_a_process_that_is_just_ending_is_waited_out(self, tmp_path):
+        connection = MilvusConnection(str(tmp_path / "kb.db"))
+        ending = MilvusException(1, "MilvusLite is closed")
+        assert not connection._passes(ending)  # its own file
+        connection.owns_file = False
+        assert connection._passes(ending)  # another process': the next attempt opens the file
+        connection.owns_file = True
+        connection.close()
 
     def test_serve_says_who_serves_already(self, tmp_path):
         connection = MilvusConnection(str(tmp_path / "kb.db"))
