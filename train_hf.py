@@ -22,8 +22,9 @@ from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, KnowledgeBaseError
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import PackedStream
+from retrieval.streams import mix
 from training_retro import DataArguments, ModelArguments, RetroTrainer, RetroTrainingArguments, parse_arguments
-from training_retro.data import card_of, load_precomputed, pack_streams, precompute, stream_sequences
+from training_retro.data import card_of, load_precomputed, pack_streams, precompute
 
 logger = logging.getLogger("train_hf")
 
@@ -141,7 +142,8 @@ def load_data(
         return parts["train"], parts.get("validation")
     sizes = (tokenizer, block_size, config.chunk_size)
     if data.streaming:
-        train = stream_sequences(data.streams("train_data"), *sizes, training.process_index, training.world_size)
+        streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
+        train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
     else:
         train = pack_streams(data.streams("train_data"), *sizes, cache_dir)
     if not data.validation_data:
@@ -195,9 +197,9 @@ def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
     parts = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset
-    config = trainer.model.config
-    card = card_of(BulkTokenizer(trainer.processing_class), config, data.block_size or config.n_positions)
-    precompute(parts, trainer.model.retriever, card, data.precompute_to)
+    config, retriever = trainer.model.config, trainer.model.retriever
+    card = card_of(retriever.tokenizer, config, data.block_size or config.n_positions)
+    precompute(parts, retriever, card, data.precompute_to)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from machine import machine, spread
-from transformers import PreTrainedTokenizerFast
+from machine import machine, make_tokenizer, source_files, spread
 
 from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
@@ -40,14 +39,6 @@ class SleepingRetriever:
         ids = (chunks[:, None].repeat(1, 2, 2) + 1) % self.vocab_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         return SimpleNamespace(ids=ids, attention_mask=mask, scores=torch.ones(len(ids), 2))
-
-
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 8192)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<|endoftext|>")
 
 
 def seconds_a_step(model, rows, retriever, tokenizer, prefetch: int) -> float:
@@ -83,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     config = RetroConfig(vocab_size=8192, n_layer=6, n_embd=256, n_head=8, n_positions=512, cca_layers=[2, 5])
-    model, retriever, tokenizer = RetroForCausalLM(config), SleepingRetriever(), small_tokenizer()
+    model, retriever, tokenizer = RetroForCausalLM(config), SleepingRetriever(), make_tokenizer(source_files())
     tokens = torch.randint(1, 8192, (STEPS * BATCH, 512)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "doc_ids": [["d"]] * 8} for row in tokens])
     collator = RetroDataCollator(retriever)

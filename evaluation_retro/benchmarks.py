@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
@@ -108,10 +109,15 @@ def run_benchmarks(
     scores = {}
     try:
         with _own_randomness(), _local_datasets(settings.data):
+            benchmarks = settings.build()  # once: each keeps its dataset
             for condition, arguments in conditions.items():
-                for name, benchmark in settings.build().items():
+                for name, benchmark in benchmarks.items():
                     llm = _language_model(LikelihoodChoice(model, tokenizer, settings, arguments))
-                    batched = {"batch_size": settings.batch_size} if "batch_size" in _parameters(benchmark) else {}
+                    batched = (
+                        {"batch_size": settings.batch_size}
+                        if "batch_size" in signature(benchmark.evaluate).parameters
+                        else {}
+                    )
                     with contextlib.redirect_stdout(None):  # it prints every task's score
                         scores[f"{name}_{condition}"] = benchmark.evaluate(llm, **batched).overall_accuracy
     finally:
@@ -223,10 +229,6 @@ def _language_model(choice: LikelihoodChoice) -> Any:
             return choice.choose(prompts, schemas)
 
     return RetroLLM("RETRO")
-
-
-def _parameters(benchmark: Any) -> tuple[str, ...]:
-    return benchmark.evaluate.__code__.co_varnames[: benchmark.evaluate.__code__.co_argcount + 1]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,7 @@ def write_bulk_files(
     """
     started = time.monotonic()
     check_chunk_size(chunk_size)
-    try:
-        import pymilvus.bulk_writer  # noqa: F401
-    except ImportError as error:
-        raise KnowledgeBaseError("Bulk files need more packages: pip install 'transformers-retro[bulk]'.") from error
+    _bulk_writer()  # said before anything is embedded
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     identity = Identity.of(tokenizer, embedder, chunk_size)
@@ -96,6 +94,14 @@ def write_bulk_files(
     return report
 
 
+def _bulk_writer() -> ModuleType:
+    try:
+        from pymilvus import bulk_writer
+    except ImportError as error:
+        raise KnowledgeBaseError("Bulk files need more packages: pip install 'transformers-retro[bulk]'.") from error
+    return bulk_writer
+
+
 def _sign(folder: Path, identity: Identity) -> None:
     card = folder / "identity.json"
     if card.exists():
@@ -130,12 +136,12 @@ def _hash(window: Window) -> str:
 
 
 def _write_part(rows: list[dict[str, Any]], identity: Identity, draft: Path, part: Path) -> None:
-    from pymilvus.bulk_writer import BulkFileType, LocalBulkWriter
-
+    pymilvus = _bulk_writer()
     for name in ("local_bulk_writer", "buffer"):  # it tells of every step
         logging.getLogger(f"pymilvus.bulk_writer.{name}").setLevel(logging.WARNING)
     size = 2**40  # all rows go into one file
-    writer = LocalBulkWriter(collection_schema(identity), str(draft), chunk_size=size, file_type=BulkFileType.PARQUET)
+    schema, parquet = collection_schema(identity), pymilvus.BulkFileType.PARQUET
+    writer = pymilvus.LocalBulkWriter(schema, str(draft), chunk_size=size, file_type=parquet)
     for row in rows:
         writer.append_row(row)
     writer.commit()

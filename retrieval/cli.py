@@ -168,11 +168,11 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
     documents: Iterator[Document] = read_all(
         arguments.sources,
-        arguments.text_field,
-        arguments.doc_id_field,
-        arguments.metadata_fields,
-        arguments.subset,
-        arguments.split,
+        text_field=arguments.text_field,
+        doc_id_field=arguments.doc_id_field,
+        metadata_fields=arguments.metadata_fields,
+        subset=arguments.subset,
+        split=arguments.split,
     )
     if ranks:
         documents = documents_of_rank(documents, rank, processes)

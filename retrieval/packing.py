@@ -1,5 +1,6 @@
 """Packing: documents → sequences of one length, each chunk with the ids of the documents it touches."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,6 @@ from .tokenization import BulkTokenizer
 
 NO_TEXT = "There is no text to pack: every document is empty, or there are none."
 FEATURES = Features({"input_ids": List(Value("int32")), "doc_ids": List(List(Value("string")))})
-
-
 Place = tuple[int, int]  # documents that are used up, and tokens of the next one
 
 
@@ -71,6 +70,14 @@ def pack_from(
         yield {"input_ids": tokens, "doc_ids": touched}, (number + 1, 0)
 
 
+def pack_documents(
+    documents: Iterable[Document], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, start: int = 0
+) -> Iterator[tuple[dict, Place]]:
+    """The same for texts."""
+    tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, tokenizer))
+    return pack_from(tokenized, block_size, chunk_size, tokenizer.eos_token_id, start)
+
+
 class PackedStream(torch.utils.data.IterableDataset):
     """Packed sequences of a stream of documents, epoch after epoch without end, which can go on where it stopped.
 
@@ -89,31 +96,34 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.documents, self.tokenizer = documents, tokenizer
         self.block_size, self.chunk_size = block_size, chunk_size
         self._start = (0, 0, 0)  # epoch, documents, tokens
-        self._places = {0: self._start}  # after so many sequences
+        # after so many sequences; a queue, as one thread reads ahead and another one asks
+        self._places: deque[tuple[int, tuple[int, int, int]]] = deque()
 
     def __iter__(self) -> Iterator[dict]:
         count = 0
         epoch, skipped, start = self._start
-        self._places = {0: self._start}
+        self._places = deque([(0, self._start)])
         while True:
             documents = islice(self.documents(epoch), skipped, None)
-            tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, self.tokenizer))
             empty = not skipped and not start
-            packed = pack_from(tokenized, self.block_size, self.chunk_size, self.tokenizer.eos_token_id, start)
+            packed = pack_documents(documents, self.tokenizer, self.block_size, self.chunk_size, start)
             for sequence, (used, tokens) in packed:
                 empty = False
                 count += 1
-                self._places[count] = (epoch, skipped + used, tokens)
+                self._places.append((count, (epoch, skipped + used, tokens)))
                 yield sequence
             if empty:
                 raise ValueError(NO_TEXT)
             epoch, skipped, start = epoch + 1, 0, 0
 
     def state_after(self, count: int) -> list[int]:
-        """Where to go on when the first `count` sequences were used, whatever was read ahead; [`load_state`] takes it."""
-        for earlier in [number for number in self._places if number < count]:
-            del self._places[earlier]  # a run goes only forward
-        return list(self._places[count])
+        """Where to go on when the first `count` sequences were used, whatever was read ahead; [`load_state`] takes it.
+
+        A run goes only forward: earlier places are forgotten.
+        """
+        while self._places[0][0] < count:
+            self._places.popleft()
+        return list(self._places[0][1])
 
     def load_state(self, state: Sequence[int]) -> None:
         """Go on from there, by reading the documents before it once more without tokenizing them."""

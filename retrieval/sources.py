@@ -23,6 +23,14 @@ def source_name(source: str, subset: str | None = None) -> str:
     return source if subset is None else f"{source}/{subset}"
 
 
+def same_name(one: str, other: str) -> ValueError:
+    """What is said of two sources whose documents could replace each other's."""
+    return ValueError(
+        f"{one} and {other} have the same name, which their documents' ids begin with. Rename one, or give a "
+        "folder that holds both."
+    )
+
+
 def read_rows(source: str, subset: str | None = None, split: str = "train") -> Iterable[Mapping[str, Any]]:
     """The rows of one source, in their order; a text file is one row, which carries its id.
 
@@ -79,15 +87,8 @@ def read_documents(
     return documents_from_rows(rows, source_name(source, subset), text_field, doc_id_field, metadata_fields)
 
 
-def read_all(
-    sources: Sequence[str],
-    text_field: str = "text",
-    doc_id_field: str | None = None,
-    metadata_fields: Sequence[str] = (),
-    subset: str | None = None,
-    split: str = "train",
-) -> Iterator[Document]:
-    """Documents of several sources, one after the other; arguments as for [`read_documents`].
+def read_all(sources: Sequence[str], **settings: Any) -> Iterator[Document]:
+    """Documents of several sources, one after the other; settings as for [`read_documents`].
 
     Raises:
         ValueError: two sources have the same name, so that documents of one could replace those of the other.
@@ -96,12 +97,9 @@ def read_all(
     for source in sources:
         other = named.setdefault(source_name(source), source)
         if other is not source:
-            raise ValueError(
-                f"{other} and {source} have the same name, which their documents' ids begin with. Rename one, or give a "
-                "folder that holds both."
-            )
+            raise same_name(other, source)
     for source in sources:
-        yield from read_documents(source, text_field, doc_id_field, metadata_fields, subset, split)
+        yield from read_documents(source, **settings)
 
 
 def documents_from_rows(

@@ -330,28 +330,29 @@ class MilvusStore:
         matching = all_of([_without(exclude), expression])
         step = max(1, HITS_PER_CALL // limit)
         for start in range(0, len(vectors), step):
-            deadline = time.monotonic() + self.connection.timeout
-            while True:
-                hits = self.call(
-                    "search",
-                    list(vectors[start : start + step]),
-                    limit=limit,
-                    filter=matching,
-                    output_fields=["doc_id", "doc_key", "chunk_index", "tokens", "continuation"],
-                    search_params=self.index().search_params(limit),
-                    # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
-                    consistency_level="Session",
-                )
-                if all(hits) or self._is_readable():
-                    break
-                if time.monotonic() > deadline:
-                    raise KnowledgeBaseError(
-                        f"{self.where} has rows, but none could be read for {self.connection.timeout:.0f} s: is its index "
-                        "being built? A longer wait can be asked for with `timeout`."
-                    )
-                time.sleep(0.2)
+            hits = self._hits(
+                list(vectors[start : start + step]),
+                limit=limit,
+                filter=matching,
+                output_fields=["doc_id", "doc_key", "chunk_index", "tokens", "continuation"],
+                search_params=self.index().search_params(limit),
+                # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
+                consistency_level="Session",
+            )
             found += [[{**hit["entity"], "score": hit["distance"]} for hit in near] for near in hits]
         return found
+
+    def _hits(self, vectors: list[np.ndarray], **search: Any) -> list[list[dict[str, Any]]]:
+        """Of a search, when the collection can be read."""
+        deadline = time.monotonic() + self.connection.timeout
+        while not all(hits := self.call("search", vectors, **search)) and not self._is_readable():
+            if time.monotonic() > deadline:
+                raise KnowledgeBaseError(
+                    f"{self.where} has rows, but none could be read for {self.connection.timeout:.0f} s: is its index "
+                    "being built? A longer wait can be asked for with `timeout`."
+                )
+            time.sleep(0.2)
+        return hits
 
     def _is_readable(self) -> bool:
         """False while a server that holds rows finds none: it does so for some seconds while an index is built anew."""

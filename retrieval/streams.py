@@ -4,16 +4,15 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import tenacity
 from datasets import Features, IterableDataset, Value, interleave_datasets
-from datasets.distributed import split_dataset_by_node
 
 from .chunking import Document
-from .sources import documents_from_numbered_rows, read_rows, source_name
+from .sources import documents_from_numbered_rows, read_rows, same_name, source_name
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
     Raises:
         ValueError: the weights sum to nothing, or some streams have one and others not.
     """
-    check_weights(streams)
+    check_mixture(streams)
     parts, weights = [], []
     for stream in streams:
         if stream.weight == 0:
@@ -208,22 +207,20 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
         parts.append(part)
         weights.append(stream.weight)
     if None in weights:
-        rows: Iterable[dict] = (row for part in parts for row in part)
-        rows = islice(rows, rank, None, processes)
+        rows: Iterable[dict] = chain.from_iterable(parts)
     else:
         shares = (np.array(weights) / sum(weights)).tolist()
-        mixed = interleave_datasets(
+        rows = interleave_datasets(
             parts, probabilities=shares, seed=_seed(streams[0].seed, epoch), stopping_strategy="all_exhausted"
         )
-        rows = split_dataset_by_node(mixed, rank, processes)
-    return (Document(row["id"], row["text"]) for row in rows)
+    return (Document(row["id"], row["text"]) for row in islice(rows, rank, None, processes))
 
 
 def _seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def check_weights(streams: Sequence[DocumentStream]) -> None:
+def check_mixture(streams: Sequence[DocumentStream]) -> None:
     """Raises ValueError if the weights sum to nothing, or some streams have one and others not; or two have one name."""
     weights = [stream.weight for stream in streams]
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
@@ -238,7 +235,4 @@ def check_weights(streams: Sequence[DocumentStream]) -> None:
         key = (source_name(stream.dataset, stream.subset), stream.split)
         other = named.setdefault(key, stream.dataset)
         if other != stream.dataset and stream.doc_id_field is None:
-            raise ValueError(
-                f"{other} and {stream.dataset} have the same name, which their documents' ids begin with. Rename one, or "
-                "give a folder that holds both."
-            )
+            raise same_name(other, stream.dataset)

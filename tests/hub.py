@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0" * 40
 
@@ -17,6 +19,16 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Of a process that takes this for the hub, and keeps what it loads in `home`."""
+        return {**os.environ, "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+
+    def write(self, name: str, folder: Path) -> None:
+        """The files of a repository, into a folder."""
+        for path, content in self.files[name].items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from configuration_retro import RetroConfig
 from evaluation_retro.benchmarks import BenchmarkSettings
 from retrieval.arguments import KnowledgeBaseArguments
-from retrieval.streams import DocumentStream, check_weights
+from retrieval.streams import DocumentStream, check_mixture
 
 
 @dataclass
@@ -36,7 +36,6 @@ class ModelArguments:
     freeze_backbone: bool = field(
         default=False, metadata={"help": "RETROfit: train only what RETRO adds to GPT-2, and leave GPT-2 as it is."}
     )
-
     lora: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -86,7 +85,6 @@ class DataArguments(KnowledgeBaseArguments):
         default=100_000,
         metadata={"help": "Chunks whose neighbors are kept in memory between epochs; about 3 kB each."},
     )
-
     prefetch_batches: int = field(
         default=4, metadata={"help": "Batches whose neighbors are fetched ahead, while the model computes; 0: none."}
     )
@@ -121,7 +119,7 @@ class DataArguments(KnowledgeBaseArguments):
                 raise ValueError(_unknown(f"{part} has", unknown, known))
             common = {"text_field": self.text_field, "doc_id_field": self.doc_id_field, "dataset": ""}
             streams.append(DocumentStream(**common | settings))
-        check_weights(streams)
+        check_mixture(streams)
         return streams
 
     def __post_init__(self):

@@ -1,10 +1,9 @@
-"""The data of a training run: documents packed into sequences, before or while it trains, and neighbors stored with them."""
+"""The data of a training run: documents packed into sequences, before it trains, and neighbors stored with them."""
 
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,9 +12,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 
 from configuration_retro import RetroConfig
 from retrieval import BulkTokenizer, MilvusRetriever
-from retrieval.chunking import tokenize_documents
 from retrieval.collator import RetroDataCollator
-from retrieval.packing import FEATURES, PackedStream, pack, packed_dataset
+from retrieval.packing import FEATURES, pack_documents, packed_dataset
 from retrieval.streams import DocumentStream, mix
 
 CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
@@ -27,21 +25,9 @@ def pack_streams(
     """One pass over the mixture as sequences of block_size tokens, in its order, in an Arrow file."""
 
     def sequences() -> Iterator[dict]:
-        tokenized = ((document.id, ids) for document, ids in tokenize_documents(mix(streams), tokenizer))
-        return pack(tokenized, block_size, chunk_size, tokenizer.eos_token_id)
+        return (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
 
     return packed_dataset(sequences, cache_dir)
-
-
-def stream_sequences(
-    streams: list[DocumentStream], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, rank: int, processes: int
-) -> PackedStream:
-    """The mixture, epoch after epoch, packed as it is read; each process has documents of its own."""
-    return PackedStream(partial(_share, streams, rank, processes), tokenizer, block_size, chunk_size)
-
-
-def _share(streams: list[DocumentStream], rank: int, processes: int, epoch: int) -> Iterator:
-    return mix(streams, epoch, rank, processes)
 
 
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:

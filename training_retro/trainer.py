@@ -59,6 +59,7 @@ class RetroTrainer(Trainer):
         self._batches: Prefetcher | None = None
         self._source: Iterator | None = None  # what `_batches` reads
         self._sequences = 0  # that this process has trained on
+        self._place: list[int] = []  # of a stream, after them
         self._since = _Progress()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
@@ -103,8 +104,11 @@ class RetroTrainer(Trainer):
             self._since.waited += self._batches.seconds_waited - before
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
-            self._since.tokens += int((batch["labels"] != -100).sum())
-            self._since.flops += step_flops(self.model, batch)
+            self._since.tokens += (batch["labels"] != -100).sum()  # a tensor: nothing waits for the device
+            if self.args.device_peak_tflops is not None:
+                self._since.flops += step_flops(self.model, batch)
+        if isinstance(self.train_dataset, PackedStream):
+            self._place = self.train_dataset.state_after(self._sequences)
         return samples
 
     def _stop_reading(self) -> None:
@@ -164,8 +168,8 @@ class RetroTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if isinstance(self.train_dataset, PackedStream):
-            place = self.train_dataset.state_after(self._sequences)
-            self._place_file(output_dir).write_text(json.dumps({"place": place, "processes": self.args.world_size}))
+            saved = {"place": self._place, "processes": self.args.world_size}
+            self._place_file(output_dir).write_text(json.dumps(saved))
         self.accelerator.wait_for_everyone()
 
     def _place_file(self, folder: str | os.PathLike) -> Path:
@@ -173,7 +177,12 @@ class RetroTrainer(Trainer):
 
     def _load_place(self, checkpoint: str) -> list[int]:
         file = self._place_file(checkpoint)
-        saved = json.loads(file.read_text()) if file.is_file() else {"processes": "other data"}
+        if not file.is_file():
+            raise ValueError(
+                f"{checkpoint} does not say where process {self.args.process_index} goes on in the stream: it was made with "
+                "other data, or by fewer processes."
+            )
+        saved = json.loads(file.read_text())
         if saved["processes"] != self.args.world_size:
             raise ValueError(
                 f"{checkpoint} was made by {saved['processes']} processes that shared the stream, this run has "
@@ -226,13 +235,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.waited, self.tokens, self.flops = 0.0, 0, 0.0
+        self.waited, self.flops = 0.0, 0.0
+        self.tokens: torch.Tensor | int = 0
 
     def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
         """tokens_per_second of all processes; retrieval_wait, a share of the time; utilisation, if the peak is known."""
         seconds = time.perf_counter() - self.started
         numbers = {
-            "tokens_per_second": args.world_size * self.tokens / seconds,
+            "tokens_per_second": args.world_size * int(self.tokens) / seconds,
             "retrieval_wait": self.waited / seconds,
         }
         if args.device_peak_tflops is not None:

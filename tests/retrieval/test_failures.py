@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from retrieval import (
     ingest,
 )
 
+from ..two_processes import ACCELERATE
 from .conftest import CHUNK, expected_rows, rows_of
 from .milvus_server import MilvusServer
 
@@ -333,14 +333,9 @@ class TestOneFileForSeveralProcesses:
 def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_folder, embedding_folder):
     rows = [{"id": document.id, "text": document.text} for document in texts(1)[:400]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
     ingest_ = ["-m", "retrieval", "ingest", str(tmp_path / "rows.jsonl"), "--doc-id-field", "id"]
     models = ["--tokenizer", str(tokenizer_folder), "--embedding-model", str(embedding_folder), "--chunk-size", "8"]
-    command = [sys.executable, *launch, *ingest_, *models, "--uri", str(tmp_path / "kb.db")]
+    command = [*ACCELERATE, *ingest_, *models, "--uri", str(tmp_path / "kb.db")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "process 0 of 2" in result.stdout and "process 1 of 2" in result.stdout, result.stdout

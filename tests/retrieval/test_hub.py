@@ -1,6 +1,5 @@
 """A knowledge base on the hub: what is pushed is what was exported, and becomes the same knowledge base elsewhere."""
 
-import os
 import subprocess
 import sys
 
@@ -17,8 +16,7 @@ def test_pushed_and_imported_elsewhere(tmp_path, documents, tokenizer, embedder)
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
     export_knowledge_base(store, tmp_path / "export", tokenizer)
     with Hub() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-        environment |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
+        environment = hub.environment(tmp_path / "hf") | {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
         ran = subprocess.run(
             [sys.executable, "-c", PUSH, str(tmp_path / "export")],
             env=environment,
@@ -30,8 +28,7 @@ def test_pushed_and_imported_elsewhere(tmp_path, documents, tokenizer, embedder)
     files = hub.files["owner/knowledge"]
     for name, content in files.items():
         assert content == (tmp_path / "export" / name).read_bytes() and b"hf_secret" not in content
-        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pulled" / name).write_bytes(content)
+    hub.write("owner/knowledge", tmp_path / "pulled")
     elsewhere = MilvusStore(str(tmp_path / "elsewhere.db"), "retro")
     assert import_knowledge_base(str(tmp_path / "pulled"), elsewhere) == store.count()
     assert rows_of(elsewhere) == rows_of(store)

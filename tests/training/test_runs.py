@@ -16,11 +16,11 @@ import torch
 import train_hf
 from retrieval.packing import PackedStream
 
+from ..two_processes import ACCELERATE
 from .conftest import CHUNK
 from .runs import OVERRIDES, flags, knowledge_base, losses, train
 
-ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a GPU")
 
 
 def yaml_flags(path, arguments, **settings):
@@ -128,15 +128,14 @@ class TestRegimes:
         _, _, training = train_hf.parse_arguments(arguments)
         assert (training.learning_rate, training.weight_decay, training.adam_beta2) == (6e-4, 0.1, 0.95)
         assert training.max_grad_norm == 1.0 and training.get_warmup_steps(200) == 2
-        trainer = train(arguments[:], tmp_path / "c")
+        trainer = train(arguments, tmp_path / "c")
         rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
         assert max(rates) == 6e-4 and abs(rates[-1] - 6e-5) < 1e-6  # cosine to a tenth
 
-    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=needs_gpu)])
     def test_half_precision_and_checkpointing(self, world, tokenizer_folder, tmp_path, precision):
-        if precision == "fp16":
-            pytest.importorskip("torch.cuda") if torch.cuda.is_available() else pytest.skip("fp16 needs a GPU")
-        changes = {precision: "true", "gradient_checkpointing": "true", **knowledge_base(world)}
+        use_cpu = str(precision == "bf16").lower()
+        changes = {precision: "true", "use_cpu": use_cpu, "gradient_checkpointing": "true", **knowledge_base(world)}
         trainer = train(flags(world, tokenizer_folder, tmp_path, **changes), tmp_path / "c")
         assert losses(trainer)[-1] < losses(trainer)[0]
 
@@ -350,7 +349,7 @@ def test_documents_shorter_than_a_chunk_and_blocks_with_a_partial_one(world, tok
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
-def test_accelerate_configurations_are_read(name, monkeypatch):
+def test_accelerate_configurations_are_read(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     file = Path(train_hf.__file__).parent / "examples" / "accelerate" / f"{name}_8_gpus.yaml"
@@ -363,9 +362,7 @@ def test_accelerate_configurations_are_read(name, monkeypatch):
 @pytest.mark.parametrize("name", ["train_local", "train_openwebtext", "train_mixture"])
 def test_example_configurations_are_read(name, tmp_path):
     example = Path(train_hf.__file__).parent / "examples" / f"{name}.yaml"
-    arguments = [str(example), "--output_dir", str(tmp_path)]
-    if name != "train_local":
-        arguments += ["--bf16", "false"]  # here may be no GPU
+    arguments = [str(example), "--output_dir", str(tmp_path), "--bf16", "false"]  # here may be no GPU
     _, data, training = train_hf.parse_arguments(arguments)
     assert data.streams("train_data") and data.streams("validation_data") and training.save_total_limit == 2
 

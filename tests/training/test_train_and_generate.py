@@ -167,10 +167,9 @@ def test_training_pushes_a_model_that_opens_with_its_card(world, tokenizer_folde
         **knowledge_base(world),
     )
     with Hub() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
         ran = subprocess.run(
             [sys.executable, train_hf.__file__, *arguments],
-            env=environment,
+            env=hub.environment(tmp_path / "hf"),
             capture_output=True,
             text=True,
             timeout=300,
@@ -183,9 +182,7 @@ def test_training_pushes_a_model_that_opens_with_its_card(world, tokenizer_folde
     for name, content in files.items():
         assert b"hf_secret" not in content and b"kb.db" not in content, name
     folder = tmp_path / "pulled"
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    hub.write("owner/reader", folder)
     saved = RetroForCausalLM.from_pretrained(tmp_path / "run")
     pulled = RetroForCausalLM.from_pretrained(folder)
     assert all(map(torch.equal, saved.parameters(), pulled.parameters()))
