@@ -22,11 +22,15 @@ class RetroConfig(GPT2Config):
             Tokens of one neighbour, the paper's r: the neighbour chunk, then what follows it in its document.
         cca_layers (`list[int]`, *optional*):
             Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every third layer from the
-            sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with fewer than six.
+            sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with fewer than six. `[]` leaves it, and the
+            neighbour encoder, out of a model with a copy head.
         encoder_num_layers (`int`, defaults to 2):
             Layers of the neighbour encoder.
         encoder_cca_layers (`list[int]`, defaults to `[0]`):
             Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
+        copy_head (`bool`, defaults to `False`):
+            Whether the model may also copy tokens from its neighbours, with a pointer-generator (See et al., 2017,
+            https://arxiv.org/abs/1704.04368). It learns to read within minutes.
         use_retrieval (`bool`, defaults to `True`):
             `False` switches neighbours off: the model is then its GPT-2 decoder.
         base_model (`str`, *optional*):
@@ -48,6 +52,7 @@ class RetroConfig(GPT2Config):
     cca_layers: list[int] | tuple[int, ...] | None = None
     encoder_num_layers: int = 2
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
+    copy_head: bool = False
     use_retrieval: bool = True
     base_model: str | None = None
     embedding_model: str | None = None
@@ -93,10 +98,10 @@ class RetroConfig(GPT2Config):
         for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not self.cca_layers:
+        if not self.cca_layers and not self.copy_head:
             raise ValueError(
-                "cca_layers is empty: name at least one decoder layer, or use GPT2LMHeadModel for a model without "
-                "chunked cross-attention (use_retrieval=False switches neighbours off in a model that has it)."
+                "cca_layers is empty and copy_head is False: nothing would read the neighbours. Name at least one decoder "
+                "layer, set copy_head=True, or use GPT2LMHeadModel (use_retrieval=False switches neighbours off)."
             )
         for name, layers, depth in (
             ("cca_layers", self.cca_layers, self.n_layer),

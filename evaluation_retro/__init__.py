@@ -9,13 +9,16 @@ from .bits_per_byte import (
     sequence_nats,
     shuffle_neighbors,
 )
+from .copy_baseline import best_weight, weight_nats
 
 __all__ = [
     "CONDITIONS",
     "Evaluation",
+    "best_weight",
     "byte_lengths",
     "evaluate",
     "paired_gain",
     "sequence_nats",
     "shuffle_neighbors",
+    "weight_nats",
 ]

@@ -1,4 +1,4 @@
-"""Held-out loss and bits-per-byte with a chunk's own neighbors, with none, and with those of another sequence.
+"""Held-out loss and bits-per-byte with a chunk's own neighbors, with none, with another sequence's, and of copying alone.
 
 Measured are the tokens that a sequence predicts: all but its first. The loss is their mean negative log-likelihood in
 nats. Bits-per-byte is the sum of those nats / ln 2 / the UTF-8 bytes of those tokens' text. End-of-text costs nats and is
@@ -8,8 +8,9 @@ The same tokens are measured under each condition:
     on        every chunk reads its own neighbors
     off       no chunk reads any (`use_retrieval=False`): the decoder alone
     shuffled  every chunk reads the neighbors of a chunk in another sequence: as much text, but the wrong one
+    copy_baseline  as off, mixed with an n-gram copier over the chunk's own neighbors: see [`copy_baseline`]
 on beating off may only show that more parameters were trained; on beating shuffled shows that what the neighbors say
-is used. Each difference comes with its standard error over sequences, paired, so that it can be judged against noise.
+is used, on beating copy_baseline that more is read than can be looked up. Each difference comes with its standard error over sequences, paired, so that it can be judged against noise.
 Sequences that were cut from one long document are not independent; their standard error is somewhat too small.
 """
 
@@ -23,7 +24,11 @@ import torch.nn.functional as F
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONDITIONS = ("on", "off", "shuffled")
+from retrieval.collator import NEIGHBOR_FIELDS
+
+from .copy_baseline import copied_probability, mixture_nats
+
+CONDITIONS = ("on", "off", "shuffled", "copy_baseline")
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -45,33 +50,37 @@ def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return lengths
 
 
-def shuffle_neighbors(
-    neighbor_ids: torch.Tensor, neighbor_attention_mask: torch.Tensor, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def shuffle_neighbors(neighbors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
     """Give every chunk that has neighbors those of another chunk of the batch; no chunk keeps its own.
 
     The chunks are rotated, as a ring, so far that each gets the neighbors of another row. Where one row holds more than
     half of the chunks, some stay within their row; where there is only one chunk, its neighbors are masked out.
 
     Args:
-        neighbor_ids, neighbor_attention_mask: (B, C, k, r).
+        neighbors: neighbor_attention_mask (B, C, k, r), and other tensors (B, C, …) that move with it.
         seed: chooses the rotation among those possible; the same seed and batch give the same.
     """
-    filled = neighbor_attention_mask.flatten(2).any(-1)  # (B, C)
+    mask = neighbors["neighbor_attention_mask"]
+    filled = mask.flatten(2).any(-1)  # (B, C)
     chunks, longest = int(filled.sum()), int(filled.sum(1).max())
     if chunks < 2:
-        return neighbor_ids, torch.zeros_like(neighbor_attention_mask)
+        return neighbors | {"neighbor_attention_mask": torch.zeros_like(mask)}
     least, most = (longest, chunks - longest) if chunks >= 2 * longest else (1, chunks - 1)
     shift = int(torch.randint(least, most + 1, (), generator=torch.Generator().manual_seed(seed)))
-    neighbor_ids, neighbor_attention_mask = neighbor_ids.clone(), neighbor_attention_mask.clone()
-    for tensor in (neighbor_ids, neighbor_attention_mask):
+    shuffled = {name: tensor.clone() for name, tensor in neighbors.items()}
+    for tensor in shuffled.values():
         tensor[filled] = tensor[filled].roll(shift, 0)
-    return neighbor_ids, neighbor_attention_mask
+    return shuffled
 
 
 @torch.no_grad()
 def sequence_nats(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], chunk_size: int, bytes_of: torch.Tensor, seed: int = 0
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    chunk_size: int,
+    bytes_of: torch.Tensor,
+    copy_weight: float = 0.0,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure one batch, sequence by sequence, under each condition; without neighbors in it, under "off" alone.
 
@@ -80,6 +89,7 @@ def sequence_nats(
         batch: what [`RetroDataCollator`] returns: rows padded on the right.
         chunk_size: the model's; a position from chunk_size - 1 on is in reach of neighbors.
         bytes_of: what [`byte_lengths`] returns.
+        copy_weight: of the copier in the copy baseline, chosen on training data ([`copy_baseline.best_weight`]).
         seed: of the shuffle.
 
     Returns:
@@ -88,12 +98,10 @@ def sequence_nats(
     """
     batch = dict(batch)
     labels = batch.pop("labels")[:, 1:]  # (B, T - 1): position i predicts token i + 1
-    neighbors = [batch.pop(name, None) for name in ("neighbor_ids", "neighbor_attention_mask")]
+    neighbors = {name: batch.pop(name) for name in NEIGHBOR_FIELDS if name in batch}
     conditions: list[dict] = [{"use_retrieval": False}]
-    if neighbors[0] is not None:
-        for ids, mask in (neighbors, shuffle_neighbors(*neighbors, seed=seed)):
-            conditions.append({"neighbor_ids": ids, "neighbor_attention_mask": mask})
-        conditions = [conditions[1], conditions[0], conditions[2]]  # the order of CONDITIONS
+    if neighbors:
+        conditions = [neighbors, *conditions, shuffle_neighbors(neighbors, seed)]  # the order of CONDITIONS
 
     predicted = labels != -100
     in_reach = torch.arange(labels.shape[1], device=labels.device) >= chunk_size - 1
@@ -105,6 +113,11 @@ def sequence_nats(
         logits = model(**batch, **condition).logits[:, :-1]
         token_nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # 0 at label -100
         nats.append((token_nats[:, None] * regions).sum(-1))
+        if neighbors and "use_retrieval" in condition:
+            copied = copied_probability(batch["input_ids"], *list(neighbors.values())[:2], chunk_size)
+            baseline = mixture_nats(token_nats, *copied, copy_weight)
+    if neighbors:
+        nats.append((baseline[:, None] * regions).sum(-1))
     return torch.stack(nats, 1), sizes
 
 
@@ -113,7 +126,7 @@ class Evaluation:
     """What was measured, sequence by sequence (N of them).
 
     Attributes:
-        nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Three conditions as CONDITIONS, or "off" alone.
+        nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Conditions as CONDITIONS, or "off" alone.
         sizes: (N, 2, 2); [all, in reach] x [tokens, bytes].
     """
 
@@ -175,7 +188,11 @@ def paired_gain(saved_nats: np.ndarray, text_bytes: np.ndarray) -> tuple[float, 
 
 
 def evaluate(
-    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], bytes_of: torch.Tensor, seed: int = 0
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    bytes_of: torch.Tensor,
+    copy_weight: float = 0.0,
+    seed: int = 0,
 ) -> Evaluation:
     """Measure a RETRO model on batches from [`RetroDataCollator`], moved to the model's device.
 
@@ -190,7 +207,8 @@ def evaluate(
     measured = []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        measured.append([x.cpu() for x in sequence_nats(model, batch, model.config.chunk_size, bytes_of, seed)])
+        nats, sizes = sequence_nats(model, batch, model.config.chunk_size, bytes_of, copy_weight, seed)
+        measured.append((nats.cpu(), sizes.cpu()))
     model.train(was_training)
     if not measured:
         raise ValueError("There is nothing to evaluate: no batches.")

@@ -18,6 +18,8 @@ class RetroCache(Cache):
         neighbor_mask:   (B, C, k·r) bool, False where chunk c has no neighbour token.
         neighbor_keys,
         neighbor_values: per cross-attention layer (B, C, k·r, d): encoded once, when the chunk completed.
+        token_embeds:    (B, L, d) unit-length token embeddings, for a copy head.
+        copy_memory:     what a copy head reads of each chunk's neighbours, by the names of `Copying`: (B, C, …) each.
     """
 
     def __init__(self, decoder_cache: Cache | None = None, config: PreTrainedConfig | None = None):
@@ -28,6 +30,8 @@ class RetroCache(Cache):
         self.neighbor_mask: torch.BoolTensor | None = None
         self.neighbor_keys: dict[int, torch.Tensor] = {}
         self.neighbor_values: dict[int, torch.Tensor] = {}
+        self.token_embeds: torch.Tensor | None = None
+        self.copy_memory: dict[str, torch.Tensor] = {}
 
     @property
     def past_length(self) -> int:
@@ -57,6 +61,11 @@ class RetroCache(Cache):
         self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
         return self.chunk_states
 
+    def append_token_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Remember this call's token embeddings (B, T, d); returns all (B, L, d)."""
+        self.token_embeds = embeds if self.token_embeds is None else torch.cat([self.token_embeds, embeds], dim=1)
+        return self.token_embeds
+
     def reset(self) -> None:
         super().reset()
         RetroCache.__init__(self, decoder_cache=self)
@@ -65,18 +74,18 @@ class RetroCache(Cache):
         """Forget the last tokens (a negative number, as for every `Cache`: -3 removes three)."""
         super().crop(tokens_to_remove)
         # Chunks that are no longer complete stay: nothing reads them, and they are written anew when they complete.
-        if self.tokens is not None:
-            length = int(self.get_seq_length())
-            self.tokens = self.tokens[:, :length]
-            self.chunk_states = self.chunk_states[:, :length]
+        length = int(self.get_seq_length())
+        for name in ("tokens", "chunk_states", "token_embeds"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[:, :length])
 
     def _map_rows(self, change) -> None:
-        for name in ("tokens", "chunk_states", "neighbor_mask"):
+        for name in ("tokens", "chunk_states", "token_embeds", "neighbor_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
-        for states in (self.neighbor_keys, self.neighbor_values):
-            for layer_idx in states:
-                states[layer_idx] = change(states[layer_idx])
+        for states in (self.neighbor_keys, self.neighbor_values, self.copy_memory):
+            for name in states:
+                states[name] = change(states[name])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

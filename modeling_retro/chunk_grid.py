@@ -102,9 +102,21 @@ class ChunkGrid(Movable):
 
         Slots that no chunk fills point to some column below `num_columns`.
         """
-        positions = self.first_chunk * self.chunk_size + torch.arange(
-            num_slots * self.chunk_size, device=self.first.device
-        )
+        places = torch.arange(num_slots * self.chunk_size, device=self.first.device)
+        return self._columns_of(self.first_chunk * self.chunk_size + places, num_columns)
+
+    def columns_before(self, number: int, num_columns: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The columns of each column's token and of those before it in its text, `number` in all, itself first.
+
+        Returns:
+            columns (B, T, number), from the start of the cache, below `num_columns`; exists (B, T, number), False
+            where the text has not begun yet.
+        """
+        positions = self.positions.unsqueeze(-1) - torch.arange(number, device=self.positions.device)
+        return self._columns_of(positions.flatten(1), num_columns).view_as(positions), positions >= 0
+
+    def _columns_of(self, positions: torch.LongTensor, num_columns: int) -> torch.LongTensor:
+        """positions (B, N) -> their columns (B, N), from the start of the cache."""
         if self.real is None:
             return (self.offset + positions).clamp(0, num_columns - 1)
         content = self.real.int().argsort(dim=1, descending=True, stable=True)  # a row's real columns, in order
@@ -167,6 +179,11 @@ class PackedChunkGrid(ChunkGrid):
         last = slots.new_zeros(slots.shape[0], num_slots + 1).scatter(1, slots, columns)[:, :num_slots]
         within = torch.arange(1 - self.chunk_size, 1, device=slots.device)
         return (last.unsqueeze(-1) + within).clamp(min=0).flatten(1)
+
+    def columns_before(self, number: int, num_columns: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        distances = torch.arange(number, device=self.positions.device)
+        columns = torch.arange(num_columns, device=distances.device).unsqueeze(-1) - distances
+        return columns.clamp(min=0).expand(*self.positions.shape, -1), self.positions.unsqueeze(-1) >= distances
 
 
 @dataclass

@@ -22,13 +22,15 @@ class Reading(Movable):
     readers:        this call's columns, grouped by the chunk that they read (G groups).
     group_chunks:   (B, G) where group g's chunk stands in the cache; None without a cache: group g is slot g.
     readable:       (B, T) True where the column reads a chunk that has neighbours.
-    attention_mask: over a group's k·r neighbour tokens, prepared for the attention implementation.
+    group_mask:     (B, G, k·r) True where the group's chunk has a neighbour token.
+    attention_mask: the same, prepared for the attention implementation.
     cache:          the memory of earlier chunks, and `slots` (B, C), the slot of this call that fills chunk c of it
                     (-1: none does).
     """
 
     readers: Readers
     readable: torch.BoolTensor
+    group_mask: torch.BoolTensor
     attention_mask: torch.Tensor | None
     group_chunks: torch.LongTensor | None = None
     cache: RetroCache | None = None
@@ -139,7 +141,7 @@ def build_reading(
     readable = readers.reads & has_neighbors.gather(1, readers.slots)
 
     attention_mask = cross_attention_mask(config, hidden_states, group_mask, readers.width)
-    return Reading(readers, readable, attention_mask, group_chunks, cache, slots)
+    return Reading(readers, readable, group_mask, attention_mask, group_chunks, cache, slots)
 
 
 def cross_attention_mask(

@@ -11,6 +11,9 @@ from .chunk_grid import ChunkGrid
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, fetch_neighbors, given_neighbors
 
 
+NEIGHBOR_INPUTS = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
+
+
 class RetroGenerationMixin(GenerationMixin):
     """`generate()` with a retriever. Greedy search, sampling and beam search need no more than the hook below."""
 
@@ -19,8 +22,8 @@ class RetroGenerationMixin(GenerationMixin):
         """`GenerationMixin.generate`, with neighbours for every chunk that completes.
 
         Args:
-            neighbor_ids, neighbor_attention_mask: neighbours of the prompt's chunks (see `RetroModel.forward`). If they
-                are given, the retriever is not asked in this call.
+            neighbor_ids, neighbor_attention_mask, neighbor_scores: neighbours of the prompt's chunks (see
+                `RetroModel.forward`). If they are given, the retriever is not asked in this call.
             use_retrieval: False generates without neighbours.
 
         Returns:
@@ -91,7 +94,11 @@ class RetroGenerationMixin(GenerationMixin):
             if log.first_chunk is None:
                 log.first_chunk = grid.first_chunk
             neighbors = given_neighbors(
-                grid, log.first_chunk, kwargs["neighbor_ids"], kwargs.get("neighbor_attention_mask")
+                grid,
+                log.first_chunk,
+                kwargs["neighbor_ids"],
+                kwargs.get("neighbor_attention_mask"),
+                kwargs.get("neighbor_scores"),
             )
         else:
             if input_ids.shape[1] == past_length + tokens.shape[1]:  # all known, also where embeddings stand for them
@@ -99,7 +106,7 @@ class RetroGenerationMixin(GenerationMixin):
             elif past_length > 0:
                 tokens = torch.cat([past_key_values.tokens.to(tokens.device), tokens], dim=1)
             neighbors = fetch_neighbors(self.retriever, grid, tokens, log)
-        model_inputs["neighbor_ids"], model_inputs["neighbor_attention_mask"] = neighbors
+        model_inputs |= dict(zip(NEIGHBOR_INPUTS, neighbors, strict=True))
         return model_inputs
 
     def _prefill(self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
@@ -119,7 +126,7 @@ class RetroGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, *, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs):
         # An assistant drafts with its own retrieval, if it has any: this model's neighbours are not its arguments.
         if assistant_model is not None:
-            own = ("retrieval_log", "use_retrieval", "neighbor_ids", "neighbor_attention_mask")
+            own = ("retrieval_log", "use_retrieval", *NEIGHBOR_INPUTS)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 

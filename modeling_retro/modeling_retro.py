@@ -1,4 +1,4 @@
-"""RETRO: GPT-2, a neighbour encoder and chunked cross-attention (Borgeaud et al., 2022, arXiv 2112.04426).
+"""RETRO: GPT-2, a neighbour encoder and chunked cross-attention (Borgeaud et al., 2022, arXiv 2112.04426), or a copy head.
 
 Shapes: B rows, T tokens of this call, d hidden size; C chunks completed in this call, k neighbours a chunk, r tokens a
 neighbour, m tokens a chunk.
@@ -23,10 +23,18 @@ from .activation import LeanGELU
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
+from .copy_head import Copying, CopyHead, build_copying
 from .generation import RetroGenerationMixin
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
 from .sharing import SharingMixin
+
+
+@dataclass
+class RetroModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """The library's output, and what a copy head reads: None without one, or as long as there are no neighbours."""
+
+    copying: Copying | None = None
 
 
 @dataclass
@@ -111,6 +119,8 @@ class RetroPreTrainedModel(SharingMixin, GPT2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ChunkedCrossAttention):
             init.zeros_(module.c_proj.weight)
+        elif isinstance(module, CopyHead):
+            module.init_weights()
 
 
 class RetroModel(RetroPreTrainedModel):
@@ -124,7 +134,8 @@ class RetroModel(RetroPreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([RetroBlock(config, layer_idx=i) for i in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
-        self.encoder = NeighborEncoder(config)
+        if config.cca_layers:
+            self.encoder = NeighborEncoder(config)
         self.retriever: Retriever | None = None
         self.gradient_checkpointing = False
         self.post_init()
@@ -157,10 +168,11 @@ class RetroModel(RetroPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         neighbor_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.BoolTensor | None = None,
+        neighbor_scores: torch.FloatTensor | None = None,
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> RetroModelOutput:
         """The arguments of `GPT2Model.forward`, and:
 
         Args:
@@ -170,6 +182,8 @@ class RetroModel(RetroPreTrainedModel):
                 this call. Without them a retriever that is set is asked; without one it is plain GPT-2.
             neighbor_attention_mask: (B, C, k, r), 0 for padding and for slots and neighbours that are not there.
                 Default: all there.
+            neighbor_scores: (B, C, k) retrieval similarity, which a copy head takes into account; 0 where there is no
+                neighbour. Default: 0 everywhere.
             use_retrieval: False leaves neighbours out, given or not. Default: the configuration's.
 
         Raises:
@@ -222,11 +236,14 @@ class RetroModel(RetroPreTrainedModel):
             neighbor_ids = None
         elif neighbor_ids is None and self.retriever is not None and (cache is not None or input_ids is not None):
             tokens = input_ids if cache is None else cache.tokens
-            neighbor_ids, neighbor_attention_mask = fetch_neighbors(self.retriever, grid, tokens, RetrievalLog())
+            fetched = fetch_neighbors(self.retriever, grid, tokens, RetrievalLog())
+            neighbor_ids, neighbor_attention_mask, neighbor_scores = fetched
         if neighbor_ids is not None:
-            neighbor_attention_mask = self._check_neighbors(neighbor_ids, neighbor_attention_mask, batch_size, length)
+            neighbor_attention_mask, neighbor_scores = self._check_neighbors(
+                neighbor_ids, neighbor_attention_mask, neighbor_scores, batch_size, length
+            )
         if neighbor_ids is None or neighbor_ids.shape[1] == 0:
-            neighbor_embeds = neighbor_attention_mask = None
+            neighbor_ids = neighbor_embeds = neighbor_attention_mask = neighbor_scores = None
         else:
             neighbor_embeds = self.wte(neighbor_ids)
 
@@ -242,17 +259,28 @@ class RetroModel(RetroPreTrainedModel):
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
 
-        reading = encode = encoded = None
+        reading = encode = encoded = copying = None
         if use_retrieval:
             slot_mask = None if neighbor_attention_mask is None else neighbor_attention_mask.flatten(2)
             reading = build_reading(self.config, grid, hidden_states, slot_mask, cache)
-            if reading is not None or cache is not None:
+            if self.config.cca_layers and (reading is not None or cache is not None):
                 encode = EncoderCall(self.encoder, grid, cache, neighbor_embeds, neighbor_attention_mask)
+            if self.config.copy_head:
+                copying = build_copying(
+                    grid,
+                    reading,
+                    inputs_embeds,
+                    neighbor_ids,
+                    neighbor_embeds,
+                    neighbor_attention_mask,
+                    neighbor_scores,
+                    cache,
+                )
         for layer_idx, block in enumerate(self.h):
             hidden_states, encoded = block(
                 hidden_states,
                 encoded,
-                encode=encode if layer_idx == self.config.cca_layers[0] else None,
+                encode=encode if layer_idx in self.config.cca_layers[:1] else None,
                 reading=reading,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
@@ -260,9 +288,10 @@ class RetroModel(RetroPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
+        return RetroModelOutput(
             last_hidden_state=self.ln_f(hidden_states),
             past_key_values=past_key_values if use_cache else None,
+            copying=copying,
         )
 
     def _check_positions(self, num_columns: int, position_ids: torch.LongTensor) -> None:
@@ -274,9 +303,14 @@ class RetroModel(RetroPreTrainedModel):
             )
 
     def _check_neighbors(
-        self, neighbor_ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int, length: int
-    ) -> torch.BoolTensor:
-        """Raise ValueError for neighbour tensors that do not fit; returns the mask as booleans (B, C, k, r)."""
+        self,
+        neighbor_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        scores: torch.Tensor | None,
+        batch_size: int,
+        length: int,
+    ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
+        """Raise ValueError for neighbour tensors that do not fit; returns mask (B, C, k, r) and scores (B, C, k)."""
         config = self.config
         most = (length + config.chunk_size - 1) // config.chunk_size
         expected = (batch_size, neighbor_ids.shape[1] if neighbor_ids.ndim == 4 else -1, config.num_neighbors)
@@ -290,18 +324,25 @@ class RetroModel(RetroPreTrainedModel):
         if neighbor_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"neighbor_ids must be integer token ids (int64), not {neighbor_ids.dtype}.")
         if mask is None:
-            return torch.ones_like(neighbor_ids, dtype=torch.bool)
+            mask = torch.ones_like(neighbor_ids, dtype=torch.bool)
         if mask.shape != neighbor_ids.shape:
             raise ValueError(
                 f"neighbor_attention_mask has shape {tuple(mask.shape)}, neighbor_ids {tuple(neighbor_ids.shape)}: "
                 "they must be the same."
             )
-        return mask.bool()
+        if scores is None:
+            scores = torch.zeros(neighbor_ids.shape[:3], device=neighbor_ids.device)
+        if scores.shape != neighbor_ids.shape[:3]:
+            raise ValueError(
+                f"neighbor_scores has shape {tuple(scores.shape)}, neighbor_ids {tuple(neighbor_ids.shape)}: there must be "
+                "one score a neighbour."
+            )
+        return mask.bool(), scores
 
 
 def is_added(name: str) -> bool:
     """Whether the parameter of this name is one that RETRO adds to GPT-2's."""
-    return any(part in name for part in ("cca.", "ln_cca.", "encoder."))
+    return any(part in name for part in ("cca.", "ln_cca.", "encoder.", "copy_head."))
 
 
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
@@ -320,6 +361,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         super().__init__(config)
         self.transformer = RetroModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.copy_head:
+            self.copy_head = CopyHead(config)
         self.post_init()
         self.set_retriever(retriever)
 
@@ -351,6 +394,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         neighbor_ids: torch.LongTensor | None = None,
         neighbor_attention_mask: torch.BoolTensor | None = None,
+        neighbor_scores: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
@@ -376,12 +420,16 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             inputs_embeds=inputs_embeds,
             neighbor_ids=neighbor_ids,
             neighbor_attention_mask=neighbor_attention_mask,
+            neighbor_scores=neighbor_scores,
             use_retrieval=use_retrieval,
             use_cache=use_cache,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
+        hidden_states = outputs.last_hidden_state[:, columns, :]
+        logits = self.lm_head(hidden_states)
+        if outputs.copying is not None:
+            logits = self.copy_head(logits, hidden_states, outputs.copying, columns)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

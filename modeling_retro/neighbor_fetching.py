@@ -11,6 +11,10 @@ from configuration_retro import RetroConfig
 from .chunk_grid import ChunkGrid, take_chunks
 
 
+# neighbor_ids and neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k)
+FetchedNeighbors = tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]
+
+
 class Retriever(Protocol):
     """What the model needs of a knowledge base; `retrieval.MilvusRetriever` is one.
 
@@ -69,10 +73,10 @@ class RetrievalLog:
             neighbors = retriever.retrieve(torch.tensor(missing))
             self._neighbors.update({chunk: (neighbors, row) for row, chunk in enumerate(missing)})
 
-    def tensors(self, chunk: tuple[int, ...]) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """The neighbours of a chunk: ids (k, r) and mask (k, r)."""
+    def tensors(self, chunk: tuple[int, ...]) -> tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]:
+        """The neighbours of a chunk: ids (k, r), mask (k, r) and scores (k), 0 where there is none."""
         neighbors, row = self._neighbors[chunk]
-        return neighbors.ids[row], neighbors.attention_mask[row]
+        return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row].nan_to_num(0.0)
 
     def read_by(self, tokens: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
         """What was retrieved for the chunks of a row of content tokens, in order."""
@@ -94,7 +98,7 @@ class RetrievalLog:
 
 def fetch_neighbors(
     retriever: Retriever, grid: ChunkGrid, tokens: torch.LongTensor, log: RetrievalLog
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+) -> FetchedNeighbors:
     """Neighbours of every chunk that this call completes, searched in one batch.
 
     Args:
@@ -102,7 +106,8 @@ def fetch_neighbors(
             unknown token cannot be searched and gets no neighbours.
 
     Returns:
-        neighbor_ids and neighbor_attention_mask (B, C, k, r) on the tokens' device; C = 0 if no row completes a chunk.
+        neighbor_ids, neighbor_attention_mask (B, C, k, r) and neighbor_scores (B, C, k) on the tokens' device; C = 0 if
+        no row completes a chunk.
     """
     size = grid.chunk_size
     counts = grid.num_completed.squeeze(1).tolist()
@@ -110,6 +115,7 @@ def fetch_neighbors(
     shape = (len(counts), num_slots, retriever.num_neighbors, retriever.neighbor_length)
     ids = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.bool)
+    scores = torch.zeros(shape[:3])
     if num_slots:
         columns = grid.chunk_columns(num_slots, tokens.shape[1])
         chunk_tokens = tokens.gather(1, columns).unflatten(1, (num_slots, size)).tolist()
@@ -121,28 +127,36 @@ def fetch_neighbors(
         }
         log.retrieve(retriever, list(chunks.values()))
         for place, chunk in chunks.items():
-            ids[place], mask[place] = log.tensors(chunk)
-    return ids.to(tokens.device), mask.to(tokens.device)
+            ids[place], mask[place], scores[place] = log.tensors(chunk)
+    return ids.to(tokens.device), mask.to(tokens.device), scores.to(tokens.device)
 
 
 def given_neighbors(
-    grid: ChunkGrid, first_chunk: torch.LongTensor, neighbor_ids: torch.LongTensor, mask: torch.Tensor | None
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    grid: ChunkGrid,
+    first_chunk: torch.LongTensor,
+    neighbor_ids: torch.LongTensor,
+    mask: torch.Tensor | None,
+    scores: torch.Tensor | None,
+) -> FetchedNeighbors:
     """Of neighbours given for a whole prompt, those of the chunks that this call completes.
 
     Args:
         first_chunk: (B, 1) the chunk that slot 0 stands for.
         neighbor_ids, mask: (B, C, k, r); mask None: all are there.
+        scores: (B, C, k); None: 0.
 
     Returns:
-        neighbor_ids and neighbor_attention_mask (B, C', k, r); chunks beyond the given ones have no neighbours.
+        neighbor_ids, neighbor_attention_mask (B, C', k, r) and neighbor_scores (B, C', k); chunks beyond the given ones
+        have no neighbours.
     """
     mask = torch.ones_like(neighbor_ids, dtype=torch.bool) if mask is None else mask.bool()
+    scores = torch.zeros(neighbor_ids.shape[:3], device=neighbor_ids.device) if scores is None else scores
     num_slots = int(grid.num_completed.max()) if neighbor_ids.shape[1] else 0
     slots = grid.first_chunk - first_chunk + torch.arange(num_slots, device=first_chunk.device)
     is_given = slots < neighbor_ids.shape[1]
     slots = slots.clamp(max=neighbor_ids.shape[1] - 1)
-    return take_chunks(neighbor_ids, slots), take_chunks(mask, slots) & is_given[..., None, None]
+    mask = take_chunks(mask, slots) & is_given[..., None, None]
+    return take_chunks(neighbor_ids, slots), mask, take_chunks(scores, slots)
 
 
 def check_retriever(retriever: Retriever, config: RetroConfig) -> None:

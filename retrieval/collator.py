@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from .retriever import MilvusRetriever
 
 
+# What a chunk's neighbors are handed on as: (…, k, r) twice, (…, k).
+NEIGHBOR_FIELDS = {
+    "neighbor_ids": torch.long,
+    "neighbor_attention_mask": torch.bool,
+    "neighbor_scores": torch.float32,
+}
+
+
 @dataclass
 class RetrievalStatistics:
     """What was read since the counters were last taken."""
@@ -55,8 +63,8 @@ class RetroDataCollator:
             input_ids (B, T): padded on the right with 0 to the longest sequence.
             labels (B, T): the same tokens, -100 where there is padding; the model shifts them.
             attention_mask (B, T): only when there is padding.
-            neighbor_ids (B, C, k, r), neighbor_attention_mask (B, C, k, r): with a retriever. Slot j of a row is its
-                j-th complete chunk, C the most that a row has; slots without a chunk are masked out.
+            neighbor_ids (B, C, k, r), neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k): with a retriever. Slot
+                j of a row is its j-th complete chunk, C the most that a row has; slots without a chunk are masked out.
         """
         lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
         input_ids = torch.nn.utils.rnn.pad_sequence(
@@ -77,15 +85,20 @@ class RetroDataCollator:
         """The neighbors of each sequence's complete chunks, in one search.
 
         Returns:
-            for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool}.
+            for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool,
+            "neighbor_scores": (chunks, k) float32, cosine similarity, 0 where there is no neighbor}.
         """
         size = self.retriever.chunk_size
         counts = [len(feature["input_ids"]) // size for feature in features]
         places = [(feature, chunk) for feature, count in zip(features, counts, strict=True) for chunk in range(count)]
         if not places:
             shape = (0, self.retriever.num_neighbors, self.retriever.neighbor_length)
-            none = {"neighbor_ids": torch.zeros(shape, dtype=torch.long)}
-            return [none | {"neighbor_attention_mask": torch.zeros(shape, dtype=torch.bool)}] * len(features)
+            shapes = (shape, shape, shape[:2])
+            none = {
+                name: torch.zeros(shape, dtype=dtype)
+                for (name, dtype), shape in zip(NEIGHBOR_FIELDS.items(), shapes, strict=True)
+            }
+            return [none] * len(features)
         chunks = torch.tensor([feature["input_ids"][chunk * size : (chunk + 1) * size] for feature, chunk in places])
         exclude = [
             still_to_come
@@ -103,14 +116,14 @@ class RetroDataCollator:
         self.statistics.chunks_with_neighbors += int(there.any(-1).sum())
         self.statistics.neighbors += int(there.sum())
         self.statistics.similarity += float(found.scores[there].sum())
-        ids, masks = found.ids.split(counts), found.attention_mask.split(counts)
-        return [{"neighbor_ids": ids_, "neighbor_attention_mask": mask} for ids_, mask in zip(ids, masks, strict=True)]
+        parts = (part.split(counts) for part in (found.ids, found.attention_mask, found.scores.nan_to_num(0.0)))
+        return [dict(zip(NEIGHBOR_FIELDS, row, strict=True)) for row in zip(*parts, strict=True)]
 
 
 def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:
-    """(B, C, k, r) each, C the most chunks of a row; the slots of a row with fewer are masked out."""
+    """(B, C, …) each, C the most chunks of a row; the slots of a row with fewer are masked out."""
     stacked = {}
-    for name, dtype in (("neighbor_ids", torch.long), ("neighbor_attention_mask", torch.bool)):
+    for name, dtype in NEIGHBOR_FIELDS.items():
         rows = [torch.as_tensor(feature[name], dtype=dtype) for feature in features]
         stacked[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return stacked

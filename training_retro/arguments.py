@@ -153,6 +153,13 @@ class RetroTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Share of sequences trained without neighbors, so that the model is good without them too."},
     )
+    neighbor_shuffle: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of chunks trained with the neighbors of another sequence, so that the model learns which to trust. "
+            "Default: 0.2 for a model with a copy head, else 0."
+        },
+    )
     device_peak_tflops: float | None = field(
         default=None,
         metadata={"help": "Of one device, in the precision of training; the log then has the model-FLOP utilisation."},
@@ -190,6 +197,10 @@ class RetroTrainingArguments(TrainingArguments):
         if not 0 <= self.neighbor_dropout < 1:
             raise ValueError(
                 f"neighbor_dropout is a share of the sequences, from 0 to below 1, not {self.neighbor_dropout}."
+            )
+        if self.neighbor_shuffle is not None and not 0 <= self.neighbor_shuffle < 1:
+            raise ValueError(
+                f"neighbor_shuffle is a share of the chunks, from 0 to below 1, not {self.neighbor_shuffle}."
             )
         if self.device_peak_tflops is not None and not self.device_peak_tflops > 0:
             raise ValueError(f"device_peak_tflops must be a positive number, not {self.device_peak_tflops}.")

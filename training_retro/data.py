@@ -12,11 +12,12 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 
 from configuration_retro import RetroConfig
 from retrieval import BulkTokenizer, MilvusRetriever
-from retrieval.collator import RetroDataCollator
+from retrieval.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from retrieval.packing import FEATURES, pack_documents, packed_dataset
 from retrieval.streams import DocumentStream, mix
 
 CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
+FORMAT = 2  # of the folder: from 2 on, with the neighbors' similarities
 
 
 def pack_streams(
@@ -33,7 +34,7 @@ def pack_streams(
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
     """What sequences with neighbors are made for, and can be used with."""
     sizes = {name: getattr(config, name) for name in ("chunk_size", "num_neighbors", "neighbor_length")}
-    return {"tokenizer": tokenizer.fingerprint, "block_size": block_size, **sizes}
+    return {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "block_size": block_size, **sizes}
 
 
 def precompute(
@@ -54,10 +55,10 @@ def precompute(
             {"input_ids": ids, "doc_ids": docs} for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
         ]
         found = collator.neighbors_of(rows)
-        return {name: [row[name].tolist() for row in found] for name in ("neighbor_ids", "neighbor_attention_mask")}
+        return {name: [row[name].tolist() for row in found] for name in NEIGHBOR_FIELDS}
 
-    ids, mask = List(List(List(Value("int32")))), List(List(List(Value("bool"))))
-    features = Features({**FEATURES, "neighbor_ids": ids, "neighbor_attention_mask": mask})
+    ids, mask, scores = List(List(List(Value("int32")))), List(List(List(Value("bool")))), List(List(Value("float32")))
+    features = Features({**FEATURES, **dict(zip(NEIGHBOR_FIELDS, (ids, mask, scores), strict=True))})
     stored = DatasetDict(
         {
             name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
@@ -86,8 +87,8 @@ def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[D
         raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {CARD}).")
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for name, value in card.items():
-        if theirs[name] != value:
+        if theirs.get(name) != value:
             raise ValueError(
-                f"{folder} was precomputed with {name} {theirs[name]}, this run has {value}: use the same, or precompute again."
+                f"{folder} was precomputed with {name} {theirs.get(name)}, this run has {value}: use the same, or precompute again."
             )
     return load_from_disk(str(folder)), theirs

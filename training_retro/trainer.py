@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from evaluation_retro import Evaluation, byte_lengths, sequence_nats
+from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, shuffle_neighbors, weight_nats
 from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
 from modeling_retro.modeling_retro import is_added
 from modeling_retro.sharing import write_code
+from retrieval.collator import NEIGHBOR_FIELDS
 from retrieval.packing import PackedStream
 from retrieval.prefetch import Prefetcher
 
@@ -27,11 +29,14 @@ from .flops import step_flops
 
 logger = logging.getLogger(__name__)
 
+RECENT_BATCHES = 8  # of training, on which the copy baseline's weight is chosen
+BAD_NEIGHBORS = 0.2  # share of chunks that a copy head sees with another sequence's neighbors
 WAITING = 0.1  # share of the time from which on waiting for neighbors is worth a word
 
 
 class RetroTrainer(Trainer):
-    """Trainer for RETRO models; its evaluation measures loss and bits-per-byte with neighbors on, off and shuffled.
+    """Trainer for RETRO models; its evaluation measures loss and bits-per-byte with neighbors on, off and shuffled, and the
+    copy baseline, whose weight is chosen on the last batches that were trained on (0 before there are any).
 
     Args:
         args: [`RetroTrainingArguments`].
@@ -61,6 +66,8 @@ class RetroTrainer(Trainer):
         self._sequences = 0  # that this process has trained on
         self._place: list[int] = []  # of a stream, after them
         self._since = _Progress()
+        self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
+        self._copy_weight = 0.0
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """`Trainer.train`; a stream goes on where the checkpoint was made."""
@@ -102,6 +109,7 @@ class RetroTrainer(Trainer):
             before = self._batches.seconds_waited
             samples = super().get_batch_samples(self._batches, num_batches, device)
             self._since.waited += self._batches.seconds_waited - before
+        self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
             self._since.tokens += (batch["labels"] != -100).sum()  # a tensor: nothing waits for the device
@@ -117,12 +125,32 @@ class RetroTrainer(Trainer):
         self._batches = self._source = None
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
-        if self.args.neighbor_dropout and "neighbor_attention_mask" in inputs:
-            # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
+        # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
+        mask = inputs.get("neighbor_attention_mask")
+        if mask is not None and self._share_shuffled:
+            neighbors = {name: inputs[name] for name in NEIGHBOR_FIELDS if name in inputs}
+            others = shuffle_neighbors(neighbors, seed=int(torch.randint(2**31, ())))
+            bad = (torch.rand(mask.shape[:2]) < self._share_shuffled).to(mask.device)
+            inputs = inputs | {
+                name: torch.where(bad.view(*bad.shape, *[1] * (own.ndim - 2)), others[name], own)
+                for name, own in neighbors.items()
+            }
             mask = inputs["neighbor_attention_mask"]
+        if mask is not None and self.args.neighbor_dropout:
             kept = torch.rand(len(mask)) >= self.args.neighbor_dropout
             inputs = inputs | {"neighbor_attention_mask": mask & kept.to(mask.device)[:, None, None, None]}
         return super().training_step(model, inputs, *args, **kwargs)
+
+    @property
+    def _share_shuffled(self) -> float:
+        if self.args.neighbor_shuffle is None:
+            return BAD_NEIGHBORS if self.model.config.copy_head else 0.0
+        return self.args.neighbor_shuffle
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Matrices alone: a copy head has vectors that are no biases by name."""
+        dimensions = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if dimensions[name] > 1]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's: decay for matrices alone; with `retro_learning_rate`, groups of their own for what RETRO adds."""
@@ -194,10 +222,15 @@ class RetroTrainer(Trainer):
         """Each sequence's nats in the place of logits, its sizes in that of labels: Trainer gathers both."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            nats, sizes = sequence_nats(model, inputs, self.model.config.chunk_size, self.bytes_of)
+            nats, sizes = sequence_nats(
+                model, inputs, self.model.config.chunk_size, self.bytes_of, copy_weight=self._copy_weight
+            )
         return None, nats, sizes
 
     def evaluate(self, *args, **kwargs):
+        with self.compute_loss_context_manager():
+            nats = weight_nats(self.model_wrapped, self._recent, self.model.config.chunk_size, self.args.device)
+        self._copy_weight = best_weight(self.accelerator.reduce(nats, "sum"))
         metrics = super().evaluate(*args, **kwargs)
         measured = ("bits_per_byte", "gain_over")
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT's

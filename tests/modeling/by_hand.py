@@ -69,7 +69,10 @@ def next_token_logits(model, tokens):
         return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]
     found = HashRetriever().retrieve(torch.tensor(chunks))
     return model(
-        torch.tensor([tokens]), neighbor_ids=found.ids[None], neighbor_attention_mask=found.attention_mask[None]
+        torch.tensor([tokens]),
+        neighbor_ids=found.ids[None],
+        neighbor_attention_mask=found.attention_mask[None],
+        neighbor_scores=found.scores[None],
     ).logits[0, -1]
 
 

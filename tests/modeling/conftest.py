@@ -19,6 +19,7 @@ def small_config(**changes) -> RetroConfig:
         "num_neighbors": NEIGHBORS,
         "neighbor_length": LENGTH,
         "cca_layers": [1, 3],
+        "copy_head": True,
         "bos_token_id": None,
         "eos_token_id": None,
         "initializer_range": 0.3,  # large, so that every path matters to the logits
@@ -33,6 +34,8 @@ def small_model(**changes) -> RetroForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():  # zero projections, unit norms and zero biases would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        if model.config.copy_head:
+            model.copy_head.valve.fill_(0.05)
     return model
 
 
@@ -55,6 +58,11 @@ class RowNeighbors:
             elif chunk % 3 == 2:
                 neighbors = neighbors[:1]
             self.chunks[chunk] = neighbors
+
+
+def neighbor_scores(num_slots: int, seed: int = 0) -> torch.Tensor:
+    """Similarities of one row's neighbours, (1, C, k)."""
+    return torch.rand(1, num_slots, NEIGHBORS, generator=torch.Generator().manual_seed(seed))
 
 
 def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None = None):

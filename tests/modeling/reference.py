@@ -60,14 +60,55 @@ def encode(model, neighbor, chunk_states):
     return norm(encoder.ln_f, e)
 
 
-def logits(model, tokens, neighbors):
-    """tokens: list of ids; neighbors: chunk number -> list of neighbours, each a list of ids. Returns (len(tokens), V)."""
+def copy_probabilities(model, tokens, i, neighbors, scores):
+    """What the copy head predicts after tokens[: i + 1]: (V,), and the four features of it."""
+    head, wte = model.copy_head, model.transformer.wte.weight
+    places = []  # fit, weight before softmax, number of the neighbour, token, its retrieval similarity
+    for number, neighbor in enumerate(neighbors):
+        for j, token in enumerate(neighbor):
+            fit = sum(
+                head.match[s] * F.cosine_similarity(wte[tokens[i - s]], wte[neighbor[j - 1 - s]], dim=0)
+                for s in range(len(head.match))
+                if i - s >= 0 and j - 1 - s >= 0
+            )
+            places.append((fit, fit + head.similarity[0] * scores[number], number, token, scores[number]))
+    weights = torch.stack([torch.as_tensor(place[1]) for place in places]).softmax(0)
+    by_neighbor = torch.zeros(len(neighbors), len(wte))
+    for weight, (_, _, number, token, _) in zip(weights, places, strict=True):
+        by_neighbor[number, token] += weight
+    mass = by_neighbor.sum(0)
+    alike = sum((by_neighbor[a] * by_neighbor[b]).sum() for a in range(len(neighbors)) for b in range(len(neighbors)) if a != b)
+    similarity = sum(weight * place[4] for weight, place in zip(weights, places, strict=True))
+    best = max(float(place[0]) for place in places) / 10
+    return mass, torch.tensor([best, (mass**2).sum(), alike, similarity])
+
+
+def with_copying(model, hidden, logits, tokens, neighbors, scores):
+    """hidden (T, d), logits (T, V) of the decoder -> (T, V) log-probabilities of its mixture with copying."""
+    mixed = []
+    for i in range(len(tokens)):
+        log_probs = logits[i].log_softmax(-1)
+        c = (i + 1) // model.config.chunk_size - 1
+        if c >= 0 and neighbors.get(c):
+            mass, features = copy_probabilities(model, tokens, i, neighbors[c], scores[c])
+            plausibility = (mass * log_probs).sum() / 10
+            known = torch.cat([hidden[i], features, plausibility[None]])
+            odds = model.copy_head.valve.clamp(min=0) * (known @ model.copy_head.gate + model.copy_head.gate_bias).exp()
+            gate = odds / (1 + odds)
+            log_probs = ((1 - gate) * log_probs.exp() + gate * mass).log()
+        mixed.append(log_probs)
+    return torch.stack(mixed)
+
+
+def log_probs(model, tokens, neighbors, scores):
+    """tokens: list of ids; neighbors: chunk number -> list of neighbours, each a list of ids; scores: chunk number ->
+    similarity of each. Returns (len(tokens), V)."""
     config, m = model.config, model.config.chunk_size
     encoded = {}
     h = model.transformer.wte.weight[tokens] + model.transformer.wpe.weight[: len(tokens)]
     for number, block in enumerate(model.transformer.h):
         h = h + self_attention(block.attn, norm(block.ln_1, h), config.n_head, causal=True)
-        if number == min(config.cca_layers):
+        if number == min(config.cca_layers, default=None):
             for u in range(len(tokens) // m):  # complete chunks
                 encoded[u] = [encode(model, neighbor, h[u * m : (u + 1) * m]) for neighbor in neighbors.get(u, [])]
         if number in config.cca_layers:
@@ -81,4 +122,8 @@ def logits(model, tokens, neighbors):
                     updated.append(h[i])
             h = torch.stack(updated)
         h = h + mlp(block.mlp, norm(block.ln_2, h))
-    return norm(model.transformer.ln_f, h) @ model.transformer.wte.weight.T
+    hidden = norm(model.transformer.ln_f, h)
+    logits = hidden @ model.transformer.wte.weight.T
+    if not config.copy_head:
+        return logits.log_softmax(-1)
+    return with_copying(model, hidden, logits, tokens, neighbors, scores)

@@ -9,7 +9,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_retro import RetroConfig, RetroForCausalLM
 
 from . import reference
-from .conftest import CHUNK, LENGTH, NEIGHBORS, VOCAB, RowNeighbors, neighbor_tensors, random_tokens, small_model
+from .conftest import (
+    CHUNK,
+    LENGTH,
+    NEIGHBORS,
+    VOCAB,
+    RowNeighbors,
+    neighbor_scores,
+    neighbor_tensors,
+    random_tokens,
+    small_model,
+)
 
 ATOL = 1e-5
 
@@ -22,13 +32,16 @@ def run(model, tokens, neighbors, **kwargs):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("with_neighbors", [False, True])
-def test_untrained_model_is_its_gpt2_to_the_bit(tmp_path, implementation, with_neighbors):
+@pytest.mark.parametrize("readers", [{}, {"copy_head": True}, {"copy_head": True, "cca_layers": []}])
+def test_untrained_model_is_its_gpt2_to_the_bit(tmp_path, implementation, with_neighbors, readers):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=32, n_head=4, vocab_size=VOCAB, n_positions=64)).eval()
     gpt2.save_pretrained(tmp_path)
     gpt2.set_attn_implementation(implementation)
-    retro = RetroForCausalLM.from_pretrained(tmp_path, chunk_size=8, attn_implementation=implementation).eval()
-    assert retro.config.chunk_size == 8 and retro.config.neighbor_length == 16 and retro.config.cca_layers == [5]
+    settings = {"chunk_size": 8, "attn_implementation": implementation}
+    retro = RetroForCausalLM.from_pretrained(tmp_path, **settings, **readers).eval()
+    assert retro.config.chunk_size == 8 and retro.config.neighbor_length == 16
+    assert retro.config.cca_layers == readers.get("cca_layers", [5])
     tokens = torch.randint(0, VOCAB, (3, 40))
     neighbors = torch.randint(0, VOCAB, (3, 5, 2, 16)) if with_neighbors else None
     with torch.no_grad():
@@ -52,18 +65,31 @@ def test_every_gpt2_size_has_default_layers(layers, expected):
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 4 * CHUNK, 5 * CHUNK + 2])
 def test_agrees_with_the_slow_reference(model, length):
     tokens, neighbors = random_tokens(length, seed=length), RowNeighbors(length // CHUNK, seed=1, missing={1}).chunks
+    scores = neighbor_scores(length // CHUNK)
     with torch.no_grad():
-        expected = reference.logits(model, tokens, neighbors)
-        torch.testing.assert_close(run(model, tokens, neighbors), expected, atol=ATOL, rtol=1e-5)
+        expected = reference.log_probs(model, tokens, neighbors, scores[0])
+        found = run(model, tokens, neighbors, neighbor_scores=scores).log_softmax(-1)
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"cca_layers": [0]}, {"encoder_cca_layers": []}, {"encoder_cca_layers": [0, 1]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cca_layers": [0]},
+        {"encoder_cca_layers": []},
+        {"encoder_cca_layers": [0, 1]},
+        {"copy_head": False},
+        {"cca_layers": []},
+    ],
+)
 def test_agrees_with_the_slow_reference_in_other_shapes(changes):
     model = small_model(**changes)
     tokens, neighbors = random_tokens(3 * CHUNK + 1, seed=5), RowNeighbors(3, seed=2).chunks
+    scores = neighbor_scores(3)
     with torch.no_grad():
-        expected = reference.logits(model, tokens, neighbors)
-        torch.testing.assert_close(run(model, tokens, neighbors), expected, atol=ATOL, rtol=1e-5)
+        expected = reference.log_probs(model, tokens, neighbors, scores[0])
+        found = run(model, tokens, neighbors, neighbor_scores=scores).log_softmax(-1)
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=1e-5)
 
 
 def test_no_position_sees_a_later_token(model):

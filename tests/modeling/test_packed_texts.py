@@ -38,14 +38,16 @@ def test_each_text_reads_the_neighbors_of_its_own_chunks(model):
 def test_given_neighbors_are_those_of_the_chunks_in_the_rows_order(model):
     chunks = [[chunk for text in row for chunk in chunks_of(text)] for row in TEXTS]
     ids = torch.zeros(2, max(map(len, chunks)), model.config.num_neighbors, model.config.neighbor_length).long()
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask, scores = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape[:3])
     for row, given in enumerate(chunks):
         found = HashRetriever().retrieve(torch.tensor(given))
         ids[row, : len(given)], mask[row, : len(given)] = found.ids, found.attention_mask
-    logits = model(**PACKED, neighbor_ids=ids, neighbor_attention_mask=mask).logits
+        scores[row, : len(given)] = found.scores
+    neighbors = {"neighbor_ids": ids, "neighbor_attention_mask": mask, "neighbor_scores": scores}
+    logits = model(**PACKED, **neighbors).logits
     assert model.retriever.calls == []
     assert_each_as_if_alone(model, logits)
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(**PACKED, neighbor_ids=ids, neighbor_attention_mask=mask).logits
+    found = compiled(**PACKED, **neighbors).logits
     torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)

@@ -97,8 +97,9 @@ def test_shuffled_neighbors_come_from_another_row(counts, seed):
     number = torch.arange(used.numel()).view(len(counts), columns)  # which row and slot neighbors belong to
     ids = number[..., None, None].expand(-1, -1, 2, 3)
     mask = used[..., None, None].expand(-1, -1, 2, 3)
-    shuffled, shuffled_mask = shuffle_neighbors(ids, mask, seed)
-    assert torch.equal(mask, shuffled_mask)
+    moved = shuffle_neighbors({"neighbor_ids": ids, "neighbor_attention_mask": mask, "number": number}, seed)
+    shuffled = moved["neighbor_ids"]
+    assert torch.equal(mask, moved["neighbor_attention_mask"]) and torch.equal(moved["number"], shuffled[..., 0, 0])
     came_from = shuffled[used][:, 0, 0]
     assert sorted(came_from.tolist()) == sorted(number[used].tolist())
     assert ((came_from // columns) != (number[used] // columns)).all()
@@ -106,9 +107,10 @@ def test_shuffled_neighbors_come_from_another_row(counts, seed):
 
 def test_shuffle_within_one_row_and_of_one_chunk():
     ids = torch.arange(4).view(1, 4, 1, 1)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    assert (shuffle_neighbors(ids, mask)[0] != ids).all()
-    assert not shuffle_neighbors(ids[:, :1], mask[:, :1])[1].any()
+    neighbors = {"neighbor_ids": ids, "neighbor_attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+    assert (shuffle_neighbors(neighbors)["neighbor_ids"] != ids).all()
+    one = {name: tensor[:, :1] for name, tensor in neighbors.items()}
+    assert not shuffle_neighbors(one)["neighbor_attention_mask"].any()
 
 
 def test_gain_and_its_standard_error():

@@ -1,0 +1,69 @@
+"""Three kinds of real text, split by document: Python's library and reference, model sources, the kernel's documentation."""
+
+import gzip
+import pydoc_data.topics
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import transformers
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from retrieval import BulkTokenizer, Document
+
+VOCABULARY = 8192
+KERNEL_DOCS = Path("/usr/share/doc/linux-doc-6.1/Documentation")  # Debian's package linux-doc-6.1
+
+
+def python() -> Iterator[Document]:
+    """The standard library's sources and the language reference."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        if "site-packages" not in file.parts and file.stat().st_size > 500 and "topics" not in file.name:
+            yield Document(str(file.relative_to(library)), file.read_bytes().decode(errors="replace"))
+    for topic, text in sorted(pydoc_data.topics.topics.items()):
+        yield Document(f"reference/{topic}", text)
+
+
+def models() -> Iterator[Document]:
+    """The model sources inside the installed transformers package."""
+    folder = Path(transformers.__file__).parent / "models"
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        yield Document(file.name, file.read_text(encoding="utf-8"))
+
+
+def kernel(folder: Path = KERNEL_DOCS) -> Iterator[Document]:
+    """The kernel's documentation in English, without the descriptions of devices, of which each is a copy of the last."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: install Debian's linux-doc-6.1, or give its place.")
+    files = [file for suffix in ("rst", "txt") for file in folder.rglob(f"*.{suffix}*")]
+    for file in sorted(files):
+        name = file.relative_to(folder)
+        if not {"translations", "devicetree"} & set(name.parts):
+            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+            yield Document(str(name), content.decode(errors="replace"))
+
+
+def write(documents: Iterator[Document], folder: Path, chunks: int, chunk_size: int) -> PreTrainedTokenizerFast:
+    """Draw documents of so many chunks in all, a tenth of them held out: train/, held_out/ and tokenizer/ in the folder.
+
+    The tokenizer is a byte-level BPE like GPT-2's, trained on what is not held out.
+    """
+    drawn = [document for document in documents if document.text.strip()]
+    random.Random(0).shuffle(drawn)
+    texts = [document.text for number, document in enumerate(drawn) if number % 10][:1000]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    bulk, total = BulkTokenizer(tokenizer), 0
+    for number, document in enumerate(drawn):
+        part = folder / ("train" if number % 10 else "held_out")
+        part.mkdir(exist_ok=True)
+        (part / f"{document.id.replace('/', '_').removesuffix('.gz')}.txt").write_text(document.text, encoding="utf-8")
+        total += len(bulk.encode_batch([document.text])[0]) // chunk_size + 1
+        if total >= chunks:
+            break
+    return tokenizer

@@ -1,0 +1,81 @@
+"""The copy baseline: what neighbors are worth to a model that cannot read, and only looks its last tokens up in them.
+
+At each position the copier looks in the neighbors that the position may read for the last two tokens, and if they are not there
+for the last one; what followed at those places, each place counting alike, is its prediction. It is mixed with the model's
+own, without retrieval: p = (1 - w) p_off + w p_copier where it found something, p_off elsewhere. The weight w is the one
+that fits training data best. A model that has learned to read must do better.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+WEIGHTS = torch.linspace(0, 0.98, 50)
+
+
+def copied_probability(
+    input_ids: torch.LongTensor, neighbor_ids: torch.LongTensor, neighbor_attention_mask: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """The copier's probability of each next token.
+
+    Args:
+        input_ids: (B, T), rows padded on the right.
+        neighbor_ids, neighbor_attention_mask: (B, C, k, r); slot j holds those of the row's j-th chunk.
+
+    Returns:
+        (B, T - 1) probability of token i + 1, and (B, T - 1) whether the copier found anything.
+    """
+    length, chunks = input_ids.shape[1], neighbor_ids.shape[1]
+    # the last token of a chunk is the first that reads its neighbors
+    chunk = torch.arange(1, length, device=input_ids.device) // chunk_size - 1
+    in_reach = (chunk >= 0) & (chunk < chunks)
+    read = chunk.clamp(0, chunks - 1)
+    ids = neighbor_ids.masked_fill(~neighbor_attention_mask.bool(), -1)[:, read]  # (B, T - 1, k, r)
+    last = input_ids[:, :-1, None, None]
+    before = F.pad(input_ids[:, :-2], (1, 0), value=-1)[..., None, None]
+    one = (F.pad(ids[..., :-1], (1, 0), value=-1) == last) & (ids >= 0)
+    two = one & (before >= 0) & (F.pad(ids[..., :-2], (2, 0), value=-1) == before)
+    places = torch.where(two.flatten(2).any(-1)[..., None, None], two, one).flatten(2) & in_reach[:, None]
+    right = places & (ids == input_ids[:, 1:, None, None]).flatten(2)
+    count = places.sum(-1)
+    return right.sum(-1) / count.clamp(min=1), count > 0
+
+
+def mixture_nats(
+    off_nats: torch.Tensor, copied: torch.Tensor, found: torch.BoolTensor, weight: float | torch.Tensor
+) -> torch.Tensor:
+    """Nats of each token under the mixture; `off_nats` are those of the model without retrieval."""
+    mixed = (1 - weight) * (-off_nats.double()).exp() + weight * copied.double()
+    return torch.where(found, -mixed.log().to(off_nats.dtype), off_nats)
+
+
+@torch.no_grad()
+def weight_nats(
+    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], chunk_size: int, device: torch.device
+) -> torch.Tensor:
+    """Summed nats of batches under each of `WEIGHTS`, (len(WEIGHTS),) float64: the least is the best weight's."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(len(WEIGHTS), dtype=torch.float64, device=device)
+    for batch in batches:
+        if "neighbor_ids" not in batch:
+            continue
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        neighbors = [batch.pop(name) for name in ("neighbor_ids", "neighbor_attention_mask")]
+        batch.pop("neighbor_scores", None)
+        if not neighbors[0].shape[1]:
+            continue
+        logits = model(**batch, use_retrieval=False).logits[:, :-1]
+        nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        copied, found = copied_probability(batch["input_ids"], *neighbors, chunk_size)
+        for place, weight in enumerate(WEIGHTS.tolist()):
+            total[place] += (mixture_nats(nats, copied, found, weight) * (labels != -100)).sum()
+    model.train(was_training)
+    return total
+
+
+def best_weight(nats: torch.Tensor) -> float:
+    """The weight with the least of [`weight_nats`]; 0 if there was nothing to choose by."""
+    return float(WEIGHTS[int(nats.argmin())])
