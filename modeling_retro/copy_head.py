@@ -22,8 +22,10 @@ from .chunk_grid import ChunkGrid, Movable, take_chunks, take_rows
 from .chunked_cross_attention import Reading, fill_chunks
 from .neighbor_encoder import open_if_empty
 
-CONTEXT = 3  # tokens that are compared: the last one and the two before it
-FEATURES = 5  # of the neighbours, that the gate sees beside the hidden state
+CONTEXT = 6  # tokens that are compared: the last one and those before it
+FEATURES = 4 + CONTEXT  # of what is copied, that the gate sees beside the hidden state
+# A few numbers decide all, and must go far in few steps at the learning rates of matrices: they are kept divided by this.
+SCALE = 30.0
 
 
 @dataclass
@@ -106,27 +108,29 @@ def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.L
 class CopyHead(nn.Module):
     """Mixes the decoder's prediction with copying: p = (1 − g) · p_decoder + g · p_copy.
 
-    p_copy is attention over the k·r neighbour tokens that the position may read. Token j's score is a weighted sum of the
-    cosine similarities of x_i and n_{j−1}, x_{i−1} and n_{j−2}, x_{i−2} and n_{j−3} (token embeddings), and of the retrieval
-    similarity of its neighbour. The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state
-    and on what tells good neighbours from bad, times a valve that starts at zero: until trained, the logits are GPT-2's.
+    p_copy is attention over the k·r neighbour tokens that the position may read. Token j's score is a weighted sum of how well
+    the last 1, 2, … CONTEXT tokens here match those before it: of the products c_1, c_1·c_2, … of the cosine similarities (of
+    token embeddings, those below 0 counted as 0) c_1 of x_i and n_{j−1}, c_2 of x_{i−1} and n_{j−2} …; the similarity with
+    which its neighbour was retrieved is added, weighted too.
+
+    The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state and on what tells good neighbours
+    from bad (see `attend`), times a valve that starts at zero: until trained, the logits are GPT-2's.
     """
 
     def __init__(self, config: RetroConfig):
         super().__init__()
         self.match = nn.Parameter(torch.empty(CONTEXT))
         self.similarity = nn.Parameter(torch.empty(1))
-        self.gate = nn.Parameter(torch.empty(config.n_embd + FEATURES))
+        self.gate_hidden = nn.Parameter(torch.empty(config.n_embd))
+        self.gate_features = nn.Parameter(torch.empty(FEATURES))
         self.gate_bias = nn.Parameter(torch.empty(1))
         self.valve = nn.Parameter(torch.empty(1))
 
     def init_weights(self) -> None:
-        init.copy_(self.match, torch.tensor([8.0, 6.0, 4.0]))
-        init.zeros_(self.similarity)
-        init.zeros_(self.gate)
-        # after a first step of 1e-3 or so, the valve and this bias let through odds of about a tenth
-        init.constant_(self.gate_bias, 4.0)
-        init.zeros_(self.valve)
+        # a last token that is the same lifts a place above hundreds that are not; one before it, above those as well
+        init.copy_(self.match, torch.tensor([8.0, 6.0, 4.0, 3.0, 2.0, 2.0]) / SCALE)
+        for parameter in (self.similarity, self.gate_hidden, self.gate_features, self.gate_bias, self.valve):
+            init.zeros_(parameter)
 
     def forward(
         self,
@@ -138,57 +142,69 @@ class CopyHead(nn.Module):
         mass, features, token_ids = (states[:, columns] for states in self.attend(copying))
         # in log space, and float32 whatever the model's type
         log_probs = logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
-        plausibility = (mass * log_probs).sum(-1, keepdim=True) / 10
-        known = torch.cat([hidden_states.float(), features, plausibility], dim=-1)
-        log_odds = known @ self.gate.float() + self.gate_bias.float()
+        log_odds = self.log_odds(hidden_states, features, mass, log_probs)
         copied = mass > 0
         evidence = log_odds.unsqueeze(-1) + mass.masked_fill(~copied, 1.0).log() - log_probs
         # logits may be shifted by a constant: (1 − g) · p + g · c is p · (1 + odds · c / p), up to normalisation
         boost = torch.where(copied, _log1p_exp(evidence, self.valve.float()), 0.0)
         return logits.scatter_add(-1, token_ids, boost.to(logits.dtype))
 
+    def log_odds(
+        self, hidden_states: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, log_probs: torch.Tensor
+    ) -> torch.Tensor:
+        """log g / (1 − g), but for the valve, (B, T'); mass and the decoder's log_probs (B, T', k·r) of the copied tokens."""
+        plausibility = (mass * log_probs).sum(-1, keepdim=True) / 10  # of what is copied, to the decoder
+        known = torch.cat([features, plausibility], dim=-1)
+        learned = (known * self.gate_features.float()).sum(-1) + self.gate_bias.float()
+        return (hidden_states.float() * self.gate_hidden.float()).sum(-1) + SCALE * learned
+
     def attend(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
-        """Where each column looks.
+        """What would be copied.
 
         Returns:
             mass (B, T, k·r) float32: probability of each token that is copied, where it first occurs; 0 elsewhere, and
-            where a column reads nothing. features (B, T, FEATURES - 1) for the gate. token_ids (B, T, k·r).
+            where a column reads nothing. features (B, T, FEATURES - 1) for the gate: how well the last 1, 2, … tokens match
+            where it looks, the sharpness of the mass, how much of it the neighbours say alike, and their retrieval
+            similarity. token_ids (B, T, k·r).
         """
-        readers, mask = copying.reading.readers, copying.reading.group_mask
-        num_neighbors, width = copying.scores.shape[-1], readers.width
-        groups = mask.shape[0] * mask.shape[1]
-        queries = readers.group(copying.context).view(groups, width * CONTEXT, -1)
-        cosines = (queries @ copying.keys.flatten(0, 1).transpose(1, 2)).float()
-        cosines = cosines.view(groups, width, CONTEXT, num_neighbors, -1)
-        # the token that followed is the one to copy: one place further than the last token's like
-        score = sum(
-            weight * F.pad(cosines[:, :, place], (place + 1, 0))[..., : cosines.shape[-1]]
-            for place, weight in enumerate(self.match.float())
-        ).flatten(2)
-        scores = copying.scores.float().flatten(0, 1).repeat_interleave(score.shape[-1] // num_neighbors, dim=-1)
-        scores = scores.unsqueeze(1)  # (B·G, 1, k·r)
-        lowest = torch.finfo(torch.float32).min
-        hidden = ~open_if_empty(mask).flatten(0, 1).unsqueeze(1)
-        weights = (score + self.similarity.float() * scores).masked_fill(hidden, lowest).softmax(-1)
+        readers = copying.reading.readers
+        weights, matches, scores = self.weights(copying)
         mass = _sum_at(weights, copying.first.flatten(0, 1))
         by_neighbor = _sum_at(weights, copying.first_own.flatten(0, 1))
         sharpness = mass.square().sum(-1)
-        features = torch.stack(
-            [
-                score.masked_fill(hidden, lowest).amax(-1) / 10,  # how well the best place fits
-                sharpness,
-                sharpness - by_neighbor.square().sum(-1),  # how much of it the neighbours say alike
-                (weights * scores).sum(-1),  # retrieval similarity of what is copied
-            ],
-            dim=-1,
-        )
-        token_ids = copying.token_ids.flatten(0, 1).unsqueeze(1).expand(-1, width, -1)
+        alike = sharpness - by_neighbor.square().sum(-1)
+        similarity = (weights * scores).sum(-1)
+        features = [(weights * match).sum(-1) for match in matches] + [sharpness, alike, similarity]
+        token_ids = copying.token_ids.flatten(0, 1).unsqueeze(1).expand(-1, readers.width, -1)
         readable = copying.reading.readable.unsqueeze(-1)
         return (
             torch.where(readable, readers.ungroup(mass), 0.0),
-            torch.where(readable, readers.ungroup(features), 0.0),
+            torch.where(readable, readers.ungroup(torch.stack(features, dim=-1)), 0.0),
             readers.ungroup(token_ids),
         )
+
+    def weights(self, copying: Copying) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Attention over the neighbour tokens of each group, the token to copy being the one looked at.
+
+        Returns:
+            weights (B·G, w, k·r) float32; how well the last 1, 2, … CONTEXT tokens match before each place, of the same shape;
+            the retrieval similarity of each place's neighbour (B·G, 1, k·r).
+        """
+        readers, num_neighbors = copying.reading.readers, copying.scores.shape[-1]
+        queries = readers.group(copying.context).view(-1, readers.width * CONTEXT, copying.keys.shape[-1])
+        cosines = (queries @ copying.keys.flatten(0, 1).transpose(1, 2)).float().clamp(min=0.0)
+        cosines = cosines.view(len(queries), readers.width, CONTEXT, num_neighbors, -1)
+        matches: list[torch.Tensor] = []
+        for place in range(
+            CONTEXT
+        ):  # the token that followed is the one to copy: one place further than the last one's like
+            shifted = F.pad(cosines[:, :, place], (place + 1, 0))[..., : cosines.shape[-1]].flatten(2)
+            matches.append(shifted * matches[-1] if matches else shifted)
+        scores = copying.scores.float().flatten(0, 1).repeat_interleave(cosines.shape[-1], dim=-1).unsqueeze(1)
+        learned = SCALE * torch.cat([self.match, self.similarity]).float()
+        fit = sum(weight * match for weight, match in zip(learned, [*matches, scores], strict=True))
+        hidden = ~open_if_empty(copying.reading.group_mask).flatten(0, 1).unsqueeze(1)
+        return fit.masked_fill(hidden, torch.finfo(fit.dtype).min).softmax(-1), matches, scores
 
 
 def _sum_at(weights: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from .cache import RetroCache
 from .chunk_grid import ChunkGrid
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, fetch_neighbors, given_neighbors
 
-
 NEIGHBOR_INPUTS = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
 
 

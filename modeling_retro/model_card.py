@@ -46,8 +46,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
         f"RETRO ([Borgeaud et al., 2022](https://arxiv.org/abs/2112.04426)) on {base}: a language model of "
-        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through chunked cross-attention "
-        f"(layers {', '.join(map(str, config.cca_layers))}). With `use_retrieval=False` it is its decoder alone.",
+        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through {_readers(config)}. With `use_retrieval=False` it is its decoder alone.",
         "## Knowledge base",
         _table(("", ""), {name: value for name, value in facts.items() if value is not None}),
         "## Use",
@@ -70,6 +69,12 @@ print(tokenizer.decode(model.generate(**tokenizer("A prompt", return_tensors="pt
 ```
 Without the packages `modeling_retro` and `retrieval`, `AutoModelForCausalLM.from_pretrained("{repo_id}",
 trust_remote_code=True)` opens the model; neighbours are then given as `neighbor_ids`."""
+
+
+def _readers(config: RetroConfig) -> str:
+    layers = ", ".join(map(str, config.cca_layers))
+    readers = [f"chunked cross-attention (layers {layers})"] if layers else []
+    return " and ".join(readers + ["a copy head"] * config.copy_head)
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:

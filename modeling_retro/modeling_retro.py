@@ -23,7 +23,7 @@ from .activation import LeanGELU
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
-from .copy_head import Copying, CopyHead, build_copying
+from .copy_head import CopyHead, Copying, build_copying
 from .generation import RetroGenerationMixin
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
@@ -271,7 +271,8 @@ class RetroModel(RetroPreTrainedModel):
                     reading,
                     inputs_embeds,
                     neighbor_ids,
-                    neighbor_embeds,
+                    # not the encoder's, whose gradient checkpointing may have gone through them by itself
+                    None if neighbor_ids is None else self.wte(neighbor_ids),
                     neighbor_attention_mask,
                     neighbor_scores,
                     cache,

@@ -10,7 +10,6 @@ from configuration_retro import RetroConfig
 
 from .chunk_grid import ChunkGrid, take_chunks
 
-
 # neighbor_ids and neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k)
 FetchedNeighbors = tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from modeling_retro.copy_head import CONTEXT
+
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     """Multiplications and additions of forward and backward of one batch, recomputation aside.
@@ -33,4 +35,6 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     total += (
         12 * len(config.cca_layers) * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
     )
+    if config.copy_head:  # cosines of the last tokens with those of the neighbors
+        total += 6 * CONTEXT * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
     return total

@@ -149,7 +149,7 @@ class RetroTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices alone: a copy head has vectors that are no biases by name."""
-        dimensions = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        dimensions = {name: parameter.ndim for name, parameter in model.named_parameters(remove_duplicate=False)}
         return [name for name in super().get_decay_parameter_names(model) if dimensions[name] > 1]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

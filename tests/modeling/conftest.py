@@ -35,7 +35,9 @@ def small_model(**changes) -> RetroForCausalLM:
         for parameter in model.parameters():  # zero projections, unit norms and zero biases would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.2)
         if model.config.copy_head:
-            model.copy_head.valve.fill_(0.05)
+            for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
+                parameter.mul_(0.1)  # they count thirty times
+            model.copy_head.valve.fill_(0.5)
     return model
 
 

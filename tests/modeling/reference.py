@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+SCALE = 30.0  # of the copy head's weights, as they are stored
+
 
 def attend(queries, keys, values, num_heads, causal=False):
     """queries (Q, d), keys and values (K, d): multi-head attention, head by head, query by query."""
@@ -61,39 +63,43 @@ def encode(model, neighbor, chunk_states):
 
 
 def copy_probabilities(model, tokens, i, neighbors, scores):
-    """What the copy head predicts after tokens[: i + 1]: (V,), and the four features of it."""
+    """What the copy head predicts after tokens[: i + 1]: (V,), and what the gate knows of it but the decoder's opinion."""
     head, wte = model.copy_head, model.transformer.wte.weight
-    places = []  # fit, weight before softmax, number of the neighbour, token, its retrieval similarity
+    places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbour; token
     for number, neighbor in enumerate(neighbors):
         for j, token in enumerate(neighbor):
-            fit = sum(
-                head.match[s] * F.cosine_similarity(wte[tokens[i - s]], wte[neighbor[j - 1 - s]], dim=0)
-                for s in range(len(head.match))
-                if i - s >= 0 and j - 1 - s >= 0
-            )
-            places.append((fit, fit + head.similarity[0] * scores[number], number, token, scores[number]))
-    weights = torch.stack([torch.as_tensor(place[1]) for place in places]).softmax(0)
+            matches, match = [], 1.0
+            for s in range(len(head.match)):
+                both = i - s >= 0 and j - 1 - s >= 0
+                cosine = F.cosine_similarity(wte[tokens[i - s]], wte[neighbor[j - 1 - s]], dim=0) if both else 0.0
+                match = match * max(0.0, float(cosine))
+                matches.append(match)
+            fit = SCALE * ((head.match * torch.tensor(matches)).sum() + head.similarity[0] * scores[number])
+            places.append((torch.tensor(matches), fit, number, token))
+    weights = torch.stack([place[1] for place in places]).softmax(0)
     by_neighbor = torch.zeros(len(neighbors), len(wte))
-    for weight, (_, _, number, token, _) in zip(weights, places, strict=True):
+    for weight, (_, _, number, token) in zip(weights, places, strict=True):
         by_neighbor[number, token] += weight
     mass = by_neighbor.sum(0)
-    alike = sum((by_neighbor[a] * by_neighbor[b]).sum() for a in range(len(neighbors)) for b in range(len(neighbors)) if a != b)
-    similarity = sum(weight * place[4] for weight, place in zip(weights, places, strict=True))
-    best = max(float(place[0]) for place in places) / 10
-    return mass, torch.tensor([best, (mass**2).sum(), alike, similarity])
+    pairs = [(a, b) for a in range(len(neighbors)) for b in range(len(neighbors)) if a != b]
+    alike = sum(float((by_neighbor[a] * by_neighbor[b]).sum()) for a, b in pairs)
+    similarity = sum(float(weight * scores[place[2]]) for weight, place in zip(weights, places, strict=True))
+    matched = sum(weight * place[0] for weight, place in zip(weights, places, strict=True))
+    return mass, torch.cat([matched, torch.tensor([float((mass**2).sum()), alike, similarity])])
 
 
 def with_copying(model, hidden, logits, tokens, neighbors, scores):
     """hidden (T, d), logits (T, V) of the decoder -> (T, V) log-probabilities of its mixture with copying."""
-    mixed = []
+    mixed, head = [], model.copy_head
     for i in range(len(tokens)):
         log_probs = logits[i].log_softmax(-1)
         c = (i + 1) // model.config.chunk_size - 1
         if c >= 0 and neighbors.get(c):
             mass, features = copy_probabilities(model, tokens, i, neighbors[c], scores[c])
             plausibility = (mass * log_probs).sum() / 10
-            known = torch.cat([hidden[i], features, plausibility[None]])
-            odds = model.copy_head.valve.clamp(min=0) * (known @ model.copy_head.gate + model.copy_head.gate_bias).exp()
+            known = torch.cat([features, plausibility[None]])
+            log_odds = hidden[i] @ head.gate_hidden + SCALE * (known @ head.gate_features + head.gate_bias)
+            odds = head.valve.clamp(min=0) * log_odds.exp()
             gate = odds / (1 + odds)
             log_probs = ((1 - gate) * log_probs.exp() + gate * mass).log()
         mixed.append(log_probs)

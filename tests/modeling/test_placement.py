@@ -25,7 +25,9 @@ def _map(**places):
     """Every module to the CPU but for those named."""
     names = ["wte", "wpe", "drop", "h.0", "h.1", "h.2", "h.3", "ln_f"]
     names += [f"encoder.{name}" for name in ("wpe", "drop", "layers.0", "layers.1", "ln_f")]
-    return {"lm_head": "cpu"} | {f"transformer.{name}": places.get(name.replace(".", "_"), "cpu") for name in names}
+    return {"lm_head": "cpu", "copy_head": places.get("copy_head", "cpu")} | {
+        f"transformer.{name}": places.get(name.replace(".", "_"), "cpu") for name in names
+    }
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,11 @@ def _map(**places):
         {"device_map": "auto"},
         {"device_map": {"": "cpu"}},
         {"device_map": _map(h_1="disk", h_2="disk", encoder_layers_0="disk")},
-        {"device_map": _map(h_0="disk", h_3="disk", ln_f="disk", encoder_wpe="disk", encoder_ln_f="disk")},
+        {
+            "device_map": _map(
+                copy_head="disk", h_0="disk", h_3="disk", ln_f="disk", encoder_wpe="disk", encoder_ln_f="disk"
+            )
+        },
         {"device_map": "auto", "max_memory": {"cpu": 30_000}},  # bytes: about half of the model
     ],
     ids=["auto", "cpu", "layers_on_disk", "more_on_disk", "auto_with_little_memory"],

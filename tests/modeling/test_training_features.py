@@ -11,7 +11,7 @@ from transformers.integrations import flash_attention
 from modeling_retro import RetroForCausalLM
 from modeling_retro.neighbor_encoder import RetroEncoderLayer
 
-from .conftest import CHUNK, VOCAB, RowNeighbors, neighbor_tensors, small_model
+from .conftest import CHUNK, VOCAB, RowNeighbors, neighbor_scores, neighbor_tensors, small_model
 
 LENGTH = 3 * CHUNK + 2
 
@@ -32,6 +32,7 @@ def training_batch(seed=0):
         "attention_mask": attention_mask,
         "neighbor_ids": neighbor_ids,
         "neighbor_attention_mask": neighbor_attention_mask,
+        "neighbor_scores": torch.cat([neighbor_scores(LENGTH // CHUNK, row) for row in range(4)]),
         "labels": labels,
     }
 
@@ -188,10 +189,16 @@ def test_a_resized_vocabulary_serves_decoder_neighbors_and_head():
     batch = training_batch()
     with torch.no_grad():
         before = model(**batch).logits
+        model.copy_head.valve.zero_()  # what is copied is weighed against all that the decoder finds likely, new tokens too
+        decoded = model(**batch).logits
+        model.copy_head.valve.fill_(0.5)
     model.resize_token_embeddings(VOCAB + 5)
     assert model.config.vocab_size == VOCAB + 5
     assert model.lm_head.weight is model.transformer.wte.weight
-    torch.testing.assert_close(model(**batch).logits[..., :VOCAB], before)
+    with torch.no_grad():
+        model.copy_head.valve.zero_()
+        torch.testing.assert_close(model(**batch).logits[..., :VOCAB], decoded)
+        model.copy_head.valve.fill_(0.5)
 
     batch["neighbor_ids"][3, 0, 0, 0] = VOCAB + 4
     batch["neighbor_attention_mask"][3, 0, 0, 0] = True
