@@ -5,7 +5,7 @@
 The text is on every machine that runs this: the model sources inside the installed transformers package, in which much is
 said more than once. A tenth of the files is held out; tokenizer, knowledge base and training see the others alone. A
 decoder is trained first. From it grow two models that see the same tokens: one goes on without neighbors, the other
-becomes RETRO and reads neighbors as it trains. Everything is written to demo_output/.
+becomes RETRO, with cross-attention and a copy head, and reads neighbors as it trains. Everything is written to demo_output/.
 """
 
 import logging
@@ -25,7 +25,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from evaluation_retro import Evaluation, byte_lengths, evaluate
+from evaluation_retro import Evaluation, best_weight, byte_lengths, evaluate, weight_nats
+from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 from train_hf import RetroTrainer, build_trainer, parse_arguments
 
@@ -97,9 +98,14 @@ def train(name: str, steps: int, *flags: str) -> RetroTrainer:
     return trainer
 
 
-def measure(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
-    batches = DataLoader(trainer.eval_dataset, batch_size=BATCH, collate_fn=trainer.data_collator)
-    return evaluate(trainer.model, batches, byte_lengths(tokenizer))
+def measure(model: RetroForCausalLM, data: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
+    """Of a model on the held-out files, with the neighbors that this trainer finds; the copier's weight is that of training data."""
+    some = data.train_dataset.shuffle(seed=0).select(range(8 * BATCH))
+    training, held_out = (
+        DataLoader(dataset, batch_size=BATCH, collate_fn=data.data_collator) for dataset in (some, data.eval_dataset)
+    )
+    weight = best_weight(weight_nats(model, training, model.config.chunk_size, model.device))
+    return evaluate(model, held_out, byte_lengths(tokenizer), weight)
 
 
 def print_table(alone: Evaluation, retro: Evaluation) -> None:
@@ -107,15 +113,16 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
     table = Table(title=f"Held-out bits per byte ({len(retro.nats)} sequences; lower is better)")
     for column in ("", "all positions", "in reach of neighbors"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [("same-size model without retrieval", alone, "off")]
-    rows += [(f"RETRO, neighbors {condition}", retro, condition) for condition in ("on", "off", "shuffled")]
+    rows = [("decoder, trained as long", alone, "off"), ("decoder + copy baseline", alone, "copy_baseline")]
+    rows += [(f"RETRO, neighbors {condition}", retro, condition) for condition in ("on", "shuffled", "off")]
     for label, evaluation, condition in rows:
         table.add_row(label, *(f"{evaluation.bits_per_byte(condition, reach):.4f}" for reach in (False, True)))
     console.print(table)
     for label, over in (
         ("the same model with shuffled neighbors", "shuffled"),
         ("the same model without neighbors", "off"),
-        ("the same-size model without retrieval", alone.of("off")),
+        ("the decoder that was trained as long", alone.of("off")),
+        ("that decoder with the copy baseline", alone.of("copy_baseline")),
     ):
         gain, error = retro.gain(over)
         seen = abs(gain) > max(2 * error, 5e-5)  # beyond the noise, and beyond the digits that are printed
@@ -157,12 +164,12 @@ def main() -> None:
     new = ("--tokenizer_name", str(OUTPUT / "tokenizer"), "--config_overrides", MODEL, "--learning_rate", "1e-3")
     train("decoder", DECODER_STEPS, *new)
     grown = ("--model_name_or_path", str(OUTPUT / "decoder"), "--learning_rate", "6e-4")
-    alone_trainer = train("alone", RETRO_STEPS, *grown)
-    alone = measure(alone_trainer, tokenizer)
+    alone = train("alone", RETRO_STEPS, *grown).model
     knowledge_base = ("--knowledge_base", str(OUTPUT / "kb.db"), "--collection_name", "demo")
-    trainer = train("retro", RETRO_STEPS, *grown, *knowledge_base, "--embedding_model", embedding_model)
+    reading = ("--config_overrides", "{copy_head: true}", "--retro_learning_rate", "3e-3")
+    trainer = train("retro", RETRO_STEPS, *grown, *reading, *knowledge_base, "--embedding_model", embedding_model)
     say("evaluating on the held-out files")
-    print_table(alone, measure(trainer, tokenizer))
+    print_table(measure(alone, trainer, tokenizer), measure(trainer.model, trainer, tokenizer))
     print_sample(trainer, tokenizer)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     say(

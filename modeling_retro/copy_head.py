@@ -183,6 +183,20 @@ class CopyHead(nn.Module):
             readers.ungroup(token_ids),
         )
 
+    def looks(
+        self, logits: torch.Tensor, hidden_states: torch.Tensor, copying: Copying
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a trained model looks, of all columns of a call.
+
+        Returns:
+            the gate g (B, T), 0 where a column reads nothing, and the attention (B, T, k·r) over the tokens to copy.
+        """
+        mass, features, token_ids = self.attend(copying)
+        log_probs = logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
+        odds = self.valve.float().clamp(min=0.0) * self.log_odds(hidden_states, features, mass, log_probs).exp()
+        readable = copying.reading.readable
+        return torch.where(readable, odds / (1 + odds), 0.0), copying.reading.readers.ungroup(self.weights(copying)[0])
+
     def weights(self, copying: Copying) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Attention over the neighbour tokens of each group, the token to copy being the one looked at.
 

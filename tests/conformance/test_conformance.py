@@ -34,6 +34,7 @@ class RetroModelTester:
             num_neighbors=self.num_neighbors,
             neighbor_length=self.neighbor_length,
             cca_layers=[1],
+            copy_head=True,
             bos_token_id=97,
             eos_token_id=97,
             pad_token_id=self.pad_token_id,

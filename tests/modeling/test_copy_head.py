@@ -8,7 +8,6 @@ from modeling_retro import RetroForCausalLM
 
 from .conftest import CHUNK, NEIGHBORS, VOCAB, RowNeighbors, neighbor_tensors, random_tokens, small_model
 
-
 LONG = 8  # tokens of a chunk, in a text that is long enough to tell one passage from another
 
 
