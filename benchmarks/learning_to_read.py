@@ -19,12 +19,12 @@ from pathlib import Path
 
 import corpora
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from machine import MINILM, machine
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from evaluation_retro import Evaluation, best_weight, byte_lengths, evaluate, weight_nats
+from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, weight_nats
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 from retrieval.collator import RetroDataCollator
@@ -33,6 +33,7 @@ from retrieval.retriever import runs
 ROOT = Path(__file__).parents[1]
 CHUNKS, CHUNK, BLOCK, BATCH, LEAK = 22_000, 64, 512, 4, 8
 DECODER_STEPS, READ_STEPS = 480, 400
+HELD_OUT = 160  # sequences that are measured
 READ_SHARE = 0.45  # of the training documents that RETRO is fitted on
 MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5], embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
 COMMON = {
@@ -105,30 +106,27 @@ def without_leaks(sequence: dict) -> dict:
     return sequence | {"labels": labels}
 
 
-class Leakless(RetroDataCollator):
-    """Batches in which what leaks is not counted."""
-
-    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(features)
-        for row, feature in enumerate(features):
-            labels = torch.tensor(without_leaks(feature)["labels"])
-            batch["labels"][row, : len(labels)] = labels
-        return batch
-
-
 def measure(model_folder: Path, folder: Path) -> dict[str, Evaluation]:
-    """All positions, and those without leaks."""
+    """All positions, and those without leaks, of the same forward passes."""
     model = RetroForCausalLM.from_pretrained(model_folder).eval()
     bytes_of = byte_lengths(AutoTokenizer.from_pretrained(folder / "tokenizer"))
-    stored = load_from_disk(str(folder / "neighbors"))
-    some = DataLoader(stored["train"].shuffle(seed=0).select(range(64)), 8, collate_fn=RetroDataCollator())
+    stored, collate = load_from_disk(str(folder / "neighbors")), RetroDataCollator()
+    some = DataLoader(stored["train"].shuffle(seed=0).select(range(64)), 8, collate_fn=collate)
     weight = best_weight(weight_nats(model, some, CHUNK, model.device))
-    held_out: Dataset = stored["validation"].shuffle(seed=0)
-    measured = {}
-    for name, collate in (("all", RetroDataCollator()), ("no leaks", Leakless())):
-        batches = DataLoader(held_out, 8, collate_fn=collate)
-        measured[name] = evaluate(model, batches, bytes_of, copy_weight=weight)
-    return measured
+    measured: dict[str, list] = {"all": [], "no leaks": []}
+    for rows in DataLoader(stored["validation"].shuffle(seed=0).select(range(HELD_OUT)), 8, collate_fn=list):
+        batch, outputs = collate(rows), []
+        model_once = lambda **inputs: outputs.append(model(**inputs)) or outputs[-1]  # noqa: E731, B023
+        measured["all"].append(sequence_nats(model_once, batch, CHUNK, bytes_of, weight))
+        for row, sequence in enumerate(rows):
+            labels = torch.tensor(without_leaks(sequence)["labels"])
+            batch["labels"][row, : len(labels)] = labels
+        again = iter(outputs)
+        measured["no leaks"].append(sequence_nats(lambda **_: next(again), batch, CHUNK, bytes_of, weight))  # noqa: B023
+    return {
+        name: Evaluation(*(torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True)))
+        for name, parts in measured.items()
+    }
 
 
 def report(name: str, evaluation: Evaluation) -> str:
