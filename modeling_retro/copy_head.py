@@ -207,7 +207,7 @@ class CopyHead(nn.Module):
         readers, num_neighbors = copying.reading.readers, copying.scores.shape[-1]
         queries = readers.group(copying.context).view(-1, readers.width * CONTEXT, copying.keys.shape[-1])
         cosines = (queries @ copying.keys.flatten(0, 1).transpose(1, 2)).float().clamp(min=0.0)
-        cosines = cosines.view(len(queries), readers.width, CONTEXT, num_neighbors, -1)
+        cosines = cosines.view(queries.shape[0], readers.width, CONTEXT, num_neighbors, -1)
         matches: list[torch.Tensor] = []
         for place in range(
             CONTEXT
