@@ -114,3 +114,24 @@ def test_scores_of_another_shape_are_refused():
         small_model()(
             torch.tensor([random_tokens(2 * CHUNK, seed=1)]), neighbor_ids=ids, neighbor_scores=torch.zeros(1, 2, 3)
         )
+
+
+@torch.no_grad()
+def test_where_it_looks_is_what_it_predicts_by():
+    model = small_model()
+    tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1, missing={1}).chunks
+    ids, mask = neighbor_tensors([neighbors], 3)
+    inputs = {"neighbor_ids": ids, "neighbor_attention_mask": mask}
+    outputs = model.transformer(torch.tensor([tokens]), **inputs)
+    hidden = outputs.last_hidden_state
+    decoder = model.lm_head(hidden)
+    gate, places = model.copy_head.looks(decoder, hidden, outputs.copying)
+    mixed = model(torch.tensor([tokens]), **inputs).logits.softmax(-1)[0]
+    for i in range(len(tokens)):
+        chunk = (i + 1) // CHUNK - 1
+        expected = (1 - gate[0, i]) * decoder[0, i].softmax(-1)
+        if chunk >= 0 and chunk != 1:
+            expected = expected.scatter_add(0, ids[0, chunk].flatten(), gate[0, i] * places[0, i])
+        else:
+            assert gate[0, i] == 0
+        torch.testing.assert_close(mixed[i], expected, atol=1e-5, rtol=1e-4)
