@@ -16,7 +16,7 @@ demo: .venv/installed
 	GRPC_VERBOSITY=NONE $(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -68,6 +68,11 @@ class RetroTrainer(Trainer):
         self._since = _Progress()
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight = 0.0
+        sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
+        self._counts = {  # for the first log
+            "parameters_trained": sum(size for is_trained, size in sizes if is_trained),
+            "parameters_frozen": sum(size for is_trained, size in sizes if not is_trained),
+        }
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """`Trainer.train`; a stream goes on where the checkpoint was made."""
@@ -167,8 +172,8 @@ class RetroTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._since.numbers(self.args)
-            self._since = _Progress()
+            logs |= self._since.numbers(self.args) | self._counts
+            self._since, self._counts = _Progress(), {}
             statistics = getattr(self.data_collator, "statistics", None)
             if statistics is not None and statistics.chunks:
                 logs |= statistics.take()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -37,11 +38,15 @@ def install() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
+    """Below those that systems give to connections by themselves, or another test's could take one before the server does."""
+    ports: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(ports) < count:
+            port = random.SystemRandom().randrange(10_000, 32_768)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+    return ports
 
 
 def wait_for_port(port: int) -> None:
@@ -101,7 +106,8 @@ class MilvusServer:
             )
         if not self._answers(seconds=180):
             self.stop()
-            raise RuntimeError(f"The Milvus server in {self.folder} does not start; its logs are there.")
+            said = self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"The Milvus server in {self.folder} does not start:\n{said}")
 
     def _answers(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

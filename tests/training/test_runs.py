@@ -74,6 +74,8 @@ class TestNeighborsAhead:
         assert len(fetched) == len(stored_batches) > 20
         for one, other in zip(fetched, stored_batches, strict=True):
             assert one.keys() == other.keys()
+            # Milvus computes a similarity with other instructions when it is asked for one chunk than for several
+            torch.testing.assert_close(one.pop("neighbor_scores"), other.pop("neighbor_scores"), atol=1e-6, rtol=0)
             assert [name for name in one if not torch.equal(one[name], other[name])] == []
         stored = train(flags(world, tokenizer_folder, tmp_path / "run", **given), tmp_path / "c")
         assert losses(stored)[-1] < losses(stored)[0] and stored.model.config.collection_name == "texts"
@@ -144,7 +146,9 @@ class TestResume:
     """Runs of 12 steps that stop and go on, against one that does not stop, in one process and in two."""
 
     def run(self, world, tokenizer_folder, folder, streaming, processes=1, **changes):
-        settings = {
+        # A copy head reads similarities, whose last bits depend on what else is searched for: nothing is remembered.
+        settings = {"neighbor_cache_size": 0} if streaming else {}
+        settings |= {
             "max_steps": 12,
             "save_strategy": "steps",
             "save_steps": 1,
@@ -152,7 +156,7 @@ class TestResume:
         }
         settings |= {"lr_scheduler_type": "constant", "neighbor_dropout": 0.2, "gradient_accumulation_steps": 2}
         settings |= {"streaming": str(streaming).lower(), "train_data": None, **knowledge_base(world), **changes}
-        overrides = OVERRIDES.replace("embd_pdrop: 0.0", "embd_pdrop: 0.1")
+        overrides = OVERRIDES.replace("embd_pdrop: 0.0", f"embd_pdrop: 0.1, copy_head: {str(streaming).lower()}")
         arguments = flags(world, tokenizer_folder, folder, config_overrides=overrides, validation_data=None, **settings)
         arguments = yaml_flags(folder.with_suffix(".yaml"), arguments, train_data=mixture(world))
         command = [sys.executable] if processes == 1 else ACCELERATE
@@ -305,6 +309,40 @@ def test_the_log_tells_of_retrieval_and_speed(world, tokenizer_folder, tmp_path)
     assert 0 < first["chunks_with_neighbors"] <= 1 and -1 <= first["mean_similarity"] <= 1
     assert first["tokens_per_second"] > 0 and 0 <= first["retrieval_wait"] <= 1
     assert 0 < first["model_flops_utilization"] < 1
+    sizes = [parameter.numel() for parameter in trainer.model.parameters()]
+    assert (first["parameters_trained"], first["parameters_frozen"]) == (sum(sizes), 0)
+
+
+# what a run shows, but for what Trainer shows of every run
+TRAINING = {"tokens_per_second", "retrieval_wait", "chunks_with_neighbors", "mean_similarity", "parameters_frozen"}
+EVALUATION = {"bits_per_byte", "off_bits_per_byte", "shuffled_bits_per_byte", "copy_baseline_bits_per_byte"}
+
+
+@pytest.mark.parametrize("where", ["tensorboard", "wandb"])
+def test_reports_hold_what_the_log_holds(world, tokenizer_folder, tmp_path, where, monkeypatch):
+    for name, value in {"TENSORBOARD_LOGGING_DIR": tmp_path / "board", "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    changes = {"report_to": where, "eval_strategy": "steps", "eval_steps": 3, "freeze_backbone": "true"}
+    trainer = train(
+        flags(world, tokenizer_folder, tmp_path / "run", **changes, **knowledge_base(world)), tmp_path / "c"
+    )
+    logs = trainer.state.log_history
+    if where == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        board = EventAccumulator(str(next((tmp_path / "board").rglob("events.*")).parent)).Reload()
+        shown = {tag: board.Scalars(tag)[-1].value for tag in board.Tags()["scalars"]}
+    else:
+        import wandb
+
+        shown = dict(wandb.run.summary)
+        wandb.finish()
+    assert {f"train/{name}" for name in TRAINING} | {f"eval/{name}" for name in EVALUATION} <= shown.keys()
+    for part, prefix, names in (("train", "", TRAINING), ("eval", "eval_", EVALUATION)):
+        for name in names:
+            truth = [entry[prefix + name] for entry in logs if prefix + name in entry][-1]
+            assert shown[f"{part}/{name}"] == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize(
