@@ -217,6 +217,9 @@ def main(argv: list[str] | None = None) -> None:
                 store_neighbors(trainer, data)
                 return
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            if trainer.was_stopped:  # there may be little time left, and a checkpoint is saved
+                trainer.accelerator.wait_for_everyone()
+                return
             trainer.save_model()
             trainer.save_state()
             if trainer.eval_dataset is not None:

@@ -65,9 +65,10 @@ def weight_nats(
         labels = batch.pop("labels")[:, 1:]
         neighbors = [batch.pop(name) for name in ("neighbor_ids", "neighbor_attention_mask")]
         batch.pop("neighbor_scores", None)
+        # by every process, whatever it has to read: the weights may be spread over all
+        logits = model(**batch, use_retrieval=False).logits[:, :-1]
         if not neighbors[0].shape[1]:
             continue
-        logits = model(**batch, use_retrieval=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         copied, found = copied_probability(batch["input_ids"], *neighbors, chunk_size)
         for place, weight in enumerate(WEIGHTS.tolist()):

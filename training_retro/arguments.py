@@ -290,6 +290,8 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
     data.streams("validation_data")
     if data.streams("train_data") and data.precomputed:
         raise ValueError("Give train_data or precomputed: what is precomputed holds the training data.")
+    if data.validation_data and data.precomputed:
+        raise ValueError("Give validation_data or precomputed: it is stored beside the training data by precompute_to.")
     if not data.train_data and not data.precomputed:
         raise ValueError("train_data is empty: name the files, folders or dataset to train on.")
     if model.model_name_or_path is None and model.tokenizer_name is None:
@@ -301,6 +303,8 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
         )
     if data.precompute_to is not None and data.knowledge_base is None:
         raise ValueError("precompute_to stores neighbors, and without a knowledge_base there are none.")
+    if data.precompute_to is not None and Path(data.precompute_to).exists():
+        raise ValueError(f"{data.precompute_to} is there already: precompute into a new folder, or delete it.")
     if data.precompute_to is not None and training.world_size > 1:
         raise ValueError(f"precompute_to runs in one process, not in {training.world_size}.")
     if data.streaming and (data.precomputed or data.precompute_to):
@@ -322,7 +326,7 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
             f"dataloader_num_workers is {training.dataloader_num_workers}: a Milvus connection cannot be shared with "
             "worker processes. Set it to 0."
         )
-    if retrieves and data.validation_data and training.per_device_eval_batch_size < 2:
+    if retrieves and (data.validation_data or data.precomputed) and training.per_device_eval_batch_size < 2:
         raise ValueError(
             "per_device_eval_batch_size is 1: the shuffled neighbors of a sequence come from another one in its batch. "
             "Set it to 2 or more."
@@ -331,7 +335,8 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
 
 def last_whole_checkpoint(output_dir: str) -> str | None:
     """The latest checkpoint with its trainer_state.json, which is written when all else is there."""
-    folders = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*[0-9]")}
+    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
+    folders = {int(number): path for number, path in numbered if number.isdecimal()}
     whole = [step for step, path in folders.items() if (path / "trainer_state.json").is_file()]
     return str(folders[max(whole)]) if whole else None
 

@@ -18,7 +18,8 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     read = batch["neighbor_ids"].numel() if "neighbor_ids" in batch else 0
     total = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.ndim != 2 or "wpe" in name or "wpos" in name:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's ZeRO-3 keeps the parameter itself empty
+        if len(shape) != 2 or "wpe" in name or "wpos" in name:
             continue
         if "wte" in name:
             uses = tokens  # as the output projection; looking up costs nothing
@@ -28,7 +29,7 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
             uses = (read if "c_attn" in name else tokens) if read else 0
         else:
             uses = tokens
-        total += (6 if parameter.requires_grad else 4) * parameter.numel() * uses
+        total += (6 if parameter.requires_grad else 4) * shape.numel() * uses
     # scores and weighted sums: 2 · 2 · width for each pair, three times with the backward pass
     total += 12 * config.n_layer * width * tokens * length / 2
     total += 12 * config.encoder_num_layers * width * read * config.neighbor_length

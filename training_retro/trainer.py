@@ -1,5 +1,6 @@
 """RetroTrainer: Trainer that retrieves ahead, drops neighbors, resumes streams exactly, and measures on, off and shuffled."""
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nat
 from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
 from modeling_retro.modeling_retro import is_added
 from modeling_retro.sharing import write_code
-from retrieval.collator import NEIGHBOR_FIELDS
+from retrieval.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from retrieval.packing import PackedStream
 from retrieval.prefetch import Prefetcher
 
@@ -58,16 +59,22 @@ class RetroTrainer(Trainer):
             compute_metrics=lambda measured: Evaluation(measured.predictions, measured.label_ids).metrics(),
             **kwargs,
         )
-        self.add_callback(StopOnSignal())
+        self._stopper = StopOnSignal()
+        self.add_callback(self._stopper)
         if (settings := self.args.benchmark_settings()) is not None:
             self.add_callback(BenchmarkCallback(self, settings))
         self._batches: Prefetcher | None = None
         self._source: Iterator | None = None  # what `_batches` reads
         self._sequences = 0  # that this process has trained on
         self._place: list[int] = []  # of a stream, after them
-        self._since = _Progress()
+        self._since = _Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight = 0.0
+        if self._share_shuffled and self.args.per_device_train_batch_size < 2:
+            raise ValueError(
+                "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
+                "sequence of the batch. Set it to 2 or more, or neighbor_shuffle to 0."
+            )
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
         self._counts = {  # for the first log
             "parameters_trained": sum(size for is_trained, size in sizes if is_trained),
@@ -82,15 +89,23 @@ class RetroTrainer(Trainer):
             self.args.ignore_data_skip = True
             if resume_from_checkpoint is not None:
                 self.train_dataset.load_state(self._load_place(resume_from_checkpoint))
+        self._since = _Progress()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.args.ignore_data_skip = skip
             self._stop_reading()
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether SIGTERM ended the training, with a checkpoint to go on from."""
+        return self._stopper.stopped
+
     def get_train_dataloader(self) -> DataLoader:
+        self._stop_reading()
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
+        self._sequences = 0
         # Not prepared by accelerate: the stream is this process' own already. A generator of its own: the loader draws
         # from it when it starts, and would otherwise draw from the one whose state a checkpoint has just restored.
         return DataLoader(
@@ -99,6 +114,14 @@ class RetroTrainer(Trainer):
             collate_fn=self.data_collator,
             generator=torch.Generator(),
         )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """With a collator of its own: what is logged of the neighbors is of those that are trained on."""
+        collator, self.data_collator = self.data_collator, RetroDataCollator(self.data_collator.retriever)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one update, made ahead."""
@@ -132,7 +155,7 @@ class RetroTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
         mask = inputs.get("neighbor_attention_mask")
-        if mask is not None and self._share_shuffled:
+        if mask is not None and self._share_shuffled and len(mask) > 1:
             neighbors = {name: inputs[name] for name in NEIGHBOR_FIELDS if name in inputs}
             others = shuffle_neighbors(neighbors, seed=int(torch.randint(2**31, ())))
             bad = (torch.rand(mask.shape[:2]) < self._share_shuffled).to(mask.device)
@@ -190,12 +213,13 @@ class RetroTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(*args, **kwargs)
-        except OSError as error:
+            with self._since.paused():
+                super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # of a full disk, torch says it with RuntimeError, safetensors with its own
             shutil.rmtree(folder, ignore_errors=True)  # what is half-written would only fill the disk
             raise OSError(
-                f"The checkpoint {folder} could not be written ({error}); it was removed, earlier ones are whole. Free some "
-                "space and resume with --resume_from_checkpoint true."
+                f"The checkpoint {folder} could not be written ({error}); it was removed, earlier ones are whole. If the disk is "
+                "full, free some space; then resume with --resume_from_checkpoint true."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -233,10 +257,11 @@ class RetroTrainer(Trainer):
         return None, nats, sizes
 
     def evaluate(self, *args, **kwargs):
-        with self.compute_loss_context_manager():
-            nats = weight_nats(self.model_wrapped, self._recent, self.model.config.chunk_size, self.args.device)
-        self._copy_weight = best_weight(self.accelerator.reduce(nats, "sum"))
-        metrics = super().evaluate(*args, **kwargs)
+        with self._since.paused():
+            with self.compute_loss_context_manager():
+                nats = weight_nats(self.model_wrapped, self._recent, self.model.config.chunk_size, self.args.device)
+            self._copy_weight = best_weight(self.accelerator.reduce(nats, "sum"))
+            metrics = super().evaluate(*args, **kwargs)
         measured = ("bits_per_byte", "gain_over")
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # under PEFT's
         model.evaluation = {
@@ -276,6 +301,15 @@ class _Progress:
         self.waited, self.flops = 0.0, 0.0
         self.tokens: torch.Tensor | int = 0
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The clock of training stands still: for evaluations and checkpoints."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - before
+
     def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
         """tokens_per_second of all processes; retrieval_wait, a share of the time; utilisation, if the peak is known."""
         seconds = time.perf_counter() - self.started
@@ -306,10 +340,11 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, as a cluster sends it before it takes a machine away: finish the step, save a checkpoint, end."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.stopped = False
         self._before: Any = None
 
     def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.asked = self.stopped = False
         self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -319,8 +354,11 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(votes)
             asked = bool(votes > 0)
         if asked:
-            logger.info("Asked to end: saving a checkpoint after step %d.", state.global_step)
-            control.should_save = control.should_training_stop = True
+            logger.info(
+                "Asked to end: saving a checkpoint after step %d; --resume_from_checkpoint true goes on.",
+                state.global_step,
+            )
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         signal.signal(signal.SIGTERM, self._before)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -202,6 +203,7 @@ class TestResume:
             for process in [*psutil.Process(stopped.pid).children(recursive=True), stopped]:
                 process.kill()
         stopped.communicate(timeout=120)
+        assert not (parts / "model.safetensors").exists()  # nor was anything made of half a training
         last = max(int(folder.name.rpartition("-")[2]) for folder in parts.glob("checkpoint-*"))
         for resumed_from in sorted({2, min(last, 8)}):  # within an epoch, and mostly across one
             again = tmp_path / f"again{resumed_from}"
@@ -280,12 +282,17 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(world, tokenizer_fol
 
     def full(folder):
         if folder.endswith("-4"):
-            raise OSError(28, "No space left on device")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited))  # bytes of a file
         saved(folder)
 
+    _, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left.*earlier ones are whole"):
-        trainer.train()
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written .*earlier ones are whole") as caught:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    assert isinstance(caught.value.__cause__, RuntimeError)  # torch's, which says nothing of disks
     assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     resumed = train([*arguments, "--resume_from_checkpoint", "true"], tmp_path / "c2")
@@ -351,6 +358,7 @@ def test_reports_hold_what_the_log_holds(world, tokenizer_folder, tmp_path, wher
         ({"train_data": [{"dataset": "train", "wieght": 1}]}, "did you mean weight"),
         ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to nothing"),
         ({"train_data": [{"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'; it has 'text'"),
+        ({"precompute_to": "rows.jsonl"}, "rows.jsonl is there already"),
         ({"train_data": [7]}, "7 is neither a name nor a mapping"),
         ({"streaming": True, "max_steps": -1}, "streaming has no end: set max_steps"),
         ({"neighbor_dropout": 1.5}, "neighbor_dropout is a share"),

@@ -67,4 +67,4 @@ def test_spread_weights_train_evaluate_and_go_on_as_one_process(run, tmp_path, n
     losses, ended = run(spread, "again", use_cpu=None, per_device_train_batch_size=2, resume_from_checkpoint=checkpoint)
     assert losses == pytest.approx(truth, abs=1e-4)
     assert ended.keys() == weights.keys()
-    assert all(torch.allclose(ended[name], weight, atol=1e-2) for name, weight in weights.items())
+    assert all(torch.allclose(ended[name], weight, atol=2e-3) for name, weight in weights.items())
