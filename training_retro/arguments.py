@@ -301,10 +301,10 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
             "freeze_backbone trains only what reads neighbors, and without a knowledge_base there are none: "
             "nothing would be trained. Give a knowledge_base, or leave freeze_backbone out."
         )
-    if data.precompute_to is not None and data.knowledge_base is None:
-        raise ValueError("precompute_to stores neighbors, and without a knowledge_base there are none.")
     if data.precompute_to is not None and Path(data.precompute_to).exists():
         raise ValueError(f"{data.precompute_to} is there already: precompute into a new folder, or delete it.")
+    if data.precompute_to is not None and data.knowledge_base is None:
+        raise ValueError("precompute_to stores neighbors, and without a knowledge_base there are none.")
     if data.precompute_to is not None and training.world_size > 1:
         raise ValueError(f"precompute_to runs in one process, not in {training.world_size}.")
     if data.streaming and (data.precomputed or data.precompute_to):
