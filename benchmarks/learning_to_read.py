@@ -47,11 +47,13 @@ COMMON = {
 }
 
 
-def train(folder: Path, **settings: object) -> float:
-    """A run of train_hf.py; returns its seconds."""
+def train(*config: Path, **settings: object) -> float:
+    """A run of train_hf.py, with a configuration file or without; returns its seconds."""
     flags = [text for key, value in (COMMON | settings).items() for text in (f"--{key}", str(value))]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train_hf.py"), *flags], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_hf.py"), *map(str, config), *flags], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return time.perf_counter() - started
@@ -68,7 +70,7 @@ def prepare(folder: Path, documents: Iterator) -> None:
         store.close()
     if not (folder / "decoder").exists():
         text = {"train_data": folder / "train", "output_dir": folder / "decoder"}
-        train(folder, **new, **text, max_steps=DECODER_STEPS, learning_rate=1e-3)
+        train(**new, **text, max_steps=DECODER_STEPS, learning_rate=1e-3)
     if not (folder / "neighbors").exists():
         some = int(READ_SHARE * len(list((folder / "train").iterdir())))
         place = {"knowledge_base": folder / "kb.db", "collection_name": "text", "embedding_model": MINILM}
@@ -89,7 +91,7 @@ def read(folder: Path, name: str, steps: int = READ_STEPS, **settings: object) -
             "precomputed": folder / "neighbors",
             "freeze_backbone": "true",
         }
-        seconds = train(folder, **onto, output_dir=output, max_steps=steps, **settings)
+        seconds = train(**onto, output_dir=output, max_steps=steps, **settings)
         (output / "seconds.txt").write_text(f"{seconds:.0f}")
     return output
 
