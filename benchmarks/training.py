@@ -23,6 +23,7 @@ from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documen
 ROOT = Path(__file__).parents[1]
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+EVALUATION = "evaluation"  # with neighbors on, off and shuffled, the copy baseline, and retrieval
 SIZES = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5]}"
 
 
@@ -97,15 +98,16 @@ def main() -> None:
             "fetched ahead, two processes": (LAUNCH, 4, {"prefetch_batches": 4, **place}),
         }
         speeds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(arguments.rounds):
+        held_out = {"validation_data": folder / "held_out", **place}
+        rates = []
+        for number in range(1, arguments.rounds + 1):
             for way, (command, batch, settings) in ways.items():
                 speeds[way].append(run(folder, command, "run", arguments.steps, batch, **settings)["tokens_per_second"])
-        for way, values in speeds.items():
-            print(f"{way:30s} {spread(values, digits=0)} tokens/s", flush=True)
-        held_out = {"validation_data": folder / "held_out", **place}
-        measured = [run(folder, one, "eval", 2, 8, **held_out) for _ in range(arguments.rounds)]
-        rates = [512 * log["eval_samples_per_second"] for log in measured]
-        print(f"{'evaluation: on, off, shuffled':30s} {spread(rates, digits=0)} tokens/s, retrieval included")
+                print(f"round {number}: {way:30s} {speeds[way][-1]:.0f} tokens/s", flush=True)
+            rates.append(512 * run(folder, one, "eval", 2, 8, **held_out)["eval_samples_per_second"])
+            print(f"round {number}: {EVALUATION:30s} {rates[-1]:.0f} tokens/s", flush=True)
+        for way, values in (speeds | {EVALUATION: rates}).items():
+            print(f"{way:30s} {spread(values, digits=0)} tokens/s")
 
 
 if __name__ == "__main__":
