@@ -70,7 +70,10 @@ class RetroTrainer(Trainer):
         self._since = _Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight = 0.0
-        if self._share_shuffled and self.args.per_device_train_batch_size < 2:
+        reads = getattr(self.data_collator, "retriever", None) or "neighbor_ids" in getattr(
+            self.train_dataset, "column_names", ()
+        )
+        if reads and self._share_shuffled and self.args.per_device_train_batch_size < 2:
             raise ValueError(
                 "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
                 "sequence of the batch. Set it to 2 or more, or neighbor_shuffle to 0."

@@ -14,7 +14,7 @@ from retrieval.collator import RetroDataCollator
 from retrieval.packing import pack
 
 from .conftest import CHUNK
-from .runs import flags, knowledge_base, train
+from .runs import flags, knowledge_base, losses, train
 
 
 def look_up(tokens, i, neighbors):
@@ -80,3 +80,18 @@ def test_of_a_copy_head_matrices_alone_decay_too(world, tokenizer_folder, tmp_pa
     trainer = train(arguments, tmp_path / "cache")
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     assert all((p.ndim > 1) == (name in decayed) for name, p in trainer.model.named_parameters())
+
+
+def test_batches_of_one_have_no_bad_neighbors_to_read_and_are_fine_without_any(world, tokenizer_folder, tmp_path):
+    overrides = "{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, cca_layers: [], copy_head: true}"
+    settings = {"config_overrides": overrides, "max_steps": 1, "per_device_train_batch_size": 1}
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", **settings)
+    assert len(losses(train(arguments, tmp_path / "cache"))) == 1
+    place = [word for name, value in knowledge_base(world).items() for word in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit, match="Set it to 2 or more, or neighbor_shuffle to 0"):
+        train_hf.main([*arguments, *place])
+    train_hf.main([*arguments, *place, "--precompute_to", str(tmp_path / "neighbors"), "--neighbor_shuffle", "0"])
+    without_text = {"train_data": None, "validation_data": None, "precomputed": tmp_path / "neighbors"}
+    stored = flags(world, tokenizer_folder, tmp_path / "run", **settings, **without_text)
+    with pytest.raises(SystemExit, match="Set it to 2 or more"):
+        train_hf.main(stored)
