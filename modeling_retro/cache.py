@@ -16,10 +16,9 @@ class RetroCache(Cache):
         chunk_states:    (B, L, d) decoder states that the encoder attends to, so that a chunk may begin in one call
                          and end in another.
         neighbor_mask:   (B, C, k·r) bool, False where chunk c has no neighbour token.
-        neighbor_keys,
-        neighbor_values: per cross-attention layer (B, C, k·r, d): encoded once, when the chunk completed.
-        token_embeds:    (B, L, d) unit-length token embeddings, for a copy head.
-        copy_memory:     what a copy head reads of each chunk's neighbours, by the names of `Copying`: (B, C, …) each.
+        neighbor_memory: what each reader knows of each chunk's neighbours, prepared once, when the chunk completed: (B, C, …)
+                         by name. Keys and values of a cross-attention layer, by its number; "match" and "copy".
+        token_embeds:    (B, L, d) unit-length token embeddings, where something goes by matches.
     """
 
     def __init__(self, decoder_cache: Cache | None = None, config: PreTrainedConfig | None = None):
@@ -28,10 +27,8 @@ class RetroCache(Cache):
         self.tokens: torch.LongTensor | None = None
         self.chunk_states: torch.Tensor | None = None
         self.neighbor_mask: torch.BoolTensor | None = None
-        self.neighbor_keys: dict[int, torch.Tensor] = {}
-        self.neighbor_values: dict[int, torch.Tensor] = {}
+        self.neighbor_memory: dict[int | str, dict[str, torch.Tensor]] = {}
         self.token_embeds: torch.Tensor | None = None
-        self.copy_memory: dict[str, torch.Tensor] = {}
 
     @property
     def past_length(self) -> int:
@@ -83,7 +80,7 @@ class RetroCache(Cache):
         for name in ("tokens", "chunk_states", "token_embeds", "neighbor_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
-        for states in (self.neighbor_keys, self.neighbor_values, self.copy_memory):
+        for states in self.neighbor_memory.values():
             for name in states:
                 states[name] = change(states[name])
 

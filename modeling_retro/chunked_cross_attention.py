@@ -1,50 +1,39 @@
 """Chunked cross-attention: each token reads the neighbours of the last chunk that was complete when it was written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from transformers.masking_utils import create_bidirectional_mask
+from torch import nn
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
 
 from configuration_retro import RetroConfig
 
-from .cache import RetroCache
-from .chunk_grid import ChunkGrid, Movable, Readers, take_chunks
+from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
 from .neighbor_encoder import open_if_empty
-
-
-@dataclass
-class Reading(Movable):
-    """What the cross-attention layers of one call share: who reads which chunk, and which neighbour tokens exist.
-
-    readers:        this call's columns, grouped by the chunk that they read (G groups).
-    group_chunks:   (B, G) where group g's chunk stands in the cache; None without a cache: group g is slot g.
-    readable:       (B, T) True where the column reads a chunk that has neighbours.
-    group_mask:     (B, G, k·r) True where the group's chunk has a neighbour token.
-    attention_mask: the same, prepared for the attention implementation.
-    cache:          the memory of earlier chunks, and `slots` (B, C), the slot of this call that fills chunk c of it
-                    (-1: none does).
-    """
-
-    readers: Readers
-    readable: torch.BoolTensor
-    group_mask: torch.BoolTensor
-    attention_mask: torch.Tensor | None
-    group_chunks: torch.LongTensor | None = None
-    cache: RetroCache | None = None
-    slots: torch.LongTensor | None = None
+from .reading import Reading, attention_implementation, remember_chunks
 
 
 class ChunkedCrossAttention(GPT2Attention):
     """CCA of one decoder layer (paper, section 2.4): GPT-2's multi-head cross-attention, one chunk's neighbours a query.
 
     The output projection starts at zero, so that a model just built on GPT-2 is that GPT-2.
+
+    With `cca_match`, each head adds to its scores, with weights of its own, how well the last tokens match those before each
+    place (see `match_context`): what induction heads take thousands of steps to find is there from the start.
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__(config, is_cross_attention=True, layer_idx=layer_idx)
+        if config.cca_match:
+            self.match = nn.Parameter(torch.empty(config.n_head, CONTEXT))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.c_proj.weight)
+        if self.config.cca_match:  # from heads that go by matches as the copy head does to one that does not
+            strength = torch.linspace(1, 0, self.num_heads).unsqueeze(1)
+            init.copy_(self.match, strength * torch.tensor(MATCH_WEIGHTS))
 
     def forward(
         self,
@@ -56,6 +45,7 @@ class ChunkedCrossAttention(GPT2Attention):
         readers = reading.readers
         queries = readers.group(self.q_attn(hidden_states))  # (B·G, w, d)
 
+        mask = self._match_bias(reading, queries.dtype) if self.config.cca_match else reading.attention_mask
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention_implementation(self.config), eager_attention_forward
         )
@@ -64,7 +54,7 @@ class ChunkedCrossAttention(GPT2Attention):
             self._split_heads(queries),
             self._split_heads(keys),
             self._split_heads(values),
-            reading.attention_mask,
+            mask,
             dropout=self.attn_dropout.p if self.training else 0.0,
             scaling=self.scaling,
         )
@@ -74,22 +64,20 @@ class ChunkedCrossAttention(GPT2Attention):
 
     def _keys_values(self, encoded: torch.Tensor | None, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the groups' neighbours, (B·G, k·r, d) each; with a cache, after adding this call's to it."""
-        new = (None, None)
+        new = {}
         if encoded is not None:  # projected as (B·C, k·r, d): quantized projections take no more than three dimensions
             projected = self.c_attn(encoded.flatten(0, 1)).unflatten(0, encoded.shape[:2])
-            new = projected.split(self.split_size, dim=-1)
-        if reading.cache is None:
-            return new[0].flatten(0, 1), new[1].flatten(0, 1)
-        memories = (reading.cache.neighbor_keys, reading.cache.neighbor_values)
-        grouped = []
-        for memory, states in zip(memories, new, strict=True):
-            if states is not None:
-                memory[self.layer_idx] = fill_chunks(memory.get(self.layer_idx), states, reading.slots)
-            states = memory[self.layer_idx]
-            # chunks completed since without neighbours are not in the memory; they are masked, whatever is read for them
-            chunks = reading.group_chunks.clamp(max=states.shape[1] - 1)
-            grouped.append(take_chunks(states, chunks).flatten(0, 1))
-        return grouped[0], grouped[1]
+            new = dict(zip(("keys", "values"), projected.split(self.split_size, dim=-1), strict=True))
+        known = remember_chunks(reading, self.layer_idx, new)
+        return known["keys"].flatten(0, 1), known["values"].flatten(0, 1)
+
+    def _match_bias(self, reading: Reading, dtype: torch.dtype) -> torch.Tensor:
+        """What matches add to the scores, and what no neighbour token takes away: (B·G, heads, w, k·r)."""
+        # embeddings are not moved by it: learned is whether to look where they match
+        matches = reading.matches.detach()
+        bias = (SCALE * self.match.float() @ matches.flatten(1)).unflatten(1, matches.shape[1:]).transpose(0, 1)
+        hidden = ~open_if_empty(reading.group_mask).flatten(0, 1)[:, None, None]
+        return bias.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(N, tokens, d) -> (N, heads, tokens, head_dim)."""
@@ -100,96 +88,3 @@ class ChunkedCrossAttention(GPT2Attention):
         by_column = reading.readers.ungroup(weights.transpose(1, 2).flatten(2))  # (B, T, heads·k·r)
         by_column = torch.where(reading.readable.unsqueeze(-1), by_column, 0.0)
         return by_column.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def build_reading(
-    config: RetroConfig,
-    grid: ChunkGrid,
-    hidden_states: torch.Tensor,
-    neighbor_mask: torch.BoolTensor | None,
-    cache: RetroCache | None,
-) -> Reading | None:
-    """Prepare a call's chunked cross-attention, and write its neighbours' mask into the cache.
-
-    Args:
-        hidden_states: (B, T, d), for shapes, dtype and device alone.
-        neighbor_mask: (B, C, k·r) of this call's slots, None if the call has none.
-
-    Returns:
-        None if no chunk has been given a neighbour so far: there is nothing to read.
-    """
-    slots = group_chunks = None
-    if neighbor_mask is not None:
-        neighbor_mask = neighbor_mask & grid.completed(neighbor_mask.shape[1]).unsqueeze(-1)
-    if cache is None:
-        if neighbor_mask is None:
-            return None
-        first_group, group_mask = grid.first_chunk, neighbor_mask
-    else:
-        slots = _remember_mask(grid, neighbor_mask, cache)
-        if cache.neighbor_mask is None:
-            return None
-        # a call of T tokens reads at most this many chunks, the first of them the one that was complete before it
-        length, num_chunks = hidden_states.shape[1], cache.neighbor_mask.shape[1]
-        num_groups = min((length + grid.chunk_size - 2) // grid.chunk_size + 1, num_chunks)
-        first_group = ((grid.first + 1) // grid.chunk_size - 1).clamp(0, num_chunks - num_groups)
-        group_chunks = first_group + torch.arange(num_groups, device=first_group.device)
-        group_mask = take_chunks(cache.neighbor_mask, group_chunks)
-
-    readers = grid.readers(first_group, group_mask.shape[1])
-    has_neighbors = group_mask.any(-1).repeat_interleave(readers.width, dim=1)  # (B, G·w)
-    readable = readers.reads & has_neighbors.gather(1, readers.slots)
-
-    attention_mask = cross_attention_mask(config, hidden_states, group_mask, readers.width)
-    return Reading(readers, readable, group_mask, attention_mask, group_chunks, cache, slots)
-
-
-def cross_attention_mask(
-    config: RetroConfig, hidden_states: torch.Tensor, mask: torch.BoolTensor, width: int
-) -> torch.Tensor | None:
-    """Over groups of `width` queries and their k·r neighbour tokens, mask (B, G, k·r), for the attention implementation."""
-    mask = open_if_empty(mask).flatten(0, 1)
-    if attention_implementation(config) != config._attn_implementation:
-        return mask[:, None, None, :]
-    # transformers reads shape, dtype and device of these two alone
-    queries = hidden_states.new_empty(mask.shape[0], width, 1)
-    keys = hidden_states.new_empty(*mask.shape, 1)
-    return create_bidirectional_mask(
-        config=config, inputs_embeds=queries, encoder_hidden_states=keys, attention_mask=mask
-    )
-
-
-def attention_implementation(config: RetroConfig) -> str:
-    """The model's attention implementation, but SDPA for flash attention: transformers' flash attention takes a padding
-    mask over keys only where keys and queries are the same tokens."""
-    implementation = config._attn_implementation
-    return "sdpa" if "flash" in implementation else implementation
-
-
-def fill_chunks(memory: torch.Tensor | None, states: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
-    """Write this call's states (B, slots, …) into the memory (B, ≤C, …) where `slots` (B, C) is not -1; returns (B, C, …)."""
-    num_chunks = slots.shape[1]
-    grown = states.new_zeros(states.shape[0], num_chunks, *states.shape[2:])
-    if memory is not None:
-        grown[:, : memory.shape[1]] = memory[:, :num_chunks]
-    fills = (slots >= 0).view(*slots.shape, *[1] * (states.ndim - 2))
-    return torch.where(fills, take_chunks(states, slots.clamp(min=0)), grown)
-
-
-def _remember_mask(
-    grid: ChunkGrid, neighbor_mask: torch.BoolTensor | None, cache: RetroCache
-) -> torch.LongTensor | None:
-    """Write this call's neighbour mask into the cache; returns which slot fills which chunk (see `Reading.slots`)."""
-    if neighbor_mask is None and cache.neighbor_mask is None:
-        return None
-    num_chunks = max(cache.tokens.shape[1] // grid.chunk_size, 1)
-    num_slots = 0 if neighbor_mask is None else neighbor_mask.shape[1]
-    chunks = torch.arange(num_chunks, device=grid.first.device)
-    slots = chunks - grid.first_chunk
-    in_call = slots >= 0  # chunks of this call: written anew, be it to say that they have no neighbours
-    slots = torch.where(in_call & (slots < num_slots), slots, -1)
-    if neighbor_mask is None:
-        neighbor_mask = cache.neighbor_mask.new_zeros(slots.shape[0], 1, cache.neighbor_mask.shape[2])
-    remembered = fill_chunks(cache.neighbor_mask, neighbor_mask, slots)
-    cache.neighbor_mask = remembered & ~(in_call & (slots < 0)).unsqueeze(-1)
-    return slots

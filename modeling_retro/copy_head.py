@@ -17,34 +17,26 @@ from transformers import initialization as init
 
 from configuration_retro import RetroConfig
 
-from .cache import RetroCache
-from .chunk_grid import ChunkGrid, Movable, take_chunks, take_rows
-from .chunked_cross_attention import Reading, fill_chunks
+from .chunk_grid import Movable
+from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
 from .neighbor_encoder import open_if_empty
+from .reading import Reading, remember_chunks
 
-CONTEXT = 6  # tokens that are compared: the last one and those before it
 FEATURES = 4 + CONTEXT  # of what is copied, that the gate sees beside the hidden state
-# A few numbers decide all, and must go far in few steps at the learning rates of matrices: they are kept divided by this.
-SCALE = 30.0
 
 
 @dataclass
 class Copying(Movable):
     """What the copy head reads in one call.
 
-    reading:    who reads which chunk.
-    context:    (B, T, CONTEXT·d) unit-length token embeddings of each column and those before it, the last token first;
-                zero where there is none.
-    keys:       (B, G, k·r, d) unit-length token embeddings of the groups' neighbours.
-    token_ids:  (B, G, k·r).
+    reading:    who reads which chunk, and how well the last tokens match there.
+    token_ids:  (B, G, k·r) of the groups' neighbours.
     first:      (B, G, k·r) where the same token first occurs in the group's neighbours.
     first_own:  (B, G, k·r) where it first occurs in the same neighbour.
     scores:     (B, G, k) retrieval similarity.
     """
 
     reading: Reading
-    context: torch.Tensor
-    keys: torch.Tensor
     token_ids: torch.LongTensor
     first: torch.LongTensor
     first_own: torch.LongTensor
@@ -52,49 +44,27 @@ class Copying(Movable):
 
 
 def build_copying(
-    grid: ChunkGrid,
-    reading: Reading | None,
-    token_embeds: torch.Tensor,
+    reading: Reading,
     neighbor_ids: torch.LongTensor | None,
-    neighbor_embeds: torch.Tensor | None,
     neighbor_mask: torch.BoolTensor | None,
     neighbor_scores: torch.Tensor | None,
-    cache: RetroCache | None,
-) -> Copying | None:
+) -> Copying:
     """Prepare a call's copying; with a cache, each chunk once.
 
     Args:
-        token_embeds: (B, T, d) of this call's tokens, without positions.
-        neighbor_ids, neighbor_embeds, neighbor_mask, neighbor_scores: (B, C, k, r), (B, C, k, r, d), (B, C, k, r) and
-            (B, C, k) of the chunks that complete in this call; all None if none does.
+        neighbor_ids, neighbor_mask, neighbor_scores: (B, C, k, r), (B, C, k, r) and (B, C, k) of the chunks that complete in
+            this call; all None if none does.
     """
-    token_embeds = F.normalize(token_embeds, dim=-1)
-    if cache is not None:
-        token_embeds = cache.append_token_embeds(token_embeds)
-    if reading is None:
-        return None
-    prepared = {}
+    new = {}
     if neighbor_ids is not None:
         flat = neighbor_ids.flatten(2)
-        prepared = {
-            "keys": F.normalize(neighbor_embeds, dim=-1).flatten(2, 3),
+        new = {
             "token_ids": flat,
             "first": _first_occurrences(flat.unsqueeze(2), neighbor_mask.flatten(2).unsqueeze(2)),
             "first_own": _first_occurrences(neighbor_ids, neighbor_mask),
             "scores": neighbor_scores,
         }
-    if cache is not None:
-        for name, states in prepared.items():
-            cache.copy_memory[name] = fill_chunks(cache.copy_memory.get(name), states, reading.slots)
-        # as in cross-attention: chunks completed since without neighbours are masked, whatever is read for them
-        last = cache.copy_memory["keys"].shape[1] - 1
-        prepared = {
-            name: take_chunks(states, reading.group_chunks.clamp(max=last))
-            for name, states in cache.copy_memory.items()
-        }
-    columns, exists = grid.columns_before(CONTEXT, token_embeds.shape[1])
-    context = torch.where(exists.flatten(1).unsqueeze(-1), take_rows(token_embeds, columns.flatten(1)), 0.0)
-    return Copying(reading, context.view(*columns.shape[:2], -1), **prepared)
+    return Copying(reading, **remember_chunks(reading, "copy", new))
 
 
 def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.LongTensor:
@@ -108,10 +78,9 @@ def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.L
 class CopyHead(nn.Module):
     """Mixes the decoder's prediction with copying: p = (1 − g) · p_decoder + g · p_copy.
 
-    p_copy is attention over the k·r neighbour tokens that the position may read. Token j's score is a weighted sum of how well
-    the last 1, 2, … CONTEXT tokens here match those before it: of the products c_1, c_1·c_2, … of the cosine similarities (of
-    token embeddings, those below 0 counted as 0) c_1 of x_i and n_{j−1}, c_2 of x_{i−1} and n_{j−2} …; the similarity with
-    which its neighbour was retrieved is added, weighted too.
+    p_copy is attention over the k·r neighbour tokens that the position may read. A token's score is a weighted sum of how well
+    the last 1, 2, … CONTEXT tokens here match those before it (see `match_context`) and of the similarity with which its
+    neighbour was retrieved.
 
     The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state and on what tells good neighbours
     from bad (see `attend`), times a valve that starts at zero: until trained, the logits are GPT-2's.
@@ -127,8 +96,7 @@ class CopyHead(nn.Module):
         self.valve = nn.Parameter(torch.empty(1))
 
     def init_weights(self) -> None:
-        # a last token that is the same lifts a place above hundreds that are not; one before it, above those as well
-        init.copy_(self.match, torch.tensor([8.0, 6.0, 4.0, 3.0, 2.0, 2.0]) / SCALE)
+        init.copy_(self.match, torch.tensor(MATCH_WEIGHTS))
         for parameter in (self.similarity, self.gate_hidden, self.gate_features, self.gate_bias, self.valve):
             init.zeros_(parameter)
 
@@ -168,13 +136,13 @@ class CopyHead(nn.Module):
             similarity. token_ids (B, T, k·r).
         """
         readers = copying.reading.readers
-        weights, matches, scores = self.weights(copying)
+        weights, scores = self.weights(copying)
         mass = _sum_at(weights, copying.first.flatten(0, 1))
         by_neighbor = _sum_at(weights, copying.first_own.flatten(0, 1))
         sharpness = mass.square().sum(-1)
         alike = sharpness - by_neighbor.square().sum(-1)
         similarity = (weights * scores).sum(-1)
-        features = [(weights * match).sum(-1) for match in matches] + [sharpness, alike, similarity]
+        features = [*(weights * copying.reading.matches).sum(-1), sharpness, alike, similarity]
         token_ids = copying.token_ids.flatten(0, 1).unsqueeze(1).expand(-1, readers.width, -1)
         readable = copying.reading.readable.unsqueeze(-1)
         return (
@@ -197,28 +165,18 @@ class CopyHead(nn.Module):
         readable = copying.reading.readable
         return torch.where(readable, odds / (1 + odds), 0.0), copying.reading.readers.ungroup(self.weights(copying)[0])
 
-    def weights(self, copying: Copying) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    def weights(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the neighbour tokens of each group, the token to copy being the one looked at.
 
         Returns:
-            weights (B·G, w, k·r) float32; how well the last 1, 2, … CONTEXT tokens match before each place, of the same shape;
-            the retrieval similarity of each place's neighbour (B·G, 1, k·r).
+            weights (B·G, w, k·r) float32; the retrieval similarity of each place's neighbour (B·G, 1, k·r).
         """
-        readers, num_neighbors = copying.reading.readers, copying.scores.shape[-1]
-        queries = readers.group(copying.context).view(-1, readers.width * CONTEXT, copying.keys.shape[-1])
-        cosines = (queries @ copying.keys.flatten(0, 1).transpose(1, 2)).float().clamp(min=0.0)
-        cosines = cosines.view(queries.shape[0], readers.width, CONTEXT, num_neighbors, -1)
-        matches: list[torch.Tensor] = []
-        for place in range(
-            CONTEXT
-        ):  # the token that followed is the one to copy: one place further than the last one's like
-            shifted = F.pad(cosines[:, :, place], (place + 1, 0))[..., : cosines.shape[-1]].flatten(2)
-            matches.append(shifted * matches[-1] if matches else shifted)
-        scores = copying.scores.float().flatten(0, 1).repeat_interleave(cosines.shape[-1], dim=-1).unsqueeze(1)
-        learned = SCALE * torch.cat([self.match, self.similarity]).float()
-        fit = sum(weight * match for weight, match in zip(learned, [*matches, scores], strict=True))
+        places = copying.token_ids.shape[-1] // copying.scores.shape[-1]  # of a neighbour
+        scores = copying.scores.float().flatten(0, 1).repeat_interleave(places, dim=-1).unsqueeze(1)
+        fit = (SCALE * self.match.float().view(-1, 1, 1, 1) * copying.reading.matches).sum(0)
+        fit = fit + SCALE * self.similarity.float() * scores
         hidden = ~open_if_empty(copying.reading.group_mask).flatten(0, 1).unsqueeze(1)
-        return fit.masked_fill(hidden, torch.finfo(fit.dtype).min).softmax(-1), matches, scores
+        return fit.masked_fill(hidden, torch.finfo(fit.dtype).min).softmax(-1), scores
 
 
 def _sum_at(weights: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import Cache
-from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2PreTrainedModel
@@ -22,11 +21,13 @@ from configuration_retro import RetroConfig
 from .activation import LeanGELU
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
-from .chunked_cross_attention import ChunkedCrossAttention, Reading, build_reading
+from .chunked_cross_attention import ChunkedCrossAttention
 from .copy_head import CopyHead, Copying, build_copying
 from .generation import RetroGenerationMixin
+from .matching import match_context
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
+from .reading import Reading, build_reading
 from .sharing import SharingMixin
 
 
@@ -117,9 +118,7 @@ class RetroPreTrainedModel(SharingMixin, GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ChunkedCrossAttention):
-            init.zeros_(module.c_proj.weight)
-        elif isinstance(module, CopyHead):
+        if isinstance(module, ChunkedCrossAttention | CopyHead):
             module.init_weights()
 
 
@@ -265,18 +264,14 @@ class RetroModel(RetroPreTrainedModel):
             reading = build_reading(self.config, grid, hidden_states, slot_mask, cache)
             if self.config.cca_layers and (reading is not None or cache is not None):
                 encode = EncoderCall(self.encoder, grid, cache, neighbor_embeds, neighbor_attention_mask)
-            if self.config.copy_head:
-                copying = build_copying(
-                    grid,
-                    reading,
-                    inputs_embeds,
-                    neighbor_ids,
-                    # not the encoder's, whose gradient checkpointing may have gone through them by itself
-                    None if neighbor_ids is None else self.wte(neighbor_ids),
-                    neighbor_attention_mask,
-                    neighbor_scores,
-                    cache,
-                )
+            if self.config.copy_head or self.config.cca_match:
+                # not the encoder's embeddings, whose gradient checkpointing may have gone through them by itself
+                embeds = None if neighbor_ids is None else self.wte(neighbor_ids)
+                matches = match_context(self.config, grid, reading, inputs_embeds, embeds, cache)
+                if reading is not None:
+                    reading.matches = matches
+            if self.config.copy_head and reading is not None:
+                copying = build_copying(reading, neighbor_ids, neighbor_attention_mask, neighbor_scores)
         for layer_idx, block in enumerate(self.h):
             hidden_states, encoded = block(
                 hidden_states,

@@ -2,7 +2,7 @@
 
 import torch
 
-from modeling_retro.copy_head import CONTEXT
+from modeling_retro.matching import CONTEXT
 
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
@@ -36,6 +36,6 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     total += (
         12 * len(config.cca_layers) * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
     )
-    if config.copy_head:  # cosines of the last tokens with those of the neighbors
+    if config.copy_head or config.cca_match:  # cosines of the last tokens with those of the neighbors
         total += 6 * CONTEXT * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
     return total

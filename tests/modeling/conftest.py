@@ -6,6 +6,7 @@ import torch
 from modeling_retro import RetroConfig, RetroForCausalLM
 
 CHUNK, NEIGHBORS, LENGTH, VOCAB = 4, 2, 6, 61
+LONG = 8  # tokens of a chunk, in a text that is long enough to tell one passage from another
 
 
 def small_config(**changes) -> RetroConfig:
@@ -20,6 +21,7 @@ def small_config(**changes) -> RetroConfig:
         "neighbor_length": LENGTH,
         "cca_layers": [1, 3],
         "copy_head": True,
+        "cca_match": True,
         "bos_token_id": None,
         "eos_token_id": None,
         "initializer_range": 0.3,  # large, so that every path matters to the logits
@@ -34,6 +36,9 @@ def small_model(**changes) -> RetroForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():  # zero projections, unit norms and zero biases would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        for block in model.transformer.h:
+            if hasattr(block, "cca") and model.config.cca_match:
+                block.cca.match.mul_(0.1)  # counts thirty times
         if model.config.copy_head:
             for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
                 parameter.mul_(0.1)  # they count thirty times
@@ -81,3 +86,19 @@ def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None =
 
 def random_tokens(length: int, seed: int) -> list[int]:
     return torch.randint(0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
+    """Random tokens, and for each chunk a neighbour that holds its last four tokens and what follows it in the row."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (rows, (chunks + 1) * LONG), generator=rng)
+    ids = torch.randint(0, VOCAB, (rows, chunks, NEIGHBORS, 2 * LONG), generator=rng)
+    for chunk in range(chunks):
+        end = (chunk + 1) * LONG
+        ids[:, chunk, 1, 1 : 5 + LONG] = tokens[:, end - 4 : end + LONG]
+    return {
+        "input_ids": tokens,
+        "labels": tokens,
+        "neighbor_ids": ids,
+        "neighbor_attention_mask": torch.ones_like(ids, dtype=torch.bool),
+    }

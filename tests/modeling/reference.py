@@ -9,11 +9,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-SCALE = 30.0  # of the copy head's weights, as they are stored
+SCALE = 30.0  # of the weights of matches, as they are stored
 
 
-def attend(queries, keys, values, num_heads, causal=False):
-    """queries (Q, d), keys and values (K, d): multi-head attention, head by head, query by query."""
+def attend(queries, keys, values, num_heads, causal=False, bias=None):
+    """queries (Q, d), keys and values (K, d): multi-head attention, head by head, query by query; bias (heads, K) or None
+    is added to the scores."""
     head_dim = queries.shape[-1] // num_heads
     rows = []
     for i, query in enumerate(queries):
@@ -22,6 +23,8 @@ def attend(queries, keys, values, num_heads, causal=False):
         for h in range(num_heads):
             part = slice(h * head_dim, (h + 1) * head_dim)
             scores = torch.stack([query[part] @ key[part] for key in keys[:last]]) / math.sqrt(head_dim)
+            if bias is not None:
+                scores = scores + bias[h]
             heads.append((scores.softmax(0).unsqueeze(1) * values[:last, part]).sum(0))
         rows.append(torch.cat(heads))
     return torch.stack(rows)
@@ -40,9 +43,9 @@ def self_attention(module, states, num_heads, causal):
     return linear(module.c_proj, attend(query, key, value, num_heads, causal))
 
 
-def cross_attention(module, states, others, num_heads):
+def cross_attention(module, states, others, num_heads, bias=None):
     key, value = linear(module.c_attn, others).chunk(2, dim=-1)
-    return linear(module.c_proj, attend(linear(module.q_attn, states), key, value, num_heads))
+    return linear(module.c_proj, attend(linear(module.q_attn, states), key, value, num_heads, bias=bias))
 
 
 def mlp(module, states):
@@ -62,20 +65,26 @@ def encode(model, neighbor, chunk_states):
     return norm(encoder.ln_f, e)
 
 
+def match(wte, tokens, i, neighbor, j, length):
+    """How well the last 1, 2, … length tokens of tokens[: i + 1] match the ones before neighbor[j]."""
+    matches, product = [], 1.0
+    for s in range(length):
+        both = i - s >= 0 and j - 1 - s >= 0
+        cosine = F.cosine_similarity(wte[tokens[i - s]], wte[neighbor[j - 1 - s]], dim=0) if both else 0.0
+        product = product * max(0.0, float(cosine))
+        matches.append(product)
+    return torch.tensor(matches)
+
+
 def copy_probabilities(model, tokens, i, neighbors, scores):
     """What the copy head predicts after tokens[: i + 1]: (V,), and what the gate knows of it but the decoder's opinion."""
     head, wte = model.copy_head, model.transformer.wte.weight
     places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbour; token
     for number, neighbor in enumerate(neighbors):
         for j, token in enumerate(neighbor):
-            matches, match = [], 1.0
-            for s in range(len(head.match)):
-                both = i - s >= 0 and j - 1 - s >= 0
-                cosine = F.cosine_similarity(wte[tokens[i - s]], wte[neighbor[j - 1 - s]], dim=0) if both else 0.0
-                match = match * max(0.0, float(cosine))
-                matches.append(match)
-            fit = SCALE * ((head.match * torch.tensor(matches)).sum() + head.similarity[0] * scores[number])
-            places.append((torch.tensor(matches), fit, number, token))
+            matches = match(wte, tokens, i, neighbor, j, len(head.match))
+            fit = SCALE * ((head.match * matches).sum() + head.similarity[0] * scores[number])
+            places.append((matches, fit, number, token))
     weights = torch.stack([place[1] for place in places]).softmax(0)
     by_neighbor = torch.zeros(len(neighbors), len(wte))
     for weight, (_, _, number, token) in zip(weights, places, strict=True):
@@ -122,8 +131,14 @@ def log_probs(model, tokens, neighbors, scores):
             for i in range(len(tokens)):
                 c = (i + 1) // m - 1
                 if c >= 0 and encoded[c]:
-                    query = norm(block.ln_cca, h[i : i + 1])
-                    updated.append(h[i] + cross_attention(block.cca, query, torch.cat(encoded[c]), config.n_head)[0])
+                    query, bias = norm(block.ln_cca, h[i : i + 1]), None
+                    if config.cca_match:
+                        wte, weights = model.transformer.wte.weight, block.cca.match
+                        places = [(neighbor, j) for neighbor in neighbors[c] for j in range(len(neighbor))]
+                        matches = [match(wte, tokens, i, *place, weights.shape[1]) for place in places]
+                        bias = SCALE * weights @ torch.stack(matches).T
+                    read = cross_attention(block.cca, query, torch.cat(encoded[c]), config.n_head, bias)
+                    updated.append(h[i] + read[0])
                 else:
                     updated.append(h[i])
             h = torch.stack(updated)

@@ -6,25 +6,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_retro import RetroForCausalLM
 
-from .conftest import CHUNK, NEIGHBORS, VOCAB, RowNeighbors, neighbor_tensors, random_tokens, small_model
-
-LONG = 8  # tokens of a chunk, in a text that is long enough to tell one passage from another
-
-
-def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
-    """Random tokens, and for each chunk a neighbour that holds its last four tokens and what follows it in the row."""
-    rng = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCAB, (rows, (chunks + 1) * LONG), generator=rng)
-    ids = torch.randint(0, VOCAB, (rows, chunks, NEIGHBORS, 2 * LONG), generator=rng)
-    for chunk in range(chunks):
-        end = (chunk + 1) * LONG
-        ids[:, chunk, 1, 1 : 5 + LONG] = tokens[:, end - 4 : end + LONG]
-    return {
-        "input_ids": tokens,
-        "labels": tokens,
-        "neighbor_ids": ids,
-        "neighbor_attention_mask": torch.ones_like(ids, dtype=torch.bool),
-    }
+from .conftest import (
+    CHUNK,
+    LONG,
+    NEIGHBORS,
+    VOCAB,
+    RowNeighbors,
+    neighbor_tensors,
+    random_tokens,
+    rows_that_repeat_their_neighbors,
+    small_model,
+)
 
 
 @pytest.mark.parametrize("cca_layers", [[], [1]])

@@ -32,7 +32,9 @@ def run(model, tokens, neighbors, **kwargs):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("with_neighbors", [False, True])
-@pytest.mark.parametrize("readers", [{}, {"copy_head": True}, {"copy_head": True, "cca_layers": []}])
+@pytest.mark.parametrize(
+    "readers", [{}, {"cca_match": True}, {"copy_head": True}, {"copy_head": True, "cca_layers": []}]
+)
 def test_untrained_model_is_its_gpt2_to_the_bit(tmp_path, implementation, with_neighbors, readers):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=32, n_head=4, vocab_size=VOCAB, n_positions=64)).eval()
@@ -79,6 +81,8 @@ def test_agrees_with_the_slow_reference(model, length):
         {"encoder_cca_layers": []},
         {"encoder_cca_layers": [0, 1]},
         {"copy_head": False},
+        {"cca_match": False},
+        {"copy_head": False, "cca_match": False},
         {"cca_layers": []},
     ],
 )
