@@ -31,9 +31,14 @@ class ChunkedCrossAttention(GPT2Attention):
 
     def init_weights(self) -> None:
         init.zeros_(self.c_proj.weight)
-        if self.config.cca_match:  # from heads that go by matches as the copy head does to one that does not
+        if self.config.cca_match:
+            # from heads that go by matches as the copy head does to one that does not
             strength = torch.linspace(1, 0, self.num_heads).unsqueeze(1)
             init.copy_(self.match, strength * torch.tensor(MATCH_WEIGHTS))
+            # values of unit variance, a few times the usual: what is looked at is learned that much sooner
+            keys, values = self.c_attn.weight.split(self.split_size, dim=1)
+            values = torch.randn_like(values) * self.embed_dim**-0.5
+            init.copy_(self.c_attn.weight, torch.cat([keys, values], dim=1))
 
     def forward(
         self,

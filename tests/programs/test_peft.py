@@ -43,20 +43,22 @@ def test_an_adapter_trains_alone_and_loads_to_the_same_logits(name, tmp_path):
     for key, weight in model.named_parameters():
         assert (key in trained) == (key in trained and not torch.equal(weight, trained[key])), key
 
-    model.eval().save_pretrained(tmp_path / "adapter")
-    expected = model(**batch).logits
-    fresh = RetroForCausalLM.from_pretrained(tmp_path / "base")
-    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    assert torch.equal(loaded(**batch).logits, expected)
-    by_name = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", retriever=HashRetriever())
-    assert torch.equal(by_name(**batch).logits, expected)
-    with by_name.disable_adapter():
-        original = RetroForCausalLM.from_pretrained(tmp_path / "base")
-        assert torch.equal(by_name(**batch).logits, original(**batch).logits)
-    assert all(torch.equal(weight, base[key]) for key, weight in original.state_dict().items())
+    # where the biases of cross-attention's scores have gradients, SDPA takes another kernel, with other last bits
+    with torch.no_grad():
+        model.eval().save_pretrained(tmp_path / "adapter")
+        expected = model(**batch).logits
+        fresh = RetroForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        assert torch.equal(loaded(**batch).logits, expected)
+        by_name = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", retriever=HashRetriever())
+        assert torch.equal(by_name(**batch).logits, expected)
+        with by_name.disable_adapter():
+            original = RetroForCausalLM.from_pretrained(tmp_path / "base")
+            assert torch.equal(by_name(**batch).logits, original(**batch).logits)
+        assert all(torch.equal(weight, base[key]) for key, weight in original.state_dict().items())
 
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
-    sequences = by_name.generate(**left_padded(PROMPTS), max_new_tokens=6, do_sample=False, pad_token_id=VOCAB - 1)
-    for prompt, row in zip(PROMPTS, sequences.tolist(), strict=True):
-        assert row[-6 - len(prompt) :] == greedy_by_hand(merged, prompt, 6)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+        sequences = by_name.generate(**left_padded(PROMPTS), max_new_tokens=6, do_sample=False, pad_token_id=VOCAB - 1)
+        for prompt, row in zip(PROMPTS, sequences.tolist(), strict=True):
+            assert row[-6 - len(prompt) :] == greedy_by_hand(merged, prompt, 6)
