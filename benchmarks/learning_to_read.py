@@ -150,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine(), flush=True)
     print(f"{'in reach of neighbors, bits per byte':36s}  decoder   + copy  RETRO on shuffled  gain over + copy   harm")
-    readers = {"copy_head": True} | ({"cca_layers": []} if arguments.copy_head_alone else {})
+    readers = {"copy_head": True} | ({"cca_layers": []} if arguments.copy_head_alone else {"cca_match": True})
     sources = {"models": corpora.models(), "python": corpora.python(), "kernel": corpora.kernel(arguments.kernel_docs)}
     for name, documents in sources.items():
         folder = arguments.folder / name

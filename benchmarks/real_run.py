@@ -1,7 +1,7 @@
 """One run on real text, as a reader of docs/training.md would do it: a knowledge base of ten million characters, fetched from in training.
 
     pip install matplotlib
-    python benchmarks/real_run.py runs/real           # about 45 minutes on 2 cores; goes on where it was stopped
+    python benchmarks/real_run.py runs/real           # about 45 minutes on 2 cores; what is finished stays
 
 The kernel's documentation (Debian's linux-doc-6.1), a tenth of the documents held out; byte-level BPE of 8,192 tokens, MiniLM, a
 Milvus Lite file. A decoder of 6 layers and width 256 is trained alone; RETRO goes on from it, all parameters training, with a copy head

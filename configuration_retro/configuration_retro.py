@@ -31,9 +31,9 @@ class RetroConfig(GPT2Config):
         copy_head (`bool`, defaults to `False`):
             Whether the model may also copy tokens from its neighbours, with a pointer-generator (See et al., 2017,
             https://arxiv.org/abs/1704.04368). It learns to read within minutes.
-        cca_match (`bool`, *optional*, defaults to `copy_head`):
+        cca_match (`bool`, defaults to `False`):
             Whether cross-attention, too, goes by how well the last tokens match those before each token of a neighbour. Not
-            in the paper, whose cross-attention has to find that out by itself.
+            in the paper, whose cross-attention has to find that out by itself and takes far longer.
         use_retrieval (`bool`, defaults to `True`):
             `False` switches neighbours off: the model is then its GPT-2 decoder.
         base_model (`str`, *optional*):
@@ -56,7 +56,7 @@ class RetroConfig(GPT2Config):
     encoder_num_layers: int = 2
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
     copy_head: bool = False
-    cca_match: bool | None = None
+    cca_match: bool = False
     use_retrieval: bool = True
     base_model: str | None = None
     embedding_model: str | None = None
@@ -67,8 +67,6 @@ class RetroConfig(GPT2Config):
             self.neighbor_length = 2 * self.chunk_size
         if self.cca_layers is None:
             self.cca_layers = list(range(5, self.n_layer, 3)) or [self.n_layer - 1]
-        if self.cca_match is None:
-            self.cca_match = self.copy_head
         # lists, sorted: a configuration reads the same before and after JSON
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cca_layers = sorted(self.encoder_cca_layers)

@@ -11,7 +11,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attentio
 from configuration_retro import RetroConfig
 
 from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
-from .neighbor_encoder import open_if_empty
 from .reading import Reading, attention_implementation, remember_chunks
 
 
@@ -35,10 +34,12 @@ class ChunkedCrossAttention(GPT2Attention):
             # from heads that go by matches as the copy head does to one that does not
             strength = torch.linspace(1, 0, self.num_heads).unsqueeze(1)
             init.copy_(self.match, strength * torch.tensor(MATCH_WEIGHTS))
-            # values of unit variance, a few times the usual: what is looked at is learned that much sooner
-            keys, values = self.c_attn.weight.split(self.split_size, dim=1)
-            values = torch.randn_like(values) * self.embed_dim**-0.5
-            init.copy_(self.c_attn.weight, torch.cat([keys, values], dim=1))
+            # Values of unit variance, a few times the usual: what is looked at is learned that much sooner. Quantized weights
+            # and those that DeepSpeed keeps in pieces have other shapes, and start as usual.
+            weight = self.c_attn.weight
+            if weight.shape == (self.embed_dim, 2 * self.embed_dim):
+                keys, values = weight.split(self.split_size, dim=1)
+                init.copy_(weight, torch.cat([keys, torch.randn_like(values) * self.embed_dim**-0.5], dim=1))
 
     def forward(
         self,
@@ -81,8 +82,7 @@ class ChunkedCrossAttention(GPT2Attention):
         # embeddings are not moved by it: learned is whether to look where they match
         matches = reading.matches.detach()
         bias = (SCALE * self.match.float() @ matches.flatten(1)).unflatten(1, matches.shape[1:]).transpose(0, 1)
-        hidden = ~open_if_empty(reading.group_mask).flatten(0, 1)[:, None, None]
-        return bias.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        return bias.to(dtype).masked_fill(reading.hidden[:, None, None], torch.finfo(dtype).min)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(N, tokens, d) -> (N, heads, tokens, head_dim)."""

@@ -1,10 +1,10 @@
 """The copy head: where a neighbour goes on from tokens like the last ones here, the token that followed there is predicted.
 
 A pointer-generator (Vinyals et al., 2015; See et al., 2017) over the neighbours that chunked cross-attention reads. It needs
-few steps to learn, since what cross-attention must first find, that a token of a neighbour says what may follow its like, is
-built in.
+few steps to learn, since what the paper's cross-attention must first find, that a token of a neighbour says what may follow
+its like, is built in.
 
-Shapes: B rows, T tokens of this call, L tokens so far, d hidden size; G groups of at most w readers of one chunk (see
+Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see
 `Readers`); k neighbours a chunk, r tokens a neighbour, V vocabulary.
 """
 
@@ -19,7 +19,6 @@ from configuration_retro import RetroConfig
 
 from .chunk_grid import Movable
 from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
-from .neighbor_encoder import open_if_empty
 from .reading import Reading, remember_chunks
 
 FEATURES = 4 + CONTEXT  # of what is copied, that the gate sees beside the hidden state
@@ -175,8 +174,7 @@ class CopyHead(nn.Module):
         scores = copying.scores.float().flatten(0, 1).repeat_interleave(places, dim=-1).unsqueeze(1)
         fit = (SCALE * self.match.float().view(-1, 1, 1, 1) * copying.reading.matches).sum(0)
         fit = fit + SCALE * self.similarity.float() * scores
-        hidden = ~open_if_empty(copying.reading.group_mask).flatten(0, 1).unsqueeze(1)
-        return fit.masked_fill(hidden, torch.finfo(fit.dtype).min).softmax(-1), scores
+        return fit.masked_fill(copying.reading.hidden.unsqueeze(1), torch.finfo(fit.dtype).min).softmax(-1), scores
 
 
 def _sum_at(weights: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:

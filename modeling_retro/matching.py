@@ -29,6 +29,7 @@ def match_context(
     reading: Reading | None,
     token_embeds: torch.Tensor,
     neighbor_embeds: torch.Tensor | None,
+    neighbor_mask: torch.BoolTensor | None,
     cache: RetroCache | None,
 ) -> torch.Tensor | None:
     """How well the last 1, 2, … CONTEXT tokens of each reader match the ones before each place.
@@ -39,7 +40,8 @@ def match_context(
 
     Args:
         token_embeds: (B, T, d) of this call's tokens, without positions.
-        neighbor_embeds: (B, C, k, r, d) of the chunks that complete in this call; None if none does.
+        neighbor_embeds, neighbor_mask: (B, C, k, r, d) and (B, C, k, r) of the chunks that complete in this call; None if
+            none does. A token that is masked matches nothing.
 
     Returns:
         (CONTEXT, B·G, w, k·r) float32; None if nothing is read.
@@ -49,7 +51,9 @@ def match_context(
         token_embeds = cache.append_token_embeds(token_embeds)
     if reading is None:
         return None
-    new = {} if neighbor_embeds is None else {"keys": F.normalize(neighbor_embeds, dim=-1).flatten(2, 3)}
+    new = {}
+    if neighbor_embeds is not None:
+        new["keys"] = (F.normalize(neighbor_embeds, dim=-1) * neighbor_mask.unsqueeze(-1)).flatten(2, 3)
     keys = remember_chunks(reading, "match", new)["keys"].flatten(0, 1)
     columns, exists = grid.columns_before(CONTEXT, token_embeds.shape[1])
     context = torch.where(exists.flatten(1).unsqueeze(-1), take_rows(token_embeds, columns.flatten(1)), 0.0)

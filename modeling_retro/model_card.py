@@ -73,7 +73,8 @@ trust_remote_code=True)` opens the model; neighbours are then given as `neighbor
 
 def _readers(config: RetroConfig) -> str:
     layers = ", ".join(map(str, config.cca_layers))
-    readers = [f"chunked cross-attention (layers {layers})"] if layers else []
+    by = ", by matching tokens" if config.cca_match else ""
+    readers = [f"chunked cross-attention (layers {layers}{by})"] if layers else []
     return " and ".join(readers + ["a copy head"] * config.copy_head)
 
 

@@ -265,9 +265,13 @@ class RetroModel(RetroPreTrainedModel):
             if self.config.cca_layers and (reading is not None or cache is not None):
                 encode = EncoderCall(self.encoder, grid, cache, neighbor_embeds, neighbor_attention_mask)
             if self.config.copy_head or self.config.cca_match:
-                # not the encoder's embeddings, whose gradient checkpointing may have gone through them by itself
-                embeds = None if neighbor_ids is None else self.wte(neighbor_ids)
-                matches = match_context(self.config, grid, reading, inputs_embeds, embeds, cache)
+                # cross-attention's matches have no gradient; the copy head's not through the encoder's embeddings, whose
+                # gradient checkpointing may have gone through them by itself
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.copy_head):
+                    embeds = None if neighbor_ids is None else self.wte(neighbor_ids)
+                    matches = match_context(
+                        self.config, grid, reading, inputs_embeds, embeds, neighbor_attention_mask, cache
+                    )
                 if reading is not None:
                     reading.matches = matches
             if self.config.copy_head and reading is not None:

@@ -36,6 +36,11 @@ class Reading(Movable):
     slots: torch.LongTensor | None = None
     matches: torch.Tensor | None = None
 
+    @property
+    def hidden(self) -> torch.BoolTensor:
+        """(B·G, k·r) True where there is no neighbour token to look at; False throughout where there is none at all."""
+        return ~open_if_empty(self.group_mask).flatten(0, 1)
+
 
 def build_reading(
     config: RetroConfig,
@@ -76,12 +81,12 @@ def build_reading(
     readable = readers.reads & has_neighbors.gather(1, readers.slots)
 
     attention_mask = None  # with cca_match, each layer makes its own
-    if not config.cca_match:
-        attention_mask = cross_attention_mask(config, hidden_states, group_mask, readers.width)
+    if config.cca_layers and not config.cca_match:
+        attention_mask = _cross_attention_mask(config, hidden_states, group_mask, readers.width)
     return Reading(readers, readable, group_mask, attention_mask, group_chunks, cache, slots)
 
 
-def cross_attention_mask(
+def _cross_attention_mask(
     config: RetroConfig, hidden_states: torch.Tensor, mask: torch.BoolTensor, width: int
 ) -> torch.Tensor | None:
     """Over groups of `width` queries and their k·r neighbour tokens, mask (B, G, k·r), for the attention implementation."""
@@ -97,11 +102,13 @@ def cross_attention_mask(
 
 
 def attention_implementation(config: RetroConfig) -> str:
-    """The model's attention implementation for cross-attention, but SDPA for flash attention: transformers' takes a padding
-    mask over keys only where keys and queries are the same tokens."""
+    """The model's attention implementation for cross-attention, but SDPA for flash attention, which in transformers takes a
+    padding mask over keys only where keys and queries are the same tokens, and with `cca_match` for all that cannot add to
+    the scores."""
     implementation = config._attn_implementation
-    adds = config.cca_match and implementation != "eager"  # to the scores, which only these two take
-    return "sdpa" if "flash" in implementation or adds else implementation
+    if "flash" in implementation or (config.cca_match and implementation != "eager"):
+        return "sdpa"
+    return implementation
 
 
 def remember_chunks(reading: Reading, reader: int | str, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

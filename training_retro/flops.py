@@ -19,7 +19,7 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     total = 0.0
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's ZeRO-3 keeps the parameter itself empty
-        if len(shape) != 2 or "wpe" in name or "wpos" in name:
+        if len(shape) != 2 or "wpe" in name or "wpos" in name or name.endswith(".match"):
             continue
         if "wte" in name:
             uses = tokens  # as the output projection; looking up costs nothing

@@ -70,9 +70,8 @@ class RetroTrainer(Trainer):
         self._since = _Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight = 0.0
-        reads = getattr(self.data_collator, "retriever", None) or "neighbor_ids" in getattr(
-            self.train_dataset, "column_names", ()
-        )
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        reads = getattr(self.data_collator, "retriever", None) or "neighbor_ids" in columns
         if reads and self._share_shuffled and self.args.per_device_train_batch_size < 2:
             raise ValueError(
                 "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
@@ -179,9 +178,10 @@ class RetroTrainer(Trainer):
         return self.args.neighbor_shuffle
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Matrices alone: a copy head has vectors that are no biases by name."""
+        """Matrices alone: a copy head has vectors that are no biases by name, and matches are weighed by a few per head."""
         dimensions = {name: parameter.ndim for name, parameter in model.named_parameters(remove_duplicate=False)}
-        return [name for name in super().get_decay_parameter_names(model) if dimensions[name] > 1]
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if dimensions[name] > 1 and not name.endswith(".match")]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's: decay for matrices alone; with `retro_learning_rate`, groups of their own for what RETRO adds."""

@@ -35,6 +35,7 @@ class RetroModelTester:
             neighbor_length=self.neighbor_length,
             cca_layers=[1],
             copy_head=True,
+            cca_match=True,
             bos_token_id=97,
             eos_token_id=97,
             pad_token_id=self.pad_token_id,

@@ -6,9 +6,20 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_retro import RetroConfig, RetroForCausalLM
+from modeling_retro import RetroForCausalLM
 
-from .conftest import LONG, NEIGHBORS, VOCAB, rows_that_repeat_their_neighbors
+from .conftest import (
+    CHUNK,
+    LENGTH,
+    LONG,
+    NEIGHBORS,
+    VOCAB,
+    RowNeighbors,
+    neighbor_tensors,
+    random_tokens,
+    rows_that_repeat_their_neighbors,
+    small_model,
+)
 
 
 @pytest.mark.parametrize("cca_match", [True, False])
@@ -33,9 +44,31 @@ def test_cross_attention_alone_reads_within_a_few_steps_if_it_goes_by_matches(tm
     assert on < off - 2 if cca_match else on > off - 1  # what follows is in the neighbors, four times in five
 
 
-def test_it_comes_with_the_copy_head_and_a_saved_model_keeps_what_it_had(tmp_path):
-    assert not RetroConfig().cca_match and RetroConfig(copy_head=True).cca_match
-    assert not RetroConfig(copy_head=True, cca_match=False).cca_match
-    RetroConfig().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["cca_match"] is False
-    assert not RetroConfig.from_pretrained(tmp_path, copy_head=True).cca_match
+@torch.no_grad()
+def test_a_model_that_was_saved_before_there_were_matches_loads_as_it_was(tmp_path):
+    old = small_model(cca_match=False)
+    old.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["cca_match"]
+    file.write_text(json.dumps(settings))
+    ids, mask = neighbor_tensors([RowNeighbors(3, seed=5).chunks], 3)
+    inputs = {"input_ids": torch.tensor([random_tokens(3 * CHUNK, seed=2)])}
+    inputs |= {"neighbor_ids": ids, "neighbor_attention_mask": mask}
+    loaded = RetroForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded(**inputs).logits, old(**inputs).logits)
+    given = RetroForCausalLM.from_pretrained(tmp_path, cca_match=True)
+    for name, weight in old.state_dict().items():  # what was trained is not started anew
+        assert torch.equal(given.state_dict()[name], weight), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cca_layers", [[], [1, 3]])
+def test_masked_neighbor_tokens_match_nothing_wherever_they_stand(cca_layers):
+    model = small_model(cca_layers=cca_layers)
+    tokens = torch.tensor([random_tokens(3 * CHUNK, seed=2)])
+    ids = torch.randint(0, VOCAB, (1, 3, NEIGHBORS, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    others = torch.where(mask, ids, (ids + 1) % VOCAB)
+    logits = [model(tokens, neighbor_ids=given, neighbor_attention_mask=mask).logits for given in (ids, others)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

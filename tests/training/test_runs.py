@@ -157,7 +157,9 @@ class TestResume:
         }
         settings |= {"lr_scheduler_type": "constant", "neighbor_dropout": 0.2, "gradient_accumulation_steps": 2}
         settings |= {"streaming": str(streaming).lower(), "train_data": None, **knowledge_base(world), **changes}
-        overrides = OVERRIDES.replace("embd_pdrop: 0.0", f"embd_pdrop: 0.1, copy_head: {str(streaming).lower()}")
+        overrides = OVERRIDES.replace(
+            "embd_pdrop: 0.0", f"embd_pdrop: 0.1, copy_head: {str(streaming).lower()}, cca_match: true"
+        )
         arguments = flags(world, tokenizer_folder, folder, config_overrides=overrides, validation_data=None, **settings)
         arguments = yaml_flags(folder.with_suffix(".yaml"), arguments, train_data=mixture(world))
         command = [sys.executable] if processes == 1 else ACCELERATE

@@ -19,7 +19,9 @@ from ..two_processes import ACCELERATE
 from .runs import OVERRIDES, flags, knowledge_base
 
 ROOT = Path(train_hf.__file__).parent
-OVERRIDES = OVERRIDES.replace("embd_pdrop: 0.0", "copy_head: true, embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0")
+OVERRIDES = OVERRIDES.replace(
+    "embd_pdrop: 0.0", "copy_head: true, cca_match: true, embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0"
+)
 DEEPSPEED = ("deepspeed", "einops", "hjson", "msgpack", "ninja", "nvidia-ml-py", "py-cpuinfo")
 
 
