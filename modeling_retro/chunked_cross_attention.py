@@ -13,6 +13,8 @@ from configuration_retro import RetroConfig
 from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
 from .reading import Reading, attention_implementation, remember_chunks
 
+VALUE_SCALE = 4.0  # with cca_match: what is found is learned the sooner the larger it is
+
 
 class ChunkedCrossAttention(GPT2Attention):
     """CCA of one decoder layer (paper, section 2.4): GPT-2's multi-head cross-attention, one chunk's neighbours a query.
@@ -20,7 +22,8 @@ class ChunkedCrossAttention(GPT2Attention):
     The output projection starts at zero, so that a model just built on GPT-2 is that GPT-2.
 
     With `cca_match`, each head adds to its scores, with weights of its own, how well the last tokens match those before each
-    place (see `match_context`): what induction heads take thousands of steps to find is there from the start.
+    place (see `match_context`): what induction heads take thousands of steps to find is there from the start. Its values count
+    four times.
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
@@ -30,16 +33,9 @@ class ChunkedCrossAttention(GPT2Attention):
 
     def init_weights(self) -> None:
         init.zeros_(self.c_proj.weight)
-        if self.config.cca_match:
-            # from heads that go by matches as the copy head does to one that does not
+        if self.config.cca_match:  # from heads that go by matches as the copy head does to one that does not
             strength = torch.linspace(1, 0, self.num_heads).unsqueeze(1)
             init.copy_(self.match, strength * torch.tensor(MATCH_WEIGHTS))
-            # Values of unit variance, a few times the usual: what is looked at is learned that much sooner. Quantized weights
-            # and those that DeepSpeed keeps in pieces have other shapes, and start as usual.
-            weight = self.c_attn.weight
-            if weight.shape == (self.embed_dim, 2 * self.embed_dim):
-                keys, values = weight.split(self.split_size, dim=1)
-                init.copy_(weight, torch.cat([keys, torch.randn_like(values) * self.embed_dim**-0.5], dim=1))
 
     def forward(
         self,
@@ -64,7 +60,8 @@ class ChunkedCrossAttention(GPT2Attention):
             dropout=self.attn_dropout.p if self.training else 0.0,
             scaling=self.scaling,
         )
-        output = self.c_proj(readers.ungroup(output.flatten(-2)))
+        output = readers.ungroup(output.flatten(-2))
+        output = self.c_proj(VALUE_SCALE * output if self.config.cca_match else output)
         output = torch.where(reading.readable.unsqueeze(-1), self.resid_dropout(output), 0.0)
         return output, None if weights is None else self._weights_by_column(weights, reading)
 

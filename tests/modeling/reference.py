@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 SCALE = 30.0  # of the weights of matches, as they are stored
+VALUE_SCALE = 4.0  # of what cross-attention finds, where it goes by matches
 
 
 def attend(queries, keys, values, num_heads, causal=False, bias=None):
@@ -45,7 +46,8 @@ def self_attention(module, states, num_heads, causal):
 
 def cross_attention(module, states, others, num_heads, bias=None):
     key, value = linear(module.c_attn, others).chunk(2, dim=-1)
-    return linear(module.c_proj, attend(linear(module.q_attn, states), key, value, num_heads, bias=bias))
+    scale = 1.0 if bias is None else VALUE_SCALE
+    return linear(module.c_proj, scale * attend(linear(module.q_attn, states), key, value, num_heads, bias=bias))
 
 
 def mlp(module, states):
