@@ -43,7 +43,7 @@ def main() -> None:
             model.generate(tokens, neighbor_ids=ids, attention_mask=torch.ones_like(tokens), pad_token_id=0, **lengths)
             measured[name].append(1000 * (time.perf_counter() - started) / arguments.new)
     for name, milliseconds in measured.items():
-        print(f"{name:40s} {spread(milliseconds[1:], ' ms a token')}")
+        print(f"{name:42s} {spread(milliseconds[1:], ' ms a token')}")
 
 
 if __name__ == "__main__":
