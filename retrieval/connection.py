@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections import Counter
@@ -186,6 +187,8 @@ class MilvusConnection:
                 embedded.removeFilter(_drop_tracebacks)
             if address:
                 if not self.owns_file:
+                    if not _OPEN_FILES[self._path]:  # nobody makes a collection before the file is published
+                        _remove_half_made(self._path)
                     self.owns_file = True
                     _OPEN_FILES[self._path] += 1
                     self._publish(address)
@@ -328,6 +331,15 @@ class MilvusConnection:
 
                 self._notice.unlink(missing_ok=True)
                 server_manager_instance.release_server(self._path)
+
+
+def _remove_half_made(path: str) -> None:
+    """Folders of collections whose making was killed before they had a schema: to Milvus Lite, which does not remove them, there
+    is no such collection, and none can be made where its folder is."""
+    for pattern in ("collections/*", "databases/*/collections/*"):
+        for folder in Path(path).glob(pattern):
+            if folder.is_dir() and not (folder / "schema.json").exists():
+                shutil.rmtree(folder)
 
 
 def _drop_tracebacks(record: logging.LogRecord) -> bool:

