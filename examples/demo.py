@@ -166,7 +166,7 @@ def main() -> None:
     grown = ("--model_name_or_path", str(OUTPUT / "decoder"), "--learning_rate", "6e-4")
     alone = train("alone", RETRO_STEPS, *grown).model
     knowledge_base = ("--knowledge_base", str(OUTPUT / "kb.db"), "--collection_name", "demo")
-    reading = ("--config_overrides", "{copy_head: true, cca_match: true}", "--retro_learning_rate", "3e-3")
+    reading = ("--config_overrides", "{copy_head: true}", "--retro_learning_rate", "3e-3")
     trainer = train("retro", RETRO_STEPS, *grown, *reading, *knowledge_base, "--embedding_model", embedding_model)
     say("evaluating on the held-out files")
     print_table(measure(alone, trainer, tokenizer), measure(trainer.model, trainer, tokenizer))
