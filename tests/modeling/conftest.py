@@ -102,3 +102,15 @@ def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
         "neighbor_ids": ids,
         "neighbor_attention_mask": torch.ones_like(ids, dtype=torch.bool),
     }
+
+
+def fit_readers(model, batch_of_step) -> None:
+    """Sixty steps of RETROfitting; the model is in evaluation mode afterwards."""
+    model.train().freeze_backbone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(60):
+        model(**batch_of_step(step)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()

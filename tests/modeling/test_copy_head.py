@@ -12,6 +12,7 @@ from .conftest import (
     NEIGHBORS,
     VOCAB,
     RowNeighbors,
+    fit_readers,
     neighbor_tensors,
     random_tokens,
     rows_that_repeat_their_neighbors,
@@ -26,17 +27,14 @@ def test_it_learns_to_read_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_p
         tmp_path
     )
     sizes = {"chunk_size": LONG, "num_neighbors": NEIGHBORS, "cca_layers": cca_layers}
-    model = RetroForCausalLM.from_pretrained(tmp_path, copy_head=True, **sizes).train()
-    model.freeze_backbone()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(60):
+    model = RetroForCausalLM.from_pretrained(tmp_path, copy_head=True, **sizes)
+
+    def batch_of_step(step):
         batch = rows_that_repeat_their_neighbors(step)
         batch["neighbor_ids"][::2] = batch["neighbor_ids"][::2].roll(1, 0)  # half of the rows see another's
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+        return batch
+
+    fit_readers(model, batch_of_step)
     batch = rows_that_repeat_their_neighbors(1000)
     with torch.no_grad():
         on, off = model(**batch).loss, model(**batch, use_retrieval=False).loss

@@ -15,6 +15,7 @@ from .conftest import (
     NEIGHBORS,
     VOCAB,
     RowNeighbors,
+    fit_readers,
     neighbor_tensors,
     random_tokens,
     rows_that_repeat_their_neighbors,
@@ -29,15 +30,8 @@ def test_cross_attention_alone_reads_within_a_few_steps_if_it_goes_by_matches(tm
     # embeddings long enough for a frozen decoder to be certain of a token
     GPT2LMHeadModel(GPT2Config(initializer_range=0.2, **sizes)).save_pretrained(tmp_path)
     changes = {"chunk_size": LONG, "num_neighbors": NEIGHBORS, "cca_layers": [1], "cca_match": cca_match}
-    model = RetroForCausalLM.from_pretrained(tmp_path, **changes).train()
-    model.freeze_backbone()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(60):
-        model(**rows_that_repeat_their_neighbors(step)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+    model = RetroForCausalLM.from_pretrained(tmp_path, **changes)
+    fit_readers(model, rows_that_repeat_their_neighbors)
     batch = rows_that_repeat_their_neighbors(1000)
     with torch.no_grad():
         on, off = model(**batch).loss, model(**batch, use_retrieval=False).loss

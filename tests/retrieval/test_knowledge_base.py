@@ -200,9 +200,8 @@ def test_an_ingestion_that_was_killed_is_completed_by_the_next(
 
 
 def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokenizer, embedder):
-    left = (
-        Path(uri) / "collections" / "retro"
-    )  # as Milvus Lite leaves it when it is killed before the schema is written
+    # as Milvus Lite leaves it when it is killed before the schema is written
+    left = Path(uri) / "collections" / "retro"
     left.mkdir(parents=True)
     (left / "schema.json.tmp").write_text("{")
     store, _ = build(uri, documents, tokenizer, embedder)
