@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from pymilvus import MilvusClient
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from .chunking import Chunk
 from .connection import TLS, MilvusConnection
@@ -200,13 +201,25 @@ class MilvusStore:
             self.where, is_lite=self.connection.is_lite, version=self.connection.version, dimension=dimension
         )
         self.flush()
-        self.call("release_collection")
-        self.call("drop_index", "embedding")
+        self._drop_index()
         # said before it is built: whoever finds the collection without an index builds the one that was asked for
         self.call("alter_collection_properties", {INDEX: _index_card(settings, automatic)})
         self._index = settings
         self.call("create_index", self._index_params(settings, dimension))
         self.call("load_collection")
+
+    def _drop_index(self) -> None:
+        """Release the collection and drop its index; once more when somebody who searches has loaded it in between."""
+        retrying = Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, KnowledgeBaseError) and "loaded" in str(error)),
+            stop=stop_after_delay(self.connection.timeout),
+            wait=wait_random(0, 0.2),
+            reraise=True,
+        )
+        for attempt in retrying:
+            with attempt:
+                self.call("release_collection")
+                self.call("drop_index", "embedding")
 
     def fit_index(self) -> None:
         """On Milvus Lite, build the index that suits the size that the collection has grown to, unless one was asked for.

@@ -82,6 +82,26 @@ def test_searches_while_the_index_is_built_anew(server, documents, tokenizer, em
 
 
 @pytest.mark.server
+def test_an_index_is_built_anew_although_others_load_the_collection(
+    server, documents, tokenizer, embedder, monkeypatch
+):
+    """Who searches loads a collection that is not, and Milvus drops no index of a loaded one."""
+    store, other = MilvusStore(server.uri, "loaded_again"), MilvusStore(server.uri, "loaded_again")
+    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    call, loads = store.call, iter(range(2))
+
+    def interrupted(method, *args, **kwargs):
+        if method == "drop_index" and next(loads, None) is not None:
+            other.call("load_collection")
+        return call(method, *args, **kwargs)
+
+    monkeypatch.setattr(store, "call", interrupted)
+    store.reindex(IndexSettings.parse("HNSW"))
+    assert next(loads, None) is None
+    assert other.call("describe_index", "embedding")["index_type"] == "HNSW"
+
+
+@pytest.mark.server
 def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokenizer, embedder):
     """Killed in the middle of an ingestion and of searches, and started again: both wait, go on, and miss nothing."""
     half = len(documents) // 2
