@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
-from tokenizers import ByteLevelBPETokenizer
+from machine import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from retrieval import BulkTokenizer, Document
 
-VOCABULARY = 8192
 KERNEL_DOCS = Path("/usr/share/doc/linux-doc-6.1/Documentation")  # Debian's package linux-doc-6.1
 
 
@@ -54,9 +53,7 @@ def write(documents: Iterator[Document], folder: Path, chunks: int, chunk_size: 
     drawn = [document for document in documents if document.text.strip()]
     random.Random(0).shuffle(drawn)
     texts = [document.text for number, document in enumerate(drawn) if number % 10][:1000]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "tokenizer")
     bulk, total = BulkTokenizer(tokenizer), 0
     for number, document in enumerate(drawn):

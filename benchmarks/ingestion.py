@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from machine import MINILM, machine, make_tokenizer, read_files, source_files, spread
+from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
 
 from retrieval import BulkTokenizer, Embedder, MilvusStore, chunk_documents, ingest
 
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     files = source_files()
-    tokenizer = BulkTokenizer(make_tokenizer(files))
+    tokenizer = BulkTokenizer(source_tokenizer(files))
     embedder = Embedder(arguments.embedding_model)
     chosen, texts = choose(files, tokenizer, arguments.chunks)
     embedder.encode(texts[:256])  # warm

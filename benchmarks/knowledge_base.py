@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import MINILM, machine, make_tokenizer, read_files, source_files, spread
+from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
 
 from retrieval import BulkTokenizer, Chunk, Embedder, IndexSettings, MilvusStore, chunk_documents
 from retrieval.identity import Identity
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "retro-benchmark-vectors")
     arguments = parser.parse_args()
     k = 2
-    tokenizer, embedder = BulkTokenizer(make_tokenizer(source_files())), Embedder(str(MINILM))
+    tokenizer, embedder = BulkTokenizer(source_tokenizer(source_files())), Embedder(str(MINILM))
     wanted = QUERIES + (100_000 if arguments.synthetic else arguments.vectors)
     vectors = real_vectors(wanted, tokenizer, embedder, arguments.cache)[:wanted]
     queries, vectors = (

