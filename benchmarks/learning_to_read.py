@@ -31,7 +31,7 @@ from retrieval.retriever import runs
 
 ROOT = Path(__file__).parents[1]
 CHUNKS, CHUNK, BLOCK, BATCH, LEAK = 22_000, 64, 512, 4, 8
-DECODER_STEPS, READ_STEPS = 480, 400
+DECODER_STEPS = 480
 HELD_OUT = 160  # sequences that are measured
 READ_SHARE = 0.45  # of the training documents that RETRO is fitted on
 MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5], embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
@@ -78,7 +78,7 @@ def prepare(folder: Path, documents: Iterator) -> None:
         subprocess.run([sys.executable, str(ROOT / "train_hf.py"), str(folder / "read.yaml"), *flags], check=True)
 
 
-def read(folder: Path, name: str, steps: int = READ_STEPS, **settings: object) -> Path:
+def read(folder: Path, name: str, steps: int, **settings: object) -> Path:
     """RETRO fitted onto the decoder; returns where."""
     output = folder / name
     if not (output / "model.safetensors").exists():
@@ -140,7 +140,9 @@ def report(name: str, evaluation: Evaluation) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--corpora", nargs="+", default=["models", "python", "kernel"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120, help="of RETROfitting, 2,048 tokens each")
     parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS)
     parser.add_argument("--copy_head_alone", action="store_true", help="leave cross-attention out")
     arguments = parser.parse_args()
@@ -148,13 +150,14 @@ def main() -> None:
     print(f"{'in reach of neighbors, bits per byte':36s}  decoder   + copy  RETRO on shuffled  gain over + copy   harm")
     readers = {"copy_head": True} | ({"cca_layers": []} if arguments.copy_head_alone else {"cca_match": True})
     sources = {"models": corpora.models(), "python": corpora.python(), "kernel": corpora.kernel(arguments.kernel_docs)}
-    for name, documents in sources.items():
+    for name in arguments.corpora:
         folder = arguments.folder / name
-        prepare(folder, documents)
+        prepare(folder, sources[name])
         for seed in range(arguments.seeds):
             settings = {"learning_rate": 2e-3, "config_overrides": json.dumps(readers), "seed": seed}
-            label = f"{'copy' if arguments.copy_head_alone else 'retro'}{seed}"
-            fitted = read(folder, label, **settings)
+            label = f"{'copy' if arguments.copy_head_alone else 'retro'}{arguments.steps}_{seed}"
+            fitted = read(folder, label, arguments.steps, **settings)
+            print(f"{name}, {label}: fitted in {(fitted / 'seconds.txt').read_text()} s")
             for positions, evaluation in measure(fitted, folder).items():
                 print(report(f"{name}, {label}, {positions}", evaluation), flush=True)
 
