@@ -160,9 +160,9 @@ class CopyHead(nn.Module):
         """
         mass, features, token_ids = self.attend(copying)
         log_probs = logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
-        odds = self.valve.float().clamp(min=0.0) * self.log_odds(hidden_states, features, mass, log_probs).exp()
-        readable = copying.reading.readable
-        return torch.where(readable, odds / (1 + odds), 0.0), copying.reading.readers.ungroup(self.weights(copying)[0])
+        log_odds = self.log_odds(hidden_states, features, mass, log_probs) + self.valve.float().clamp(min=0.0).log()
+        gate = torch.where(copying.reading.readable, log_odds.sigmoid(), 0.0)
+        return gate, copying.reading.readers.ungroup(self.weights(copying)[0])
 
     def weights(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the neighbour tokens of each group, the token to copy being the one looked at.

@@ -337,7 +337,8 @@ class RetroModel(RetroPreTrainedModel):
                 f"neighbor_scores has shape {tuple(scores.shape)}, neighbor_ids {tuple(neighbor_ids.shape)}: there must be "
                 "one score a neighbour."
             )
-        return mask.bool(), scores
+        mask = mask.bool()
+        return mask, scores.masked_fill(~mask.any(-1), 0.0)  # a retriever says nan where there is no neighbour
 
 
 def is_added(name: str) -> bool:

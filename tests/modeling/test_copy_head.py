@@ -125,3 +125,19 @@ def test_where_it_looks_is_what_it_predicts_by():
         else:
             assert gate[0, i] == 0
         torch.testing.assert_close(mixed[i], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_neighbor_that_is_not_there_may_have_any_score():
+    """A retriever says nan then; neither the logits nor a gradient may know of it."""
+    model = small_model()
+    tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1).chunks
+    ids, mask = neighbor_tensors([neighbors], 3)
+    mask[0, 0] = False  # of a chunk all, of another one
+    mask[0, 1, 1] = False
+    scores = torch.rand(mask.shape[:3]).masked_fill(~mask.any(-1), torch.nan)
+    given = {"input_ids": torch.tensor([tokens]), "neighbor_ids": ids, "neighbor_attention_mask": mask}
+    expected = model(**given, neighbor_scores=scores.nan_to_num(0.3)).logits
+    with_nan = model(**given, labels=torch.tensor([tokens]), neighbor_scores=scores)
+    torch.testing.assert_close(with_nan.logits, expected)
+    with_nan.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
