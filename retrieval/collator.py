@@ -1,6 +1,6 @@
 """RetroDataCollator: packed sequences → a batch of tensors, with the neighbors of every chunk."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,23 +18,6 @@ NEIGHBOR_FIELDS = {
 
 
 @dataclass
-class RetrievalStatistics:
-    """What was read since the counters were last taken."""
-
-    chunks: int = 0
-    chunks_with_neighbors: int = 0
-    neighbors: int = 0
-    similarity: float = 0.0  # summed over neighbors
-
-    def take(self) -> dict[str, float]:
-        """Share of chunks that have a neighbor and mean similarity of all neighbors; the counters begin anew."""
-        share = self.chunks_with_neighbors / max(self.chunks, 1)
-        numbers = {"chunks_with_neighbors": share, "mean_similarity": self.similarity / max(self.neighbors, 1)}
-        self.__init__()
-        return numbers
-
-
-@dataclass
 class RetroDataCollator:
     """Collate what [`retrieval.packing.pack`] yields, fetching the neighbors of all chunks in one search.
 
@@ -46,13 +29,9 @@ class RetroDataCollator:
         retriever: an object with `retrieve`, `chunk_size`, `num_neighbors` and `neighbor_length`, such as
             [`MilvusRetriever`]. Not asked for sequences that come with their neighbors (see `neighbors_of`); None gives plain
             language-model batches for those that do not.
-
-    Attributes:
-        statistics: of what was retrieved.
     """
 
     retriever: "MilvusRetriever | None" = None
-    statistics: RetrievalStatistics = field(default_factory=RetrievalStatistics)
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -64,7 +43,8 @@ class RetroDataCollator:
             labels (B, T): the same tokens, -100 where there is padding; the model shifts them.
             attention_mask (B, T): only when there is padding.
             neighbor_ids (B, C, k, r), neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k): with a retriever. Slot
-                j of a row is its j-th complete chunk, C the most that a row has; slots without a chunk are masked out.
+                j of a row is its j-th complete chunk, C the most that a row has and at least 1; slots without a chunk are
+                masked out.
         """
         lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
         input_ids = torch.nn.utils.rnn.pad_sequence(
@@ -86,18 +66,18 @@ class RetroDataCollator:
 
         Returns:
             for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool,
-            "neighbor_scores": (chunks, k) float32, cosine similarity, 0 where there is no neighbor}.
+            "neighbor_scores": (chunks, k) float32, cosine similarity, 0 where there is no neighbor}. A sequence without a
+            complete chunk has one slot, masked out: what reads neighbors then has its gradients, of zero, in every batch.
         """
         size = self.retriever.chunk_size
         counts = [len(feature["input_ids"]) // size for feature in features]
         places = [(feature, chunk) for feature, count in zip(features, counts, strict=True) for chunk in range(count)]
+        shape = (1, self.retriever.num_neighbors, self.retriever.neighbor_length)
+        none = {
+            name: torch.zeros(shape, dtype=dtype)
+            for (name, dtype), shape in zip(NEIGHBOR_FIELDS.items(), (shape, shape, shape[:2]), strict=True)
+        }
         if not places:
-            shape = (0, self.retriever.num_neighbors, self.retriever.neighbor_length)
-            shapes = (shape, shape, shape[:2])
-            none = {
-                name: torch.zeros(shape, dtype=dtype)
-                for (name, dtype), shape in zip(NEIGHBOR_FIELDS.items(), shapes, strict=True)
-            }
             return [none] * len(features)
         chunks = torch.tensor([feature["input_ids"][chunk * size : (chunk + 1) * size] for feature, chunk in places])
         exclude = [
@@ -111,13 +91,9 @@ class RetroDataCollator:
                 feature["input_ids"][(chunk + 1) * size : (chunk + 2) * size] for feature, chunk in places
             ]
         found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
-        there = found.attention_mask.any(-1)  # (n, k)
-        self.statistics.chunks += len(places)
-        self.statistics.chunks_with_neighbors += int(there.any(-1).sum())
-        self.statistics.neighbors += int(there.sum())
-        self.statistics.similarity += float(found.scores[there].sum())
         parts = (part.split(counts) for part in (found.ids, found.attention_mask, found.scores.nan_to_num(0.0)))
-        return [dict(zip(NEIGHBOR_FIELDS, row, strict=True)) for row in zip(*parts, strict=True)]
+        rows = zip(counts, zip(*parts, strict=True), strict=True)
+        return [dict(zip(NEIGHBOR_FIELDS, row, strict=True)) if count else none for count, row in rows]
 
 
 def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:

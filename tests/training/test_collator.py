@@ -2,6 +2,7 @@
 
 import torch
 
+from modeling_retro import RetroForCausalLM
 from retrieval.collator import RetroDataCollator
 
 # chunks of 8 tokens: three whole ones and a partial one; one whole chunk; less than a chunk
@@ -42,9 +43,27 @@ def test_without_a_retriever_it_is_a_plain_batch():
     assert set(RetroDataCollator()(ROWS[:1])) == {"input_ids", "labels"}
 
 
-def test_a_batch_without_a_whole_chunk_asks_for_nothing(retriever, config):
-    from modeling_retro import RetroForCausalLM
-
+def test_a_batch_without_a_whole_chunk_asks_for_nothing_and_has_all_gradients(retriever, config):
+    """Or a RETROfit has no gradient in such a batch, and the processes of a run disagree on which there are."""
     batch = RetroDataCollator(retriever)(ROWS[2:])
-    assert batch["neighbor_ids"].shape == (1, 0, 2, 16) and not retriever.calls
-    assert torch.isfinite(RetroForCausalLM(config)(**batch).loss)
+    assert batch["neighbor_ids"].shape == (1, 1, 2, 16) and not retriever.calls
+    assert not batch["neighbor_attention_mask"].any()
+    config.copy_head = True
+    model = RetroForCausalLM(config)
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, model(**batch | {"use_retrieval": False}).loss)
+    loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_stored_neighbors_of_long_and_short_sequences_go_into_one_batch(retriever):
+    collate = RetroDataCollator(retriever)
+    stored = [
+        row | {name: tensor.tolist() for name, tensor in found.items()}
+        for row, found in zip(ROWS, collate.neighbors_of(ROWS), strict=True)
+    ]
+    for rows in (ROWS, ROWS[2:]):
+        places = [ROWS.index(row) for row in rows]
+        fetched, read = collate(rows), RetroDataCollator()([stored[place] for place in places])
+        assert fetched.keys() == read.keys()
+        assert [name for name in fetched if not torch.equal(fetched[name], read[name])] == []
