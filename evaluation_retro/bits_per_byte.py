@@ -79,7 +79,7 @@ def sequence_nats(
     batch: dict[str, torch.Tensor],
     chunk_size: int,
     bytes_of: torch.Tensor,
-    copy_weight: float = 0.0,
+    copy_weight: float | None = None,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure one batch, sequence by sequence, under each condition; without neighbors in it, under "off" alone.
@@ -89,7 +89,8 @@ def sequence_nats(
         batch: what [`RetroDataCollator`] returns: rows padded on the right.
         chunk_size: the model's; a position from chunk_size - 1 on is in reach of neighbors.
         bytes_of: what [`byte_lengths`] returns.
-        copy_weight: of the copier in the copy baseline, chosen on training data ([`copy_baseline.best_weight`]).
+        copy_weight: of the copier in the copy baseline, chosen on training data ([`copy_baseline.best_weight`]); None leaves
+            that condition out.
         seed: of the shuffle.
 
     Returns:
@@ -113,11 +114,11 @@ def sequence_nats(
         logits = model(**batch, **condition).logits[:, :-1]
         token_nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # 0 at label -100
         nats.append((token_nats[:, None] * regions).sum(-1))
-        if neighbors and "use_retrieval" in condition:
-            copied = copied_probability(batch["input_ids"], *list(neighbors.values())[:2], chunk_size)
-            baseline = mixture_nats(token_nats, *copied, copy_weight)
-    if neighbors:
-        nats.append((baseline[:, None] * regions).sum(-1))
+        if "use_retrieval" in condition:
+            off_nats = token_nats
+    if neighbors and copy_weight is not None:
+        copied = copied_probability(batch["input_ids"], *list(neighbors.values())[:2], chunk_size)
+        nats.append((mixture_nats(off_nats, *copied, copy_weight)[:, None] * regions).sum(-1))
     return torch.stack(nats, 1), sizes
 
 
@@ -126,7 +127,8 @@ class Evaluation:
     """What was measured, sequence by sequence (N of them).
 
     Attributes:
-        nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Conditions as CONDITIONS, or "off" alone.
+        nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Conditions as CONDITIONS, the last of which may be
+            missing, or "off" alone.
         sizes: (N, 2, 2); [all, in reach] x [tokens, bytes].
     """
 
@@ -135,7 +137,7 @@ class Evaluation:
 
     def __post_init__(self):
         self.nats = np.asarray(self.nats, dtype=np.float64)
-        self.conditions = CONDITIONS if self.nats.shape[1] == len(CONDITIONS) else ("off",)
+        self.conditions = CONDITIONS[: self.nats.shape[1]] if self.nats.shape[1] > 1 else ("off",)
 
     def of(self, condition: str, in_reach: bool = False) -> np.ndarray:
         """Nats of each sequence under a condition, (N,)."""
@@ -191,10 +193,11 @@ def evaluate(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
     bytes_of: torch.Tensor,
-    copy_weight: float = 0.0,
+    copy_weight: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a RETRO model on batches from [`RetroDataCollator`], moved to the model's device.
+    """Measure a RETRO model on batches from [`RetroDataCollator`], moved to the model's device; `copy_weight` as for
+    [`sequence_nats`].
 
     Batches should mix documents (shuffle the sequences once, with a fixed seed) and hold two sequences or more: the
     shuffled neighbors come from the same batch.

@@ -6,6 +6,7 @@ own, without retrieval: p = (1 - w) p_off + w p_copier where it found something,
 that fits training data best. A model that has learned to read must do better.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,6 +28,9 @@ def copied_probability(
         (B, T - 1) probability of token i + 1, and (B, T - 1) whether the copier found anything.
     """
     length, chunks = input_ids.shape[1], neighbor_ids.shape[1]
+    if not chunks:
+        nothing = torch.zeros_like(input_ids[:, 1:], dtype=torch.bool)
+        return nothing.float(), nothing
     # the last token of a chunk is the first that reads its neighbors
     chunk = torch.arange(1, length, device=input_ids.device) // chunk_size - 1
     in_reach = (chunk >= 0) & (chunk < chunks)
@@ -42,22 +46,20 @@ def copied_probability(
     return right.sum(-1) / count.clamp(min=1), count > 0
 
 
-def mixture_nats(
-    off_nats: torch.Tensor, copied: torch.Tensor, found: torch.BoolTensor, weight: float | torch.Tensor
-) -> torch.Tensor:
+def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.BoolTensor, weight: float) -> torch.Tensor:
     """Nats of each token under the mixture; `off_nats` are those of the model without retrieval."""
-    mixed = (1 - weight) * (-off_nats.double()).exp() + weight * copied.double()
-    return torch.where(found, -mixed.log().to(off_nats.dtype), off_nats)
+    mixed = torch.logaddexp(math.log1p(-weight) - off_nats, (weight * copied).log())
+    return torch.where(found, -mixed, off_nats)
 
 
 @torch.no_grad()
 def weight_nats(
     model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], chunk_size: int, device: torch.device
 ) -> torch.Tensor:
-    """Summed nats of batches under each of `WEIGHTS`, (len(WEIGHTS),) float64: the least is the best weight's."""
+    """Summed nats of batches under each of `WEIGHTS`, (len(WEIGHTS),) on `device`: the least is the best weight's."""
     was_training = model.training
     model.eval()
-    total = torch.zeros(len(WEIGHTS), dtype=torch.float64, device=device)
+    total = torch.zeros(len(WEIGHTS), device=device)
     for batch in batches:
         if "neighbor_ids" not in batch:
             continue
@@ -65,10 +67,7 @@ def weight_nats(
         labels = batch.pop("labels")[:, 1:]
         neighbors = [batch.pop(name) for name in ("neighbor_ids", "neighbor_attention_mask")]
         batch.pop("neighbor_scores", None)
-        # by every process, whatever it has to read: the weights may be spread over all
         logits = model(**batch, use_retrieval=False).logits[:, :-1]
-        if not neighbors[0].shape[1]:
-            continue
         nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         copied, found = copied_probability(batch["input_ids"], *neighbors, chunk_size)
         for place, weight in enumerate(WEIGHTS.tolist()):
@@ -77,6 +76,6 @@ def weight_nats(
     return total
 
 
-def best_weight(nats: torch.Tensor) -> float:
-    """The weight with the least of [`weight_nats`]; 0 if there was nothing to choose by."""
-    return float(WEIGHTS[int(nats.argmin())])
+def best_weight(nats: torch.Tensor) -> float | None:
+    """The weight with the least of [`weight_nats`]; None if there was nothing to choose by."""
+    return float(WEIGHTS[int(nats.argmin())]) if nats.any() else None

@@ -8,7 +8,7 @@ import torch
 
 import train_hf
 from evaluation_retro import best_weight, byte_lengths, evaluate, weight_nats
-from evaluation_retro.copy_baseline import WEIGHTS, copied_probability
+from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
 from modeling_retro import RetroForCausalLM
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import pack
@@ -61,6 +61,22 @@ def test_the_weight_is_the_best_on_the_data_that_it_is_chosen_on(config, tokeniz
     assert weight == pytest.approx(float(WEIGHTS[losses.index(min(losses))]))
     off = evaluate(model, batches, byte_lengths(tokenizer), 0.0)
     assert off.loss("copy_baseline") == pytest.approx(off.loss("off"))
+    assert best_weight(weight_nats(model, [], CHUNK, torch.device("cpu"))) is None
+
+
+def test_the_mixture_is_one_of_probabilities():
+    nats, copied = torch.rand(50, dtype=torch.float64) * 30, torch.rand(50, dtype=torch.float64)
+    copied[:10] = 0
+    found = torch.rand(50) < 0.8
+    for weight in (0.0, 0.3, 0.98):
+        expected = torch.where(found, -((1 - weight) * (-nats).exp() + weight * copied).log(), nats)
+        torch.testing.assert_close(mixture_nats(nats.float(), copied.float(), found, weight), expected.float())
+
+
+def test_where_no_row_has_a_whole_chunk_nothing_is_copied():
+    none = torch.zeros(2, 0, 2, 12, dtype=torch.long)
+    copied, found = copied_probability(torch.ones(2, 5, dtype=torch.long), none, none.bool(), CHUNK)
+    assert copied.shape == found.shape == (2, 4) and not copied.any() and not found.any()
 
 
 def test_training_prints_it_and_a_copy_head_learns_beside_it(world, tokenizer_folder, tmp_path):
