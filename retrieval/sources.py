@@ -13,6 +13,7 @@ from .chunking import Document
 logger = logging.getLogger(__name__)
 
 FILE_ID = "__file_id__"  # what a text file's row has, beside its text
+BUSY = {408, 429, 500, 502, 503, 504}  # a server's answers that pass by themselves
 
 
 def source_name(source: str, subset: str | None = None) -> str:
@@ -35,18 +36,19 @@ def read_rows(source: str, subset: str | None = None, split: str = "train") -> I
     """The rows of one source, in their order; a text file is one row, which carries its id.
 
     Args:
-        source: a folder (every text file below it but hidden ones; the id is the folder's name and the path in it), a
-            .jsonl file (a row a line), a .parquet file, another file (one row; the id is its name), or a dataset of the
-            hub, which is streamed.
+        source: a .jsonl file (a row a line), a .parquet file, another file (one row; the id is its name), a folder (all files
+            below it but hidden ones; a text file's id is the folder's name and the path in it), or a dataset of the hub,
+            which is streamed.
         subset, split: of a dataset of the hub.
 
     Raises:
         FileNotFoundError: there is no such file, folder or dataset.
         ValueError: a line is not JSON.
+        Exception: of the network, as [`is_of_the_network`] knows it: worth another try.
     """
     path, name = Path(source), source_name(source)
     if path.is_dir():
-        return _text_files(path, name)
+        return _files(path, name)
     if path.suffix == ".jsonl" and path.is_file():
         return _json_lines(path)
     if path.is_file() and path.suffix != ".parquet":
@@ -55,12 +57,25 @@ def read_rows(source: str, subset: str | None = None, split: str = "train") -> I
         if path.is_file():
             return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         return load_dataset(source, subset, split=split, streaming=True)
-    except (ConnectionError, TimeoutError):
-        raise
     except Exception as error:
+        if is_of_the_network(error):
+            raise
         raise FileNotFoundError(
             f"{source!r} is no file, no folder, and no dataset that can be loaded ({type(error).__name__}: {error})."
         ) from error
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether the network, or a server that is busy, is at fault; not one that says that there is no such thing."""
+    # requests' and httpx's errors, and huggingface_hub's, are told by the families they belong to
+    names = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in BUSY
+    if isinstance(error, ConnectionError | TimeoutError) or names & {"RequestException", "TransportError"}:
+        return True
+    behind = error.__cause__ or error.__context__  # `datasets` says "not found" of a hub that does not answer, too
+    return behind is not None and is_of_the_network(behind)
 
 
 def read_documents(
@@ -140,10 +155,14 @@ def _storable(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 
-def _text_files(folder: Path, name: str) -> Iterator[dict[str, str]]:
+def _files(folder: Path, name: str) -> Iterator[Mapping[str, Any]]:
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
+        if not file.is_file() or hidden:
+            continue
+        if file.suffix in (".jsonl", ".parquet"):
+            yield from read_rows(str(file))
+        else:
             yield from _text_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
 
 

@@ -12,7 +12,7 @@ import tenacity
 from datasets import Features, IterableDataset, Value, interleave_datasets
 
 from .chunking import Document
-from .sources import documents_from_numbered_rows, read_rows, same_name, source_name
+from .sources import documents_from_numbered_rows, is_of_the_network, read_rows, same_name, source_name
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class DocumentStream:
         rows = enumerate(patiently(lambda: read_rows(self.dataset, self.subset, self.split)))
         rows = islice(rows, self.shard_index, None, self.num_shards)
         if self.filter is not None:
-            keeps = row_filter(self.filter)
+            keeps = row_filter(self.filter, f"Data source {self.dataset!r}: ")
             rows = (numbered for numbered in rows if keeps(numbered[1]))
         rows = islice(rows, self.skip, None if self.take is None else self.skip + self.take)
         name = source_name(self.dataset, self.subset)
@@ -93,11 +93,29 @@ class DocumentStream:
             yield {"id": document.id, "text": document.text}
 
 
+def sample(streams: Sequence[DocumentStream], count: int) -> dict[str, list[dict[str, str]]]:
+    """The first `count` documents of each source that has a weight, by its dataset's name: what is wrong with one shows.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`DocumentStream.documents`]; or a source gives no document.
+    """
+    samples: dict[str, list[dict[str, str]]] = {}
+    for stream in streams:
+        if stream.weight != 0:
+            documents = list(islice(stream.documents(), count))
+            if not documents:
+                passing = "" if stream.filter is None else f" that passes its filter {stream.filter!r}"
+                raise ValueError(f"Data source {stream.dataset!r} gives no document{passing}.")
+            samples.setdefault(stream.dataset, []).extend(documents)
+    return samples
+
+
 def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Callable[[Mapping[str, Any]], bool]:
     """What `DocumentStream.filter` means, as a function of a row.
 
     Raises:
-        ValueError: no such module or function, or a comparison that there is not.
+        ValueError: no such module or function, or a comparison that there is not; from the function, a value that cannot be
+            compared.
     """
     if condition is None:
         return lambda row: True
@@ -109,6 +127,8 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
             raise ValueError(
                 f"{where}filter {condition!r} is no function that can be imported, such as 'package.module:function' ({error})."
             ) from error
+        if not callable(function):
+            raise ValueError(f"{where}filter {condition!r} is no function, but {function!r}.")
         return function
     if not isinstance(condition, Mapping):
         raise ValueError(
@@ -126,8 +146,11 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
             if value is None:
                 return False
             if isinstance(wanted, Mapping):
-                if not all(COMPARISONS[sign](value, bound) for sign, bound in wanted.items()):
-                    return False
+                try:
+                    if not all(COMPARISONS[sign](value, bound) for sign, bound in wanted.items()):
+                        return False
+                except TypeError as error:
+                    raise ValueError(f"{where}filter on {column!r}: {value!r} cannot be compared ({error}).") from error
             elif value not in (wanted if isinstance(wanted, list | tuple) else [wanted]):
                 return False
         return True
@@ -144,7 +167,7 @@ def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6
         ConnectionError, TimeoutError: it went on failing, `attempts` times without a row in between.
     """
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_of_the_network),
+        retry=tenacity.retry_if_exception(is_of_the_network),
         stop=tenacity.stop_after_attempt(attempts),
         wait=tenacity.wait_random_exponential(multiplier=1, max=60),
         before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
@@ -170,18 +193,10 @@ def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6
         try:
             iterator, row = step(iterator)
         except Exception as error:
-            if not _of_the_network(error):
+            if not is_of_the_network(error):
                 raise
             logger.warning("Reading broke off after %d rows (%s): going on from there.", rows_read, error)
             iterator, row = retrying(step, None)  # the old iterator ended with its error
-
-
-def _of_the_network(error: BaseException) -> bool:
-    # requests' and httpx's errors, and huggingface_hub's, are told by the families they belong to
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, ConnectionError | TimeoutError) or bool(
-        names & {"RequestException", "TransportError", "HfHubHTTPError"}
-    )
 
 
 def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, processes: int = 1) -> Iterator[Document]:

@@ -3,8 +3,11 @@
 import json
 from collections import Counter
 
+import httpx
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from retrieval import read_documents
 from retrieval.streams import DocumentStream, mix, patiently, row_filter
@@ -28,6 +31,17 @@ def test_ids_and_texts_are_those_of_an_ingestion(rows, tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     parquet = DocumentStream(str(tmp_path / "rows.parquet"), doc_id_field="key")
     assert [(document.id, document.text) for document in mix([parquet])] == [(row["key"], row["text"]) for row in rows]
+
+
+def test_a_folder_of_rows_is_its_files_one_after_the_other(rows, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    Dataset.from_list(rows[:10]).to_parquet(folder / "a.parquet")
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows[10:])))
+    (folder / "c.txt").write_text("a text of its own")
+    read = [(document.id, document.text) for document in mix([DocumentStream(str(folder))])]
+    assert read[:-1] == [(f"shards#{i}", row["text"]) for i, row in enumerate(rows)]
+    assert read[-1] == ("shards/c.txt", "a text of its own")
 
 
 def high_and_english(row):
@@ -127,6 +141,23 @@ class TestNetwork:
     def test_gives_up_in_the_end(self):
         with pytest.raises(ConnectionError, match="gone after 4 rows"):
             list(patiently(self.source([4] * 50, streaming=False), attempts=3))
+
+    @pytest.mark.parametrize("status, again", [(503, True), (429, True), (404, False), (401, False)])
+    def test_a_hub_that_is_busy_is_asked_again_and_one_that_knows_no_such_dataset_is_not(
+        self, monkeypatch, status, again
+    ):
+        """`datasets` says of both that there is no such dataset; what is behind it tells."""
+        calls = []
+
+        def load(*args, **kwargs):
+            calls.append(1)
+            response = httpx.Response(status, request=httpx.Request("GET", "http://hub"))
+            raise DatasetNotFoundError("no such dataset") from HfHubHTTPError("says the hub", response=response)
+
+        monkeypatch.setattr("retrieval.sources.load_dataset", load)
+        with pytest.raises(FileNotFoundError):
+            list(DocumentStream("org/data").documents())
+        assert len(calls) == (6 if again else 1)
 
     def test_other_errors_are_told_at_once(self):
         def broken():
