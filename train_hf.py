@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
@@ -22,11 +23,14 @@ from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, KnowledgeBaseError
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import PackedStream
-from retrieval.streams import mix
+from retrieval.streams import mix, sample
 from training_retro import DataArguments, ModelArguments, RetroTrainer, RetroTrainingArguments, parse_arguments
-from training_retro.data import card_of, load_precomputed, pack_streams, precompute
+from training_retro.data import card_of, load_precomputed, pack_streams, precompute, warn_of_own_text
+from training_retro.trainer import check_batch_size
 
 logger = logging.getLogger("train_hf")
+
+DOCUMENTS_SAMPLED = 4  # of each source, before it is packed
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -48,14 +52,17 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     """Weights with their configuration overridden, or a model of random weights in the tokenizer's vocabulary.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model.
+        ValueError: the tokenizer has more tokens than the model; an override is not of its type, or does not go with others.
     """
     overrides = arguments.config_overrides
-    if arguments.model_name_or_path is not None:
-        model = RetroForCausalLM.from_pretrained(arguments.model_name_or_path, **overrides)
-    else:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = RetroForCausalLM(RetroConfig(**{"vocab_size": len(tokenizer), **ids, **overrides}))
+    try:
+        if arguments.model_name_or_path is not None:
+            model = RetroForCausalLM.from_pretrained(arguments.model_name_or_path, **overrides)
+        else:
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            model = RetroForCausalLM(RetroConfig(**{"vocab_size": len(tokenizer), **ids, **overrides}))
+    except StrictDataclassError as error:
+        raise ValueError(f"config_overrides: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {model.config.vocab_size} (vocab_size): "
@@ -99,11 +106,20 @@ def choose_parameters(model: RetroForCausalLM, arguments: ModelArguments, has_ne
         for parameter in model.parameters():
             parameter.requires_grad_(not parameter.requires_grad)
     if arguments.lora is not None:
-        model = add_adapters(model, arguments.lora)
+        untrained = {"modules_to_save": untrained_parts(model)} if has_neighbors else {}
+        model = add_adapters(model, untrained | arguments.lora)
     total = model.num_parameters()
     trained = model.num_parameters(only_trainable=True)
     logger.info("training %s of %s parameters (%.1f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
     return model
+
+
+def untrained_parts(model: RetroForCausalLM) -> list[str] | None:
+    """Modules of RETRO through which nothing comes yet, since what they end in is zero: adapters alone would leave them so."""
+    parts = {"cca.c_proj.weight": ["cca", "ln_cca", "encoder"], "copy_head.valve": ["copy_head"]}
+    ends = {name: [p for key, p in model.named_parameters() if key.endswith(name)] for name in parts}
+    zero = [name for name, parameters in ends.items() if parameters and not any(p.any() for p in parameters)]
+    return [module for name in zero for module in parts[name]] or None
 
 
 def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.Module:
@@ -165,18 +181,26 @@ def build_trainer(
     """
     set_seed(training.seed)
     tokenizer = load_tokenizer(model_arguments)
+    # what can be said to be wrong with the data, the sizes and what is trained comes before the hours of packing
+    samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
     model = load_model(model_arguments, tokenizer)
-    n_positions = model.config.n_positions
-    if data.block_size is not None and not 2 <= data.block_size <= n_positions:
+    config = model.config
+    least = config.chunk_size if data.has_neighbors else 2
+    if data.block_size is not None and not least <= data.block_size <= config.n_positions:
         raise ValueError(
-            f"block_size is {data.block_size}; it must be from 2 to the model's n_positions, {n_positions}."
+            f"block_size is {data.block_size}; it must be from {least} ({'a chunk' if data.has_neighbors else 'a prediction'}) to "
+            f"the model's n_positions, {config.n_positions}."
         )
+    if data.has_neighbors and data.precompute_to is None:
+        check_batch_size(training, config)
     bulk_tokenizer = BulkTokenizer(tokenizer)  # takes a while to check itself: made once
     if data.knowledge_base is not None:
         connect(model, bulk_tokenizer, data)
     try:
-        train_dataset, eval_dataset = load_data(data, training, model.config, bulk_tokenizer, cache_dir)
         trained = choose_parameters(model, model_arguments, data.has_neighbors)
+        if model.retriever is not None and training.process_index == 0:
+            warn_of_own_text(samples, bulk_tokenizer, model.retriever)
+        train_dataset, eval_dataset = load_data(data, training, config, bulk_tokenizer, cache_dir)
         return RetroTrainer(
             model=trained,
             args=training,

@@ -36,6 +36,7 @@ class BenchmarkSettings:
 
     Raises:
         ValueError: an unknown scoring, or a batch size below 1.
+        FileNotFoundError: there is no folder `data`.
     """
 
     names: Sequence[str]
@@ -49,6 +50,8 @@ class BenchmarkSettings:
             raise ValueError(f"Benchmarks are scored by {' or '.join(SCORINGS)}, not {self.scoring!r}.")
         if self.batch_size < 1:
             raise ValueError(f"The batch size of benchmarks must be at least 1, not {self.batch_size}.")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise FileNotFoundError(f"There is no folder {self.data!r} with copies of the benchmarks' datasets.")
 
     def build(self) -> dict[str, Any]:
         """The benchmarks, ready to be run.

@@ -8,11 +8,12 @@ from uuid import uuid4
 
 import torch
 from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 
 from .chunking import Document, tokenize_documents
 from .tokenization import BulkTokenizer
 
-NO_TEXT = "There is no text to pack: every document is empty, or there are none."
+NO_TEXT = "There is no text to pack: every document is empty, or there are none (a stream needs one for each process)."
 FEATURES = Features({"input_ids": List(Value("int32")), "doc_ids": List(List(Value("string")))})
 Place = tuple[int, int]  # documents that are used up, and tokens of the next one
 
@@ -143,6 +144,11 @@ def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Pat
     if next(sequences(), None) is None:
         raise ValueError(NO_TEXT)
     # a fresh fingerprint: `datasets` would otherwise reuse an old file although the text behind it has changed
-    return Dataset.from_generator(
-        sequences, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False
-    )
+    try:
+        return Dataset.from_generator(
+            sequences, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False
+        )
+    except DatasetGenerationError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None  # it says what is wrong, and where

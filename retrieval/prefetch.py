@@ -21,7 +21,7 @@ class Prefetcher(Generic[T]):
         depth: items ready and waiting, at least 1.
 
     Attributes:
-        seconds_waited: that the caller has waited for items, the first aside.
+        seconds_waited: that the caller has waited for items.
 
     Raises (from `next`):
         Exception: what reading an item raised, with its own traceback; then it is over.
@@ -43,16 +43,17 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         if self._over:
             raise StopIteration
+        started = time.perf_counter()
         if self._thread is None:
             try:
                 item = next(self._items)
             except BaseException:
                 self._over = True
                 raise
+            self.seconds_waited += time.perf_counter() - started
             self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
             self._thread.start()
             return item
-        started = time.perf_counter()
         item, error = self._ready.get()
         self.seconds_waited += time.perf_counter() - started
         if error is not None or item is _END:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +41,8 @@ class ModelArguments:
     lora: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Train adapters alone: peft.LoraConfig fields, as a mapping or '{r: 8, target_modules: [c_attn]}'."
+            "help": "Train adapters, and whole what of RETRO is still untrained (modules_to_save): peft.LoraConfig fields, as a "
+            "mapping or '{r: 8, target_modules: [c_attn]}'."
         },
     )
 
@@ -86,7 +89,10 @@ class DataArguments(KnowledgeBaseArguments):
         metadata={"help": "Chunks whose neighbors are kept in memory between epochs; about 3 kB each."},
     )
     prefetch_batches: int = field(
-        default=4, metadata={"help": "Batches whose neighbors are fetched ahead, while the model computes; 0: none."}
+        default=4,
+        metadata={
+            "help": "Batches whose neighbors are fetched ahead while the model computes, at least those of one update; 0: none."
+        },
     )
     precomputed: str | None = field(
         default=None,
@@ -194,6 +200,8 @@ class RetroTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
         self.benchmark_options = _mapping("benchmark_options", self.benchmark_options)
+        if isinstance(self.benchmarks, str):  # one in YAML, written without a list
+            self.benchmarks = [self.benchmarks]
         if not 0 <= self.neighbor_dropout < 1:
             raise ValueError(
                 f"neighbor_dropout is a share of the sequences, from 0 to below 1, not {self.neighbor_dropout}."
@@ -226,10 +234,19 @@ class RetroTrainingArguments(TrainingArguments):
         return settings
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: to PyYAML, 6e-5 is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+)
+
+
 def _mapping(name: str, value: dict | str | None) -> dict | None:
     """A mapping, also where a flag has it as text."""
     if isinstance(value, str):
-        value = yaml.safe_load(value)
+        value = yaml.load(value, _Loader)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name} must map names to values, like '{{n_layer: 6}}', not {value!r}.")
     return value
@@ -253,7 +270,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
             settings = _read_yaml(Path(argv.pop(0)))
             if unknown := sorted(set(settings) - known):
                 raise ValueError(_unknown("the configuration file has", unknown, known))
-            # numbers as text: the parser converts and checks text alone, and YAML reads 5e-4 as text anyway
+            # numbers as text: the parser converts and checks text alone
             parser.set_defaults(**{k: str(v) if isinstance(v, (int, float)) else v for k, v in settings.items()})
         *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if rest:
@@ -270,7 +287,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} must map names to values, such as 'block_size: 512'; it is a {type(settings).__name__}."
@@ -311,6 +328,11 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
         raise ValueError("streaming packs while it trains; precomputed neighbors need it done before. Use one of them.")
     if data.streaming and training.max_steps <= 0:
         raise ValueError("streaming has no end: set max_steps.")
+    if data.streaming and training.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers is {training.dataloader_num_workers}: a stream is read by the process that trains on it, "
+            "ahead of the model (prefetch_batches). Set it to 0."
+        )
     if training.benchmark_settings() is not None and training.eval_strategy == "no":
         raise ValueError("benchmarks run at each evaluation, and eval_strategy is 'no': set it to steps or epoch.")
     if data.prefetch_batches < 0:
@@ -337,8 +359,15 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
     """The latest checkpoint with its trainer_state.json, which is written when all else is there."""
     numbered = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
     folders = {int(number): path for number, path in numbered if number.isdecimal()}
-    whole = [step for step, path in folders.items() if (path / "trainer_state.json").is_file()]
+    whole = [step for step, path in folders.items() if _is_whole(path)]
     return str(folders[max(whole)]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):  # none, or one that was cut off
+        return False
 
 
 def _checkpoint(training: RetroTrainingArguments) -> str | None:
@@ -352,8 +381,8 @@ def _checkpoint(training: RetroTrainingArguments) -> str | None:
         raise ValueError(
             f"resume_from_checkpoint is true, but there is no checkpoint in {training.output_dir!r} (output_dir)."
         )
-    if not (Path(folder) / "trainer_state.json").is_file():
+    if not _is_whole(Path(folder)):
         raise ValueError(
-            f"resume_from_checkpoint: {folder!r} is no checkpoint of a training run (it has no trainer_state.json)."
+            f"resume_from_checkpoint: {folder!r} is no whole checkpoint of a training run (no whole trainer_state.json)."
         )
     return folder

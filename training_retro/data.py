@@ -1,9 +1,11 @@
 """The data of a training run: documents packed into sequences, before it trains, and neighbors stored with them."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,10 +16,14 @@ from configuration_retro import RetroConfig
 from retrieval import BulkTokenizer, MilvusRetriever
 from retrieval.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from retrieval.packing import FEATURES, pack_documents, packed_dataset
+from retrieval.retriever import runs
 from retrieval.streams import DocumentStream, mix
 
+logger = logging.getLogger(__name__)
+
+CHUNKS_SAMPLED = 8  # of a document
 CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
-FORMAT = 2  # of the folder: from 2 on, with the neighbors' similarities
+FORMAT = 3  # of the folder: from 2 on, with the neighbors' similarities; from 3 on, with a slot for every sequence
 
 
 def pack_streams(
@@ -29,6 +35,44 @@ def pack_streams(
         return (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
 
     return packed_dataset(sequences, cache_dir)
+
+
+def warn_of_own_text(
+    samples: dict[str, list[dict[str, str]]], tokenizer: BulkTokenizer, retriever: MilvusRetriever
+) -> None:
+    """Say so where the knowledge base holds a source's text under other ids, so that its chunks would read themselves.
+
+    Args:
+        samples: some documents {"id", "text"} of each source.
+    """
+    size = retriever.chunk_size
+    for source, documents in samples.items():
+        chunks: list[list[int]] = []
+        ids: list[str] = []
+        beginnings = [document["text"][: 20 * CHUNKS_SAMPLED * size] for document in documents]  # more than enough
+        for document, tokens in zip(documents, tokenizer.encode_batch(beginnings), strict=True):
+            starts = range(0, len(tokens) - size + 1, size)[:CHUNKS_SAMPLED]
+            chunks += [tokens[start : start + size] for start in starts]
+            ids += [document["id"]] * len(starts)
+        if not chunks:
+            continue
+        found = retriever.retrieve(chunks, exclude_doc_ids=[{id_} for id_ in ids])
+        copies = []  # of a chunk: its id, and that of the document that has half of it
+        for chunk, id_, neighbors, names in zip(chunks, ids, found.ids.tolist(), found.doc_ids, strict=True):
+            own = runs(chunk, size // 2)
+            having = (name for tokens, name in zip(neighbors, names, strict=True) if own & runs(tokens, size // 2))
+            copies += [(id_, name) for name in islice(having, 1)]
+        if 2 * len(copies) >= len(chunks):
+            logger.warning(
+                "%s: %d of %d chunks that were looked up find their own text, in documents of other ids: what is %r here is "
+                "%r in the knowledge base. What is then learned, and measured, is to copy. Ids begin with the name of the "
+                "file or folder that was ingested, or are doc_id_field: use the same here. If the text does occur more than "
+                "once, leave the copies out, or count on it.",
+                source,
+                len(copies),
+                len(chunks),
+                *copies[0],
+            )
 
 
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
@@ -49,6 +93,8 @@ def precompute(
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: precompute into a new folder, or delete it.")
     collator = RetroDataCollator(retriever)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    draft.mkdir(parents=True)  # before all the retrieval: a folder that cannot be written would lose it
 
     def find(batch: dict[str, list]) -> dict[str, list]:
         rows = [
@@ -59,14 +105,13 @@ def precompute(
 
     ids, mask, scores = List(List(List(Value("int32")))), List(List(List(Value("bool")))), List(List(Value("float32")))
     features = Features({**FEATURES, **dict(zip(NEIGHBOR_FIELDS, (ids, mask, scores), strict=True))})
-    stored = DatasetDict(
-        {
-            name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
-            for name, part in parts.items()
-        }
-    )
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        stored = DatasetDict(
+            {
+                name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
+                for name, part in parts.items()
+            }
+        )
         stored.save_to_disk(str(draft))
         card = card | {"embedding_model": retriever.embedding_model, "collection_name": retriever.collection_name}
         (draft / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from configuration_retro import RetroConfig
 from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, shuffle_neighbors, weight_nats
 from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
 from modeling_retro.modeling_retro import is_added
 from modeling_retro.sharing import write_code
-from retrieval.collator import NEIGHBOR_FIELDS, RetroDataCollator
+from retrieval.collator import NEIGHBOR_FIELDS
 from retrieval.packing import PackedStream
 from retrieval.prefetch import Prefetcher
 
@@ -37,14 +38,14 @@ WAITING = 0.1  # share of the time from which on waiting for neighbors is worth 
 
 class RetroTrainer(Trainer):
     """Trainer for RETRO models; its evaluation measures loss and bits-per-byte with neighbors on, off and shuffled, and the
-    copy baseline, whose weight is chosen on the last batches that were trained on (0 before there are any).
+    copy baseline, whose weight is chosen on the last batches that were trained on (not before there are any).
 
     Args:
         args: [`RetroTrainingArguments`].
         processing_class: the tokenizer.
         data_collator: a [`retrieval.collator.RetroDataCollator`].
         train_dataset: packed sequences, or a [`PackedStream`] of this process' own documents.
-        prefetch_batches: batches made ahead of the model; 0: none.
+        prefetch_batches: batches made ahead of the model, at least those of one update; 0: none.
         **kwargs: as for `Trainer`.
     """
 
@@ -69,14 +70,11 @@ class RetroTrainer(Trainer):
         self._place: list[int] = []  # of a stream, after them
         self._since = _Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
-        self._copy_weight = 0.0
+        self._copy_weight: float | None = None
         columns = getattr(self.train_dataset, "column_names", None) or ()
         reads = getattr(self.data_collator, "retriever", None) or "neighbor_ids" in columns
-        if reads and self._share_shuffled and self.args.per_device_train_batch_size < 2:
-            raise ValueError(
-                "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
-                "sequence of the batch. Set it to 2 or more, or neighbor_shuffle to 0."
-            )
+        if reads:
+            check_batch_size(self.args, self.model.config)
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
         self._counts = {  # for the first log
             "parameters_trained": sum(size for is_trained, size in sizes if is_trained),
@@ -117,14 +115,6 @@ class RetroTrainer(Trainer):
             generator=torch.Generator(),
         )
 
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """With a collator of its own: what is logged of the neighbors is of those that are trained on."""
-        collator, self.data_collator = self.data_collator, RetroDataCollator(self.data_collator.retriever)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = collator
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one update, made ahead."""
         if not self.prefetch_batches:
@@ -135,14 +125,19 @@ class RetroTrainer(Trainer):
             if self._source is not epoch_iterator:
                 self._stop_reading()
                 self._source = epoch_iterator
-                self._batches = Prefetcher(epoch_iterator, self.prefetch_batches)
+                # an update takes its batches all at once: those of the next one must fit in while the model computes
+                self._batches = Prefetcher(epoch_iterator, max(self.prefetch_batches, num_batches))
             before = self._batches.seconds_waited
             samples = super().get_batch_samples(self._batches, num_batches, device)
             self._since.waited += self._batches.seconds_waited - before
+        if not self._recent:
+            self._since = (
+                _Progress()
+            )  # the clock starts with the first batches: making them is no measure of what follows
         self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
-            self._since.tokens += (batch["labels"] != -100).sum()  # a tensor: nothing waits for the device
+            self._since.add(batch, self.model.config.chunk_size)
             if self.args.device_peak_tflops is not None:
                 self._since.flops += step_flops(self.model, batch)
         if isinstance(self.train_dataset, PackedStream):
@@ -173,9 +168,7 @@ class RetroTrainer(Trainer):
 
     @property
     def _share_shuffled(self) -> float:
-        if self.args.neighbor_shuffle is None:
-            return BAD_NEIGHBORS if self.model.config.copy_head else 0.0
-        return self.args.neighbor_shuffle
+        return share_shuffled(self.args, self.model.config)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices alone: a copy head has vectors that are no biases by name, and matches are weighed by a few per head."""
@@ -200,9 +193,6 @@ class RetroTrainer(Trainer):
         if "loss" in logs:
             logs |= self._since.numbers(self.args) | self._counts
             self._since, self._counts = _Progress(), {}
-            statistics = getattr(self.data_collator, "statistics", None)
-            if statistics is not None and statistics.chunks:
-                logs |= statistics.take()
             if logs["retrieval_wait"] > WAITING and self.is_world_process_zero():
                 logger.info(
                     "Retrieval is the limit: %.0f %% of the time goes to waiting for batches. A faster embedding model or "
@@ -296,13 +286,44 @@ class RetroTrainer(Trainer):
             self.args.hub_token = token
 
 
+def share_shuffled(args: RetroTrainingArguments, config: RetroConfig) -> float:
+    """Share of chunks trained with another sequence's neighbors: `neighbor_shuffle`, or its default."""
+    if args.neighbor_shuffle is None:
+        return BAD_NEIGHBORS if config.copy_head else 0.0
+    return args.neighbor_shuffle
+
+
+def check_batch_size(args: RetroTrainingArguments, config: RetroConfig) -> None:
+    """Raises ValueError where a batch of one sequence is to hold another one's neighbors."""
+    if share_shuffled(args, config) and args.per_device_train_batch_size < 2:
+        raise ValueError(
+            "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
+            "sequence of the batch. Set it to 2 or more, or neighbor_shuffle to 0."
+        )
+
+
 class _Progress:
-    """What was done since the last log, by this process."""
+    """What was done since the last log, by this process. Counts are tensors: nothing waits for the device."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.waited, self.flops = 0.0, 0.0
         self.tokens: torch.Tensor | int = 0
+        self.chunks: torch.Tensor | int = 0
+        self.chunks_with_neighbors: torch.Tensor | int = 0
+        self.neighbors: torch.Tensor | int = 0
+        self.similarity: torch.Tensor | float = 0.0  # summed over neighbors
+
+    def add(self, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
+        """A batch that is trained on."""
+        tokens = (batch["labels"] != -100).sum(-1)
+        self.tokens += tokens.sum()
+        if "neighbor_scores" in batch:
+            there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
+            self.chunks += (tokens // chunk_size).sum()
+            self.chunks_with_neighbors += there.any(-1).sum()
+            self.neighbors += there.sum()
+            self.similarity += (batch["neighbor_scores"] * there).sum()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -314,12 +335,17 @@ class _Progress:
             self.started += time.perf_counter() - before
 
     def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
-        """tokens_per_second of all processes; retrieval_wait, a share of the time; utilisation, if the peak is known."""
+        """tokens_per_second of all processes; retrieval_wait, a share of the time; of chunks, the share that has a neighbor, and
+        the mean similarity of these; utilisation, if the peak is known.
+        """
         seconds = time.perf_counter() - self.started
         numbers = {
             "tokens_per_second": args.world_size * int(self.tokens) / seconds,
             "retrieval_wait": self.waited / seconds,
         }
+        if self.chunks:
+            numbers["chunks_with_neighbors"] = int(self.chunks_with_neighbors) / int(self.chunks)
+            numbers["mean_similarity"] = float(self.similarity) / max(int(self.neighbors), 1)
         if args.device_peak_tflops is not None:
             numbers["model_flops_utilization"] = self.flops / seconds / (1e12 * args.device_peak_tflops)
         return numbers

@@ -1,8 +1,10 @@
 """Training runs as a team has them: read ahead, precomputed, streamed, stopped and resumed, in several processes."""
 
 import json
+import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +81,12 @@ class TestNeighborsAhead:
             torch.testing.assert_close(one.pop("neighbor_scores"), other.pop("neighbor_scores"), atol=1e-6, rtol=0)
             assert [name for name in one if not torch.equal(one[name], other[name])] == []
         stored = train(flags(world, tokenizer_folder, tmp_path / "run", **given), tmp_path / "c")
+        while_training = train(
+            flags(world, tokenizer_folder, tmp_path / "run", **knowledge_base(world)), tmp_path / "c2"
+        )
+        for one, other in zip(stored.state.log_history, while_training.state.log_history, strict=True):
+            for name in ("chunks_with_neighbors", "mean_similarity"):
+                assert one.get(name) == pytest.approx(other.get(name), abs=1e-5) and (name in one) == ("loss" in one)
         assert losses(stored)[-1] < losses(stored)[0] and stored.model.config.collection_name == "texts"
         row = stored.train_dataset[0]
         assert torch.tensor(row["neighbor_ids"]).shape == (len(row["input_ids"]) // CHUNK, 2, 2 * CHUNK)
@@ -86,6 +94,32 @@ class TestNeighborsAhead:
             train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", block_size=32, **given))
         with pytest.raises(SystemExit, match="holds no precomputed neighbors"):
             train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **{**given, "precomputed": world}))
+
+    def test_all_batches_of_the_next_update_are_made_meanwhile(self, world, tokenizer_folder, tmp_path):
+        changes = {
+            "gradient_accumulation_steps": 6,
+            "prefetch_batches": 2,
+            "per_device_train_batch_size": 1,
+            "max_steps": 2,
+        }
+        arguments = flags(world, tokenizer_folder, tmp_path / "run", **changes, **knowledge_base(world))
+        trainer = train_hf.build_trainer(*train_hf.parse_arguments(arguments), tmp_path)
+        collate, step, made, computed = trainer.data_collator, trainer.training_step, [], []
+
+        def training_step(*args, **kwargs):
+            computed.append(1)
+            if len(computed) == 1:  # the model is busy with the first update
+                deadline = time.monotonic() + 30
+                while len(made) < 12 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert len(made) >= 12
+            return step(*args, **kwargs)
+
+        trainer.data_collator = lambda features: made.append(1) or collate(features)
+        trainer.training_step = training_step
+        trainer.train()
+        trainer.model.retriever.close()
+        assert len(computed) == 12
 
     def test_a_search_that_fails_ends_the_run_with_its_cause(self, world, tokenizer_folder, tmp_path):
         trainer = train_hf.build_trainer(
@@ -118,13 +152,25 @@ class TestRegimes:
             added = any(part in name for part in (".cca.", ".ln_cca.", ".encoder."))
             assert rates[name] == (0.25 if added else 5e-3, 0.1 if parameter.ndim > 1 else 0.0), name
 
-    def test_adapters_train_alone(self, world, tokenizer_folder, tmp_path):
-        lora = "{r: 2, target_modules: [c_attn, q_attn]}"
-        trainer = train(flags(world, tokenizer_folder, tmp_path, lora=lora, **knowledge_base(world)), tmp_path / "c")
-        assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    def test_adapters_train_with_what_is_new(self, world, tokenizer_folder, tmp_path):
+        """What of RETRO has learned nothing yet ends in zeros, through which adapters would get no gradient."""
+        settings = {"lora": "{r: 2, target_modules: [c_attn, q_attn]}", **knowledge_base(world)}
+        settings["config_overrides"] = OVERRIDES.replace("}", ", copy_head: true}")
+        trainer = train(flags(world, tokenizer_folder, tmp_path / "run", **settings), tmp_path / "c")
+        trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        added = ("cca.", "encoder.", "copy_head.")
+        assert all("lora_" in name or any(part in name for part in added) for name in trained)
         assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+        for end in ("copy_head.modules_to_save.default.valve", "cca.modules_to_save.default.c_proj.weight"):
+            assert any(name.endswith(end) and p.any() for name, p in trainer.model.named_parameters())
         trainer.save_model(tmp_path / "adapter")
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+        # of a RETRO that has learned to read, adapters alone
+        trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        settings |= {"model_name_or_path": tmp_path / "merged", "config_overrides": None}
+        again = train(flags(world, tokenizer_folder, tmp_path / "again", **settings), tmp_path / "c2")
+        assert all("lora_" in name for name, p in again.model.named_parameters() if p.requires_grad)
 
     def test_defaults_are_those_of_gpt2s_pretraining(self, world, tokenizer_folder, tmp_path):
         arguments = flags(world, tokenizer_folder, tmp_path, learning_rate=None, max_steps=200)
@@ -274,7 +320,7 @@ class TestManyProcesses:
     def test_a_rank_that_fails_ends_the_run_with_its_message(self, world, tokenizer_folder, tmp_path):
         arguments = flags(world, tokenizer_folder, tmp_path / "run", block_size=65, **knowledge_base(world))
         ran = subprocess.run([*ACCELERATE, train_hf.__file__, *arguments], capture_output=True, text=True, timeout=240)
-        assert ran.returncode != 0 and "block_size is 65; it must be from 2" in ran.stderr
+        assert ran.returncode != 0 and "block_size is 65; it must be from 8" in ran.stderr
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(world, tokenizer_folder, tmp_path, monkeypatch):
@@ -306,6 +352,8 @@ def test_a_half_written_checkpoint_is_passed_over(world, tokenizer_folder, tmp_p
     train(arguments, tmp_path / "c")
     (tmp_path / "run" / "checkpoint-9").mkdir()
     (tmp_path / "run" / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoint-10").mkdir()
+    (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10, "log_his')
     _, _, training = train_hf.parse_arguments([*arguments, "--resume_from_checkpoint", "true"])
     assert training.resume_from_checkpoint.endswith("checkpoint-4")
 
@@ -366,9 +414,24 @@ def test_reports_hold_what_the_log_holds(world, tokenizer_folder, tmp_path, wher
         ({"neighbor_dropout": 1.5}, "neighbor_dropout is a share"),
         ({"benchmarks": ["NoSuchBench"], "eval_strategy": "steps", "eval_steps": 1}, "NoSuchBench|DeepEval"),
         ({"lora": {"rr": 8}}, "rr"),
+        ({"lora": {"target_modules": ["no_such"]}}, "no_such"),
+        ({"validation_data": ["no/such/file.txt"]}, "'no/such/file.txt' is no file"),
+        ({"train_data": ["train", {"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'"),
+        ({"train_data": "no/such/file.txt", "streaming": True}, "'no/such/file.txt' is no file"),
+        (
+            {"train_data": [{"dataset": "rows.jsonl", "filter": {"lang": "EN"}}]},
+            "gives no document that passes its filter",
+        ),
+        ({"train_data": [{"dataset": "rows.jsonl", "filter": {"text": {">": 3}}}]}, "'some text' cannot be compared"),
+        ({"train_data": [{"dataset": "rows.jsonl", "filter": "math:pi"}]}, "is no function, but 3.14"),
+        ({"config_overrides": {"n_layer": "six"}}, "Field 'n_layer' expected int"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "dataloader_num_workers is 2: a stream"),
+        ({"benchmarks": "HellaSwag", "benchmark_data": "no/such/folder"}, "no folder 'no/such/folder'|DeepEval"),
     ],
 )
 def test_bad_settings_are_named_first(world, tokenizer_folder, tmp_path, settings, message, capsys, monkeypatch):
+    """Before anything is packed, which may take hours."""
+    monkeypatch.setattr(train_hf, "pack_streams", None)
     monkeypatch.chdir(world)
     (world / "rows.jsonl").write_text('{"text": "some text"}\n')
     given = dict.fromkeys(settings)
@@ -377,6 +440,54 @@ def test_bad_settings_are_named_first(world, tokenizer_folder, tmp_path, setting
         train_hf.main(yaml_flags(tmp_path / "config.yaml", arguments, **settings))
     text = f"{caught.value} {capsys.readouterr().err}"
     assert any(part in text for part in message.split("|")), text
+
+
+def test_what_yaml_reads_as_text_is_a_number(world, tokenizer_folder, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "lr_scheduler_kwargs: {min_lr: 6e-5}\nadam_epsilon: 1e-9\nconfig_overrides: {layer_norm_epsilon: 1e-6}\n"
+        f"train_data: [{{dataset: {world / 'train'}, weight: 1e-1}}]\n"
+    )
+    given = {"train_data": None, "config_overrides": None}
+    arguments = [str(tmp_path / "config.yaml"), *flags(world, tokenizer_folder, tmp_path / "run", **given)]
+    model, data, training = train_hf.parse_arguments(arguments)
+    assert training.lr_scheduler_kwargs == {"min_lr": 6e-5} and training.adam_epsilon == 1e-9
+    assert model.config_overrides == {"layer_norm_epsilon": 1e-6} and data.streams("train_data")[0].weight == 0.1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_the_knowledge_base_has_under_other_ids_is_named(
+    world, tokenizer_folder, tmp_path, streaming, caplog
+):
+    copy = tmp_path / "renamed"
+    shutil.copytree(world / "train", copy)
+    for folder, named in ((world / "train", False), (copy, True)):
+        caplog.clear()
+        changes = {"train_data": folder, "streaming": streaming, **knowledge_base(world)}
+        arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path / "run", **changes))
+        trainer = train_hf.build_trainer(*arguments, tmp_path / f"c{named}")
+        trainer.model.retriever.close()
+        assert ("'renamed/0.txt' here is 'train/0.txt' in the knowledge base" in caplog.text) == named
+
+
+def test_batches_without_a_whole_chunk(world, tokenizer_folder, tmp_path):
+    """Alone in a batch, in training and evaluation."""
+    (tmp_path / "short.txt").write_text("ab")
+    arguments = flags(
+        world,
+        tokenizer_folder,
+        tmp_path / "run",
+        train_data=tmp_path / "short.txt",
+        validation_data=tmp_path / "short.txt",
+        freeze_backbone="true",
+        gradient_checkpointing="true",
+        max_steps=2,
+        **knowledge_base(world),
+    )
+    trainer = train(arguments, tmp_path / "c")
+    assert {len(row["input_ids"]) < CHUNK for row in trainer.train_dataset} == {True}
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    with pytest.raises(SystemExit, match="block_size is 7; it must be from 8"):
+        train_hf.main([*arguments, "--block_size", "7"])
 
 
 def test_documents_shorter_than_a_chunk_and_blocks_with_a_partial_one(world, tokenizer_folder, tmp_path):
