@@ -11,6 +11,7 @@ held-out document is read; curves.svg in the folder shows them.
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def draw(log: list[dict[str, float]], file: Path) -> None:
     """Held-out bits per byte in reach of neighbors, over steps."""
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for name, (label, color) in CURVES.items():
-        axes.plot([entry["step"] for entry in log], [entry[field(name)] for entry in log], color=color, label=label)
+        values = [entry.get(field(name), math.nan) for entry in log]  # no copy baseline before there is a weight
+        axes.plot([entry["step"] for entry in log], values, color=color, label=label)
     axes.set(xlabel="steps of 2,048 tokens", ylabel="held-out bits per byte, in reach")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -103,7 +105,7 @@ def main() -> None:
     print("| step | " + " | ".join(label for label, _ in CURVES.values()) + " |")
     print("|---|" + "---|" * len(CURVES))
     for entry in log:
-        values = (entry[field(name)] for name in CURVES)
+        values = (entry.get(field(name), math.nan) for name in CURVES)
         print(f"| {entry['step']} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     draw(log, folder / "curves.svg")
 

@@ -4,12 +4,14 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import tenacity
-from datasets import Features, IterableDataset, Value, interleave_datasets
+from datasets import Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets.distributed import split_dataset_by_node
 
 from .chunking import Document
 from .sources import documents_from_numbered_rows, is_of_the_network, read_rows, same_name, source_name
@@ -75,14 +77,29 @@ class DocumentStream:
             raise ValueError(f"{where}shard_index is {self.shard_index}, but there are {self.num_shards} shards.")
         row_filter(self.filter, where)
 
-    def documents(self) -> Iterator[dict[str, str]]:
-        """Rows {"id", "text"}, one pass, neither shuffled nor mixed.
+    def files(self) -> list[int] | list[None]:
+        """Numbers of the files that can be read each by itself; [None] where rows must be counted, or there is one file.
+
+        A process then reads its own files only, where they can be shared evenly.
+        """
+        if self.doc_id_field is None or (self.num_shards, self.skip, self.take) != (1, 0, None):
+            return [None]
+        count = getattr(network_retries()(read_rows, self.dataset, self.subset, self.split), "num_shards", 1)
+        return list(range(count)) if count > 1 else [None]
+
+    def documents(self, files: Sequence[int | None] = (None,)) -> Iterator[dict[str, str]]:
+        """Rows {"id", "text"}, one pass, neither shuffled nor mixed; of some `files`, or all.
 
         Raises:
             FileNotFoundError: there is no such file, folder or dataset.
             ValueError: a row has no text field; the message names those that it has.
         """
-        rows = enumerate(patiently(lambda: read_rows(self.dataset, self.subset, self.split)))
+
+        def read(file: int | None) -> Iterable[Mapping[str, Any]]:
+            rows = read_rows(self.dataset, self.subset, self.split)
+            return rows if file is None else rows.shard(rows.num_shards, file)
+
+        rows = enumerate(chain.from_iterable(patiently(partial(read, file)) for file in files))
         rows = islice(rows, self.shard_index, None, self.num_shards)
         if self.filter is not None:
             keeps = row_filter(self.filter, f"Data source {self.dataset!r}: ")
@@ -158,6 +175,17 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
     return keeps
 
 
+def network_retries(attempts: int = 6) -> tenacity.Retrying:
+    """Calls a function again, after growing pauses, while the network fails; raises its last error."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_of_the_network),
+        stop=tenacity.stop_after_attempt(attempts),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=60),
+        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
+        reraise=True,
+    )
+
+
 def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6) -> Iterator[Mapping[str, Any]]:
     """The rows that `rows()` gives, going on at the same row when the network fails, with growing pauses.
 
@@ -166,13 +194,7 @@ def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6
     Raises:
         ConnectionError, TimeoutError: it went on failing, `attempts` times without a row in between.
     """
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_of_the_network),
-        stop=tenacity.stop_after_attempt(attempts),
-        wait=tenacity.wait_random_exponential(multiplier=1, max=60),
-        before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
-        reraise=True,
-    )
+    retrying = network_retries(attempts)
     source, rows_read, state = None, 0, None
 
     def step(iterator: Iterator | None) -> tuple[Iterator, Any]:
@@ -203,7 +225,8 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
     """The documents of all streams: one after the other, or drawn by their weights until each is used up.
 
     With weights, a stream that ends before the others begins again, as `interleave_datasets` has it ("all_exhausted").
-    Several processes share the documents: each gets every `processes`-th of the same order.
+    Several processes share the documents: if the files of all sources (see [`DocumentStream.files`]) can be shared evenly, each
+    reads its own ones, or else all read all, and each gets every `processes`-th document of the same order.
 
     Args:
         epoch: gives every shuffle, and the order of the draws, another seed.
@@ -212,23 +235,27 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
         ValueError: the weights sum to nothing, or some streams have one and others not.
     """
     check_mixture(streams)
+    streams = [stream for stream in streams if stream.weight != 0]
+    files = [stream.files() if processes > 1 else [None] for stream in streams]
+    by_files = all(len(own) % processes == 0 for own in files)
     parts, weights = [], []
-    for stream in streams:
-        if stream.weight == 0:
-            continue
-        part = IterableDataset.from_generator(stream.documents, features=FEATURES)
+    for stream, own in zip(streams, files, strict=True):
+        read = {"files": tuple(own[rank::processes] if by_files else [None])}  # a list would be shards to `datasets`
+        part = IterableDataset.from_generator(stream.documents, gen_kwargs=read, features=FEATURES)
         if stream.shuffle_buffer:
             part = part.shuffle(seed=_seed(stream.seed, epoch), buffer_size=stream.shuffle_buffer)
         parts.append(part)
         weights.append(stream.weight)
     if None in weights:
-        rows: Iterable[dict] = chain.from_iterable(parts)
+        rows = concatenate_datasets(parts)
     else:
         shares = (np.array(weights) / sum(weights)).tolist()
         rows = interleave_datasets(
             parts, probabilities=shares, seed=_seed(streams[0].seed, epoch), stopping_strategy="all_exhausted"
         )
-    return (Document(row["id"], row["text"]) for row in islice(rows, rank, None, processes))
+    if not by_files:
+        rows = split_dataset_by_node(rows, rank, processes)
+    return (Document(row["id"], row["text"]) for row in rows)
 
 
 def _seed(seed: int, epoch: int) -> int:

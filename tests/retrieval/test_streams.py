@@ -87,6 +87,36 @@ def test_processes_share_the_documents(tmp_path, weights):
         assert whole == [f"{name}{i}" for name in "ab" for i in range(200)]
 
 
+@pytest.mark.parametrize("weight, shuffle", [(None, 0), (1, 0), (1, 5)])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, shuffle, processes):
+    """Where they can be shared evenly: nobody then opens what another one reads."""
+    opened = []
+
+    def generate(shards):
+        for shard in shards:
+            opened.append(shard)
+            yield from ({"key": f"{shard}-{i}", "text": f"text {i}"} for i in range(7))
+
+    dataset = IterableDataset.from_generator(generate, gen_kwargs={"shards": [0, 1, 2, 3]})
+    monkeypatch.setattr("retrieval.sources.load_dataset", lambda *args, **kwargs: dataset)
+    settings = {"weight": weight, "shuffle_buffer": shuffle}
+    stream = DocumentStream("org/data", doc_id_field="key", **settings)
+    shares, files = [], []
+    for rank in range(processes):
+        opened.clear()
+        shares.append(ids(stream, rank=rank, processes=processes))
+        files.append(set(opened))
+        assert ids(stream, rank=rank, processes=processes) == shares[-1]
+    assert Counter(sum(shares, [])) == Counter(f"{shard}-{i}" for shard in range(4) for i in range(7))
+    assert [len(own) for own in files] == ([2, 2] if processes == 2 else [4, 4, 4])
+    # numbers of rows need all of them to be counted
+    numbered = DocumentStream("org/data", **settings)
+    assert {id_ for rank in range(2) for id_ in ids(numbered, rank=rank, processes=2)} == {
+        f"org/data#{i}" for i in range(28)
+    }
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
