@@ -123,7 +123,7 @@ def untrained_parts(model: RetroForCausalLM) -> list[str] | None:
 
 
 def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.Module:
-    """The model with LoRA adapters, which alone are trained.
+    """The model with LoRA adapters; they are trained, and what `modules_to_save` names.
 
     Raises:
         ValueError: PEFT is not installed, or knows no such setting.

@@ -21,7 +21,14 @@ from pathlib import Path
 
 import torch
 
-SIDES = ("GPT2LMHeadModel", "RETRO, neighbors off", "RETRO, neighbors on", "retro-pytorch, neighbors on")
+SIDES = (
+    "GPT2LMHeadModel",
+    "RETRO, neighbors off",
+    "RETRO, neighbors on",
+    "RETRO, neighbors on, copy head",
+    "RETRO, neighbors on, copy head, matches",
+    "retro-pytorch, neighbors on",
+)
 LAYERS, WIDTH, HEADS, VOCABULARY, CCA_LAYERS = 12, 768, 12, 50257, (5, 8, 11)
 CHUNK, NEIGHBORS, NEIGHBOR_LENGTH = 64, 2, 128
 
@@ -62,6 +69,8 @@ def build(side: str, length: int):
             chunk_size=CHUNK,
             num_neighbors=NEIGHBORS,
             neighbor_length=NEIGHBOR_LENGTH,
+            copy_head="copy head" in side,
+            cca_match="matches" in side,
         )
     )
     if side.endswith("off"):
