@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
+from modeling_retro.modeling_retro import ADDED
 from retrieval import BulkTokenizer, KnowledgeBaseError
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import PackedStream
@@ -48,8 +49,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> RetroForCausalLM:
+def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[RetroForCausalLM, set[str]]:
     """Weights with their configuration overridden, or a model of random weights in the tokenizer's vocabulary.
+
+    Returns:
+        the model, and names of its parameters that no weights were loaded for.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model; an override is not of its type, or does not go with others.
@@ -57,10 +61,14 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     overrides = arguments.config_overrides
     try:
         if arguments.model_name_or_path is not None:
-            model = RetroForCausalLM.from_pretrained(arguments.model_name_or_path, **overrides)
+            model, loading = RetroForCausalLM.from_pretrained(
+                arguments.model_name_or_path, output_loading_info=True, **overrides
+            )
+            new = set(loading["missing_keys"])
         else:
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             model = RetroForCausalLM(RetroConfig(**{"vocab_size": len(tokenizer), **ids, **overrides}))
+            new = {name for name, _ in model.named_parameters()}
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
@@ -68,7 +76,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {model.config.vocab_size} (vocab_size): "
             "use the tokenizer that the model was made with."
         )
-    return model
+    return model, new
 
 
 def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArguments) -> None:
@@ -95,10 +103,13 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
     config.collection_name = retriever.collection_name
 
 
-def choose_parameters(model: RetroForCausalLM, arguments: ModelArguments, has_neighbors: bool) -> torch.nn.Module:
+def choose_parameters(
+    model: RetroForCausalLM, arguments: ModelArguments, has_neighbors: bool, new: set[str]
+) -> torch.nn.Module:
     """Switch gradients on for what is to be trained, and log how much that is; returns the model, or its adapters on it.
 
-    Without neighbors that is the decoder alone: what reads them would get no gradient.
+    Without neighbors that is the decoder alone: what reads them would get no gradient. Adapters come with those modules of RETRO
+    that have `new` parameters: these end in zeros, through which adapters alone would learn nothing.
     """
     if arguments.freeze_backbone or not has_neighbors:
         model.freeze_backbone()
@@ -106,20 +117,12 @@ def choose_parameters(model: RetroForCausalLM, arguments: ModelArguments, has_ne
         for parameter in model.parameters():
             parameter.requires_grad_(not parameter.requires_grad)
     if arguments.lora is not None:
-        untrained = {"modules_to_save": untrained_parts(model)} if has_neighbors else {}
-        model = add_adapters(model, untrained | arguments.lora)
+        modules = [part for part in ADDED if has_neighbors and any(f"{part}." in name for name in new)]
+        model = add_adapters(model, {"modules_to_save": modules or None, **arguments.lora})
     total = model.num_parameters()
     trained = model.num_parameters(only_trainable=True)
     logger.info("training %s of %s parameters (%.1f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
     return model
-
-
-def untrained_parts(model: RetroForCausalLM) -> list[str] | None:
-    """Modules of RETRO through which nothing comes yet, since what they end in is zero: adapters alone would leave them so."""
-    parts = {"cca.c_proj.weight": ["cca", "ln_cca", "encoder"], "copy_head.valve": ["copy_head"]}
-    ends = {name: [p for key, p in model.named_parameters() if key.endswith(name)] for name in parts}
-    zero = [name for name, parameters in ends.items() if parameters and not any(p.any() for p in parameters)]
-    return [module for name in zero for module in parts[name]] or None
 
 
 def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.Module:
@@ -183,7 +186,7 @@ def build_trainer(
     tokenizer = load_tokenizer(model_arguments)
     # what can be said to be wrong with the data, the sizes and what is trained comes before the hours of packing
     samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
-    model = load_model(model_arguments, tokenizer)
+    model, new = load_model(model_arguments, tokenizer)
     config = model.config
     least = config.chunk_size if data.has_neighbors else 2
     if data.block_size is not None and not least <= data.block_size <= config.n_positions:
@@ -197,7 +200,7 @@ def build_trainer(
     if data.knowledge_base is not None:
         connect(model, bulk_tokenizer, data)
     try:
-        trained = choose_parameters(model, model_arguments, data.has_neighbors)
+        trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
         if model.retriever is not None and training.process_index == 0:
             warn_of_own_text(samples, bulk_tokenizer, model.retriever)
         train_dataset, eval_dataset = load_data(data, training, config, bulk_tokenizer, cache_dir)

@@ -32,6 +32,7 @@ from retrieval.retriever import runs
 ROOT = Path(__file__).parents[1]
 CHUNKS, CHUNK, BLOCK, BATCH, LEAK = 22_000, 64, 512, 4, 8
 DECODER_STEPS = 480
+CORPORA = ["models", "python", "kernel"]
 HELD_OUT = 160  # sequences that are measured
 READ_SHARE = 0.45  # of the training documents that RETRO is fitted on
 MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5], embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
@@ -140,7 +141,7 @@ def report(name: str, evaluation: Evaluation) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--corpora", nargs="+", default=["models", "python", "kernel"])
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=CORPORA)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120, help="of RETROfitting, 2,048 tokens each")
     parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS)

@@ -47,7 +47,7 @@ def copied_probability(
 
 
 def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.BoolTensor, weight: float) -> torch.Tensor:
-    """Nats of each token under the mixture; `off_nats` are those of the model without retrieval."""
+    """Nats of each token under the mixture, `weight` below 1; `off_nats` are those of the model without retrieval."""
     mixed = torch.logaddexp(math.log1p(-weight) - off_nats, (weight * copied).log())
     return torch.where(found, -mixed, off_nats)
 

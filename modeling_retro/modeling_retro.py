@@ -341,9 +341,12 @@ class RetroModel(RetroPreTrainedModel):
         return mask, scores.masked_fill(~mask.any(-1), 0.0)  # a retriever says nan where there is no neighbour
 
 
+ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to GPT-2
+
+
 def is_added(name: str) -> bool:
     """Whether the parameter of this name is one that RETRO adds to GPT-2's."""
-    return any(part in name for part in ("cca.", "ln_cca.", "encoder.", "copy_head."))
+    return any(f"{module}." in name for module in ADDED)
 
 
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):

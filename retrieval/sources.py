@@ -13,6 +13,7 @@ from .chunking import Document
 logger = logging.getLogger(__name__)
 
 FILE_ID = "__file_id__"  # what a text file's row has, beside its text
+ROW_ID = "__row_id__"  # what a row of a file in a folder has, beside its fields
 BUSY = {408, 429, 500, 502, 503, 504}  # a server's answers that pass by themselves
 
 
@@ -37,8 +38,8 @@ def read_rows(source: str, subset: str | None = None, split: str = "train") -> I
 
     Args:
         source: a .jsonl file (a row a line), a .parquet file, another file (one row; the id is its name), a folder (all files
-            below it but hidden ones; a text file's id is the folder's name and the path in it), or a dataset of the hub,
-            which is streamed.
+            below it but hidden ones; an id begins with the folder's name and the path in it), or a dataset of the hub, which
+            is streamed.
         subset, split: of a dataset of the hub.
 
     Raises:
@@ -140,12 +141,14 @@ def documents_from_numbered_rows(
         if FILE_ID in row:
             yield Document(row[FILE_ID], row["text"], {"source": name})
             continue
+        own = row.get(ROW_ID, f"{name}#{number}")
         for needed in (text_field, doc_id_field, *metadata_fields):
             if needed is not None and needed not in row:
-                raise ValueError(f"Row {number} of {name} has no field {needed!r}; it has {', '.join(map(repr, row))}.")
+                there = ", ".join(repr(field) for field in row if field != ROW_ID)
+                raise ValueError(f"Row {own} has no field {needed!r}; it has {there}.")
         if not isinstance(row[text_field], str):
-            raise ValueError(f"Row {number} of {name}: field {text_field!r} is {row[text_field]!r}, not text.")
-        id_ = f"{name}#{number}" if doc_id_field is None else str(row[doc_id_field])
+            raise ValueError(f"Row {own}: field {text_field!r} is {row[text_field]!r}, not text.")
+        id_ = own if doc_id_field is None else str(row[doc_id_field])
         metadata = {field: _storable(row[field]) for field in metadata_fields if row[field] is not None}
         yield Document(id_, row[text_field], {"source": name, **metadata})
 
@@ -160,10 +163,11 @@ def _files(folder: Path, name: str) -> Iterator[Mapping[str, Any]]:
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if not file.is_file() or hidden:
             continue
+        id_ = f"{name}/{file.relative_to(folder).as_posix()}"
         if file.suffix in (".jsonl", ".parquet"):
-            yield from read_rows(str(file))
+            yield from ({**row, ROW_ID: f"{id_}#{number}"} for number, row in enumerate(read_rows(str(file))))
         else:
-            yield from _text_file(file, f"{name}/{file.relative_to(folder).as_posix()}")
+            yield from _text_file(file, id_)
 
 
 def _text_file(file: Path, id_: str) -> Iterator[dict[str, str]]:

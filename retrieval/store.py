@@ -211,7 +211,8 @@ class MilvusStore:
     def _drop_index(self) -> None:
         """Release the collection and drop its index; once more when somebody who searches has loaded it in between."""
         retrying = Retrying(
-            retry=retry_if_exception(lambda error: isinstance(error, KnowledgeBaseError) and "loaded" in str(error)),
+            # Milvus' own words, which name no collection
+            retry=retry_if_exception(lambda error: "loaded" in str(error.__cause__)),
             stop=stop_after_delay(self.connection.timeout),
             wait=wait_random(0, 0.2),
             reraise=True,

@@ -4,13 +4,12 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import tenacity
-from datasets import Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Features, IterableDataset, Value, interleave_datasets
 from datasets.distributed import split_dataset_by_node
 
 from .chunking import Document
@@ -77,30 +76,29 @@ class DocumentStream:
             raise ValueError(f"{where}shard_index is {self.shard_index}, but there are {self.num_shards} shards.")
         row_filter(self.filter, where)
 
-    def files(self) -> list[int] | list[None]:
-        """Numbers of the files that can be read each by itself; [None] where rows must be counted, or there is one file.
+    def has_files_for(self, processes: int) -> bool:
+        """Whether as many processes can each read files of their own, and get like documents.
 
-        A process then reads its own files only, where they can be shared evenly.
+        Not where rows must be counted, for ids or as settings say, and not with a filter, which may be for what some files hold.
         """
-        if self.doc_id_field is None or (self.num_shards, self.skip, self.take) != (1, 0, None):
-            return [None]
-        count = getattr(network_retries()(read_rows, self.dataset, self.subset, self.split), "num_shards", 1)
-        return list(range(count)) if count > 1 else [None]
+        if self.doc_id_field is None or self.filter or (self.num_shards, self.skip, self.take) != (1, 0, None):
+            return False
+        rows = network_retries()(read_rows, self.dataset, self.subset, self.split)
+        return isinstance(rows, IterableDataset) and rows.num_shards % processes == 0
 
-    def documents(self, files: Sequence[int | None] = (None,)) -> Iterator[dict[str, str]]:
-        """Rows {"id", "text"}, one pass, neither shuffled nor mixed; of some `files`, or all.
+    def documents(self, rank: int = 0, processes: int = 1) -> Iterator[dict[str, str]]:
+        """Rows {"id", "text"}, one pass, neither shuffled nor mixed; with several `processes`, those of this one's files.
 
         Raises:
             FileNotFoundError: there is no such file, folder or dataset.
             ValueError: a row has no text field; the message names those that it has.
         """
 
-        def read(file: int | None) -> Iterable[Mapping[str, Any]]:
+        def read() -> Iterable[Mapping[str, Any]]:
             rows = read_rows(self.dataset, self.subset, self.split)
-            return rows if file is None else rows.shard(rows.num_shards, file)
+            return rows if processes == 1 else split_dataset_by_node(rows, rank, processes)
 
-        rows = enumerate(chain.from_iterable(patiently(partial(read, file)) for file in files))
-        rows = islice(rows, self.shard_index, None, self.num_shards)
+        rows = islice(enumerate(patiently(read)), self.shard_index, None, self.num_shards)
         if self.filter is not None:
             keeps = row_filter(self.filter, f"Data source {self.dataset!r}: ")
             rows = (numbered for numbered in rows if keeps(numbered[1]))
@@ -218,15 +216,17 @@ def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6
             if not is_of_the_network(error):
                 raise
             logger.warning("Reading broke off after %d rows (%s): going on from there.", rows_read, error)
-            iterator, row = retrying(step, None)  # the old iterator ended with its error
+            iterator = None  # it ended with its error
+        if iterator is None:  # outside of the handler, or the next error would look like one of the network, too
+            iterator, row = retrying(step, None)
 
 
 def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, processes: int = 1) -> Iterator[Document]:
     """The documents of all streams: one after the other, or drawn by their weights until each is used up.
 
     With weights, a stream that ends before the others begins again, as `interleave_datasets` has it ("all_exhausted").
-    Several processes share the documents: if the files of all sources (see [`DocumentStream.files`]) can be shared evenly, each
-    reads its own ones, or else all read all, and each gets every `processes`-th document of the same order.
+    Several processes share the documents: if all sources have files for each (see [`DocumentStream.has_files_for`]), each reads
+    its own, or else all read all, and each gets every `processes`-th document of the same order.
 
     Args:
         epoch: gives every shuffle, and the order of the draws, another seed.
@@ -236,25 +236,24 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
     """
     check_mixture(streams)
     streams = [stream for stream in streams if stream.weight != 0]
-    files = [stream.files() if processes > 1 else [None] for stream in streams]
-    by_files = all(len(own) % processes == 0 for own in files)
+    by_files = processes > 1 and all(stream.has_files_for(processes) for stream in streams)
+    own = {"rank": rank, "processes": processes} if by_files else {}
     parts, weights = [], []
-    for stream, own in zip(streams, files, strict=True):
-        read = {"files": tuple(own[rank::processes] if by_files else [None])}  # a list would be shards to `datasets`
-        part = IterableDataset.from_generator(stream.documents, gen_kwargs=read, features=FEATURES)
+    for stream in streams:
+        part = IterableDataset.from_generator(stream.documents, gen_kwargs=own, features=FEATURES)
         if stream.shuffle_buffer:
             part = part.shuffle(seed=_seed(stream.seed, epoch), buffer_size=stream.shuffle_buffer)
         parts.append(part)
         weights.append(stream.weight)
     if None in weights:
-        rows = concatenate_datasets(parts)
+        rows: Iterable[dict] = chain.from_iterable(parts)
     else:
         shares = (np.array(weights) / sum(weights)).tolist()
         rows = interleave_datasets(
             parts, probabilities=shares, seed=_seed(streams[0].seed, epoch), stopping_strategy="all_exhausted"
         )
     if not by_files:
-        rows = split_dataset_by_node(rows, rank, processes)
+        rows = islice(rows, rank, None, processes)
     return (Document(row["id"], row["text"]) for row in rows)
 
 

@@ -287,12 +287,14 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
-    settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    text = path.read_text(encoding="utf-8")
+    settings = yaml.load(text, _Loader) or {}
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} must map names to values, such as 'block_size: 512'; it is a {type(settings).__name__}."
         )
-    return settings
+    plain = yaml.safe_load(text)  # what is text there stays text: the parser knows whether a number is wanted
+    return {name: plain[name] if isinstance(plain[name], str) else value for name, value in settings.items()}
 
 
 def _unknown(where: str, unknown: list[str], known: set[str]) -> str:

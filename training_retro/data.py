@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,6 @@ from configuration_retro import RetroConfig
 from retrieval import BulkTokenizer, MilvusRetriever
 from retrieval.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from retrieval.packing import FEATURES, pack_documents, packed_dataset
-from retrieval.retriever import runs
 from retrieval.streams import DocumentStream, mix
 
 logger = logging.getLogger(__name__)
@@ -43,36 +42,35 @@ def warn_of_own_text(
     """Say so where the knowledge base holds a source's text under other ids, so that its chunks would read themselves.
 
     Args:
-        samples: some documents {"id", "text"} of each source.
+        samples: some documents {"id", "text"} of each source; those shorter than a chunk tell nothing.
     """
     size = retriever.chunk_size
+    seen = min(size, retriever.neighbor_length)
     for source, documents in samples.items():
-        chunks: list[list[int]] = []
-        ids: list[str] = []
         beginnings = [document["text"][: 20 * CHUNKS_SAMPLED * size] for document in documents]  # more than enough
         for document, tokens in zip(documents, tokenizer.encode_batch(beginnings), strict=True):
-            starts = range(0, len(tokens) - size + 1, size)[:CHUNKS_SAMPLED]
-            chunks += [tokens[start : start + size] for start in starts]
-            ids += [document["id"]] * len(starts)
-        if not chunks:
-            continue
-        found = retriever.retrieve(chunks, exclude_doc_ids=[{id_} for id_ in ids])
-        copies = []  # of a chunk: its id, and that of the document that has half of it
-        for chunk, id_, neighbors, names in zip(chunks, ids, found.ids.tolist(), found.doc_ids, strict=True):
-            own = runs(chunk, size // 2)
-            having = (name for tokens, name in zip(neighbors, names, strict=True) if own & runs(tokens, size // 2))
-            copies += [(id_, name) for name in islice(having, 1)]
-        if 2 * len(copies) >= len(chunks):
-            logger.warning(
-                "%s: %d of %d chunks that were looked up find their own text, in documents of other ids: what is %r here is "
-                "%r in the knowledge base. What is then learned, and measured, is to copy. Ids begin with the name of the "
-                "file or folder that was ingested, or are doc_id_field: use the same here. If the text does occur more than "
-                "once, leave the copies out, or count on it.",
-                source,
-                len(copies),
-                len(chunks),
-                *copies[0],
+            chunks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)[:CHUNKS_SAMPLED]]
+            if not chunks:
+                continue
+            found = retriever.retrieve(chunks, exclude_doc_ids=[{document["id"]}] * len(chunks))
+            names = Counter(
+                name
+                for chunk, neighbors, theirs in zip(chunks, found.ids.tolist(), found.doc_ids, strict=True)
+                for name in {theirs[i] for i, ids in enumerate(neighbors) if theirs[i] and ids[:seen] == chunk[:seen]}
             )
+            name, copies = names.most_common(1)[0] if names else ("", 0)
+            if 2 * copies > len(chunks):
+                logger.warning(
+                    "%s: the knowledge base has the text of %r in a document of another id, %r (%d of %d chunks). Its chunks then "
+                    "read themselves, and what is learned, and measured, is to copy. Ids begin with the name of the file or "
+                    "folder that was ingested, or are doc_id_field: use the same here, or leave copies of a text out.",
+                    source,
+                    document["id"],
+                    name,
+                    copies,
+                    len(chunks),
+                )
+                break  # one is enough of a source
 
 
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:

@@ -71,10 +71,6 @@ class RetroTrainer(Trainer):
         self._since = _Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight: float | None = None
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        reads = getattr(self.data_collator, "retriever", None) or "neighbor_ids" in columns
-        if reads:
-            check_batch_size(self.args, self.model.config)
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
         self._counts = {  # for the first log
             "parameters_trained": sum(size for is_trained, size in sizes if is_trained),
@@ -82,7 +78,14 @@ class RetroTrainer(Trainer):
         }
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """`Trainer.train`; a stream goes on where the checkpoint was made."""
+        """`Trainer.train`; a stream goes on where the checkpoint was made.
+
+        Raises:
+            ValueError: bad neighbors are to be shown in batches of one sequence.
+        """
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        if getattr(self.data_collator, "retriever", None) or "neighbor_ids" in columns:
+            check_batch_size(self.args, self.model.config)
         skip = self.args.ignore_data_skip
         if isinstance(self.train_dataset, PackedStream):
             # a stream finds its place by itself; Trainer would make all batches before it, to throw them away
@@ -90,6 +93,7 @@ class RetroTrainer(Trainer):
             if resume_from_checkpoint is not None:
                 self.train_dataset.load_state(self._load_place(resume_from_checkpoint))
         self._since = _Progress()
+        self._recent.clear()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -131,9 +135,7 @@ class RetroTrainer(Trainer):
             samples = super().get_batch_samples(self._batches, num_batches, device)
             self._since.waited += self._batches.seconds_waited - before
         if not self._recent:
-            self._since = (
-                _Progress()
-            )  # the clock starts with the first batches: making them is no measure of what follows
+            self._since = _Progress()  # the clock starts when the first batches are there
         self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
@@ -318,7 +320,7 @@ class _Progress:
         """A batch that is trained on."""
         tokens = (batch["labels"] != -100).sum(-1)
         self.tokens += tokens.sum()
-        if "neighbor_scores" in batch:
+        if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
             there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
             self.chunks += (tokens // chunk_size).sum()
             self.chunks_with_neighbors += there.any(-1).sum()

@@ -86,7 +86,7 @@ def test_an_index_is_built_anew_although_others_load_the_collection(
     server, documents, tokenizer, embedder, monkeypatch
 ):
     """Who searches loads a collection that is not, and Milvus drops no index of a loaded one."""
-    store, other = MilvusStore(server.uri, "loaded_again"), MilvusStore(server.uri, "loaded_again")
+    store, other = MilvusStore(server.uri, "again"), MilvusStore(server.uri, "again")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
     call, loads = store.call, iter(range(2))
 

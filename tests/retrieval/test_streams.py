@@ -40,8 +40,13 @@ def test_a_folder_of_rows_is_its_files_one_after_the_other(rows, tmp_path):
     (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows[10:])))
     (folder / "c.txt").write_text("a text of its own")
     read = [(document.id, document.text) for document in mix([DocumentStream(str(folder))])]
-    assert read[:-1] == [(f"shards#{i}", row["text"]) for i, row in enumerate(rows)]
-    assert read[-1] == ("shards/c.txt", "a text of its own")
+    expected = [(f"shards/a.parquet#{i}", row["text"]) for i, row in enumerate(rows[:10])]
+    expected += [(f"shards/b.jsonl#{i}", row["text"]) for i, row in enumerate(rows[10:])]
+    assert read == [*expected, ("shards/c.txt", "a text of its own")]
+    by_key = list(mix([DocumentStream(str(folder), doc_id_field="key", filter={"lang": "de"})]))
+    assert [document.id for document in by_key] == [row["key"] for row in rows if row["lang"] == "de"]
+    with pytest.raises(ValueError, match="Row shards/a.parquet#0 has no field 'body'; it has 'text', 'key'"):
+        list(mix([DocumentStream(str(folder), text_field="body")]))
 
 
 def high_and_english(row):
@@ -71,15 +76,17 @@ def test_a_shuffle_is_another_one_in_each_epoch_and_the_same_when_repeated(rows,
     assert ids(stream) == first and ids(stream, epoch=1) == second
 
 
+@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("weights", [(None, None), (3, 1)])
-def test_processes_share_the_documents(tmp_path, weights):
+def test_processes_share_the_documents(tmp_path, weights, processes):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(200)))
     streams = [DocumentStream(str(tmp_path / f"{name}.jsonl"), weight=w) for name, w in zip("ab", weights, strict=True)]
     whole = [document.text for document in mix(streams)]
-    shares = [[document.text for document in mix(streams, rank=rank, processes=3)] for rank in range(3)]
+    ranks = range(processes)
+    shares = [[document.text for document in mix(streams, rank=rank, processes=processes)] for rank in ranks]
     assert Counter(whole) == sum(map(Counter, shares), Counter())
-    assert shares == [whole[rank::3] for rank in range(3)]
+    assert shares == [whole[rank::processes] for rank in ranks]
     if weights[0]:  # until both are used up: the second one, drawn less often, ends it
         early = Counter(text[0] for text in whole[:200])
         assert 120 < early["a"] < 180 and set(whole) == {f"{name}{i}" for name in "ab" for i in range(200)}
@@ -110,6 +117,10 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         assert ids(stream, rank=rank, processes=processes) == shares[-1]
     assert Counter(sum(shares, [])) == Counter(f"{shard}-{i}" for shard in range(4) for i in range(7))
     assert [len(own) for own in files] == ([2, 2] if processes == 2 else [4, 4, 4])
+    # a filter may be for what only some files hold: every process gets of what passes
+    english = DocumentStream("org/data", doc_id_field="key", filter={"key": ["0-0", "0-1", "0-2"]}, **settings)
+    kept = [ids(english, rank=rank, processes=processes) for rank in range(processes)]
+    assert all(kept) and len(sum(kept, [])) == 3
     # numbers of rows need all of them to be counted
     numbered = DocumentStream("org/data", **settings)
     assert {id_ for rank in range(2) for id_ in ids(numbered, rank=rank, processes=2)} == {
@@ -188,6 +199,19 @@ class TestNetwork:
         with pytest.raises(FileNotFoundError):
             list(DocumentStream("org/data").documents())
         assert len(calls) == (6 if again else 1)
+
+    def test_another_error_after_one_of_the_network_is_told_at_once(self):
+        errors = [ConnectionError("gone"), ValueError("row 1 is not JSON")]
+
+        def broken():
+            yield {"i": 0}
+            raise errors.pop(0)
+
+        rows = patiently(broken)
+        assert next(rows) == {"i": 0}
+        with pytest.raises(ValueError, match="row 1"):
+            next(rows)
+        assert not errors
 
     def test_other_errors_are_told_at_once(self):
         def broken():

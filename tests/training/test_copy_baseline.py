@@ -107,7 +107,7 @@ def test_batches_of_one_have_no_bad_neighbors_to_read_and_are_fine_without_any(w
     place = [word for name, value in knowledge_base(world).items() for word in (f"--{name}", str(value))]
     with pytest.raises(SystemExit, match="Set it to 2 or more, or neighbor_shuffle to 0"):
         train_hf.main([*arguments, *place])
-    train_hf.main([*arguments, *place, "--precompute_to", str(tmp_path / "neighbors"), "--neighbor_shuffle", "0"])
+    train_hf.main([*arguments, *place, "--precompute_to", str(tmp_path / "neighbors")])
     without_text = {"train_data": None, "validation_data": None, "precomputed": tmp_path / "neighbors"}
     stored = flags(world, tokenizer_folder, tmp_path / "run", **settings, **without_text)
     with pytest.raises(SystemExit, match="Set it to 2 or more"):

@@ -466,7 +466,8 @@ def test_text_that_the_knowledge_base_has_under_other_ids_is_named(
         arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path / "run", **changes))
         trainer = train_hf.build_trainer(*arguments, tmp_path / f"c{named}")
         trainer.model.retriever.close()
-        assert ("'renamed/0.txt' here is 'train/0.txt' in the knowledge base" in caplog.text) == named
+        assert ("the knowledge base has the text of" in caplog.text) == named
+        assert ("'renamed/0.txt' in a document of another id, 'train/0.txt'" in caplog.text) == named
 
 
 def test_batches_without_a_whole_chunk(world, tokenizer_folder, tmp_path):
