@@ -34,7 +34,8 @@ OUTPUT = Path("demo_output")
 VOCABULARY, BLOCK, BATCH = 8192, 256, 8
 CHARACTERS, HELD_OUT_CHARACTERS = 1_500_000, 120_000
 DECODER_STEPS, RETRO_STEPS = 120, 60
-MODEL = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, " + (
+MODEL = (
+    "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, num_neighbors: 4, "
     "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
 )
 
