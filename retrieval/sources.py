@@ -145,12 +145,18 @@ def documents_from_numbered_rows(
         for needed in (text_field, doc_id_field, *metadata_fields):
             if needed is not None and needed not in row:
                 there = ", ".join(repr(field) for field in row if field != ROW_ID)
-                raise ValueError(f"Row {own} has no field {needed!r}; it has {there}.")
+                raise ValueError(f"{_place(own)} has no field {needed!r}; it has {there}.")
         if not isinstance(row[text_field], str):
-            raise ValueError(f"Row {own}: field {text_field!r} is {row[text_field]!r}, not text.")
+            raise ValueError(f"{_place(own)}: field {text_field!r} is {row[text_field]!r}, not text.")
         id_ = own if doc_id_field is None else str(row[doc_id_field])
         metadata = {field: _storable(row[field]) for field in metadata_fields if row[field] is not None}
         yield Document(id_, row[text_field], {"source": name, **metadata})
+
+
+def _place(row_id: str) -> str:
+    """How an id that was made up reads in a message."""
+    source, _, number = row_id.rpartition("#")
+    return f"Row {number} of {source}"
 
 
 def _storable(value: Any) -> Any:

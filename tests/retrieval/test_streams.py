@@ -45,7 +45,7 @@ def test_a_folder_of_rows_is_its_files_one_after_the_other(rows, tmp_path):
     assert read == [*expected, ("shards/c.txt", "a text of its own")]
     by_key = list(mix([DocumentStream(str(folder), doc_id_field="key", filter={"lang": "de"})]))
     assert [document.id for document in by_key] == [row["key"] for row in rows if row["lang"] == "de"]
-    with pytest.raises(ValueError, match="Row shards/a.parquet#0 has no field 'body'; it has 'text', 'key'"):
+    with pytest.raises(ValueError, match="Row 0 of shards/a.parquet has no field 'body'; it has 'text', 'key'"):
         list(mix([DocumentStream(str(folder), text_field="body")]))
 
 
