@@ -212,13 +212,13 @@ def patiently(rows: Callable[[], Iterable[Mapping[str, Any]]], attempts: int = 6
         yield row
         try:
             iterator, row = step(iterator)
+            continue
         except Exception as error:
             if not is_of_the_network(error):
                 raise
             logger.warning("Reading broke off after %d rows (%s): going on from there.", rows_read, error)
-            iterator = None  # it ended with its error
-        if iterator is None:  # outside of the handler, or the next error would look like one of the network, too
-            iterator, row = retrying(step, None)
+        # the old iterator ended with its error; outside of the handler, or the next error would look like the network's, too
+        iterator, row = retrying(step, None)
 
 
 def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, processes: int = 1) -> Iterator[Document]:

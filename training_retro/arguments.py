@@ -361,8 +361,8 @@ def last_whole_checkpoint(output_dir: str) -> str | None:
     """The latest checkpoint with its trainer_state.json, which is written when all else is there."""
     numbered = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
     folders = {int(number): path for number, path in numbered if number.isdecimal()}
-    whole = [step for step, path in folders.items() if _is_whole(path)]
-    return str(folders[max(whole)]) if whole else None
+    latest_first = (folders[step] for step in sorted(folders, reverse=True))
+    return next((str(folder) for folder in latest_first if _is_whole(folder)), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -56,7 +56,8 @@ def warn_of_own_text(
             names = Counter(
                 name
                 for chunk, neighbors, theirs in zip(chunks, found.ids.tolist(), found.doc_ids, strict=True)
-                for name in {theirs[i] for i, ids in enumerate(neighbors) if theirs[i] and ids[:seen] == chunk[:seen]}
+                for name in {name for ids, name in zip(neighbors, theirs, strict=True) if ids[:seen] == chunk[:seen]}
+                if name is not None
             )
             name, copies = names.most_common(1)[0] if names else ("", 0)
             if 2 * copies > len(chunks):

@@ -154,10 +154,11 @@ class RetroTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
         mask = inputs.get("neighbor_attention_mask")
-        if mask is not None and self._share_shuffled and len(mask) > 1:
+        share = share_shuffled(self.args, self.model.config)
+        if mask is not None and share and len(mask) > 1:
             neighbors = {name: inputs[name] for name in NEIGHBOR_FIELDS if name in inputs}
             others = shuffle_neighbors(neighbors, seed=int(torch.randint(2**31, ())))
-            bad = (torch.rand(mask.shape[:2]) < self._share_shuffled).to(mask.device)
+            bad = (torch.rand(mask.shape[:2]) < share).to(mask.device)
             inputs = inputs | {
                 name: torch.where(bad.view(*bad.shape, *[1] * (own.ndim - 2)), others[name], own)
                 for name, own in neighbors.items()
@@ -167,10 +168,6 @@ class RetroTrainer(Trainer):
             kept = torch.rand(len(mask)) >= self.args.neighbor_dropout
             inputs = inputs | {"neighbor_attention_mask": mask & kept.to(mask.device)[:, None, None, None]}
         return super().training_step(model, inputs, *args, **kwargs)
-
-    @property
-    def _share_shuffled(self) -> float:
-        return share_shuffled(self.args, self.model.config)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices alone: a copy head has vectors that are no biases by name, and matches are weighed by a few per head."""

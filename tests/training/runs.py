@@ -1,5 +1,7 @@
 """How the tests start training runs."""
 
+import json
+
 import train_hf
 
 from .conftest import CHUNK
@@ -42,3 +44,9 @@ def train(arguments, cache_dir):
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def yaml_flags(path, arguments, **settings):
+    """A configuration file for what flags cannot say, and the flags."""
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return [str(path), *arguments]
