@@ -3,8 +3,31 @@
 from dataclasses import fields
 from pathlib import Path
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 13), (5, 24)  # (major, minor); all between are supported
+
+
+def check_transformers_version(version: str = transformers.__version__) -> None:
+    """Refuse a version of transformers that RETRO was not tested with: it could change results without an error.
+
+    This runs on import, also from the code that is saved beside a model's weights.
+
+    Raises:
+        ImportError: names the version and the range.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not OLDEST_TRANSFORMERS <= (major, minor) <= NEWEST_TRANSFORMERS:
+        oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+        raise ImportError(
+            f"This RETRO code supports transformers {oldest} to {newest}; {version} is installed. Install a supported one "
+            f"(pip install 'transformers=={newest}.*'), or a version of transformers-retro that supports yours."
+        )
+
+
+check_transformers_version()
 
 
 @strict

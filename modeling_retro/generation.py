@@ -1,5 +1,7 @@
 """Retrieval inside `generate()`: neighbours are fetched once for each chunk, in the step that completes it."""
 
+import functools
+import inspect
 from itertools import compress
 
 import torch
@@ -8,9 +10,16 @@ from transformers.utils import ModelOutput
 
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid
+from .library import CACHE, check_arguments, either_cache
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, fetch_neighbors, given_neighbors
 
 NEIGHBOR_INPUTS = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
+
+
+@functools.cache
+def _forward_arguments(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    """Return the names of the arguments of a model's forward."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 class RetroGenerationMixin(GenerationMixin):
@@ -32,6 +41,9 @@ class RetroGenerationMixin(GenerationMixin):
             forward pass, for each cross-attention layer, (rows, heads, tokens of the pass, k·r) over the neighbours.
         """
         log = RetrievalLog()
+        cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         outputs = super().generate(inputs, *args, retrieval_log=log, **kwargs)
         if isinstance(outputs, ModelOutput):
             generation_config = kwargs.get("generation_config") or self.generation_config
@@ -51,20 +63,24 @@ class RetroGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         retrieval_log: RetrievalLog | None = None,
         use_retrieval: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> dict:
         """The hook that `generate()` calls before each forward: fetches neighbours for the chunks that it completes."""
+        kwargs.pop("tokenizer", None)  # generate() passes on the one of its stop strings
+        check_arguments("prepare_inputs_for_generation", kwargs, _forward_arguments(type(self)))
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
-        if use_retrieval and past_key_values is not None and not isinstance(past_key_values, RetroCache):
-            past_key_values = RetroCache(past_key_values)
+        cache = either_cache(past_key_values, cache)
+        if use_retrieval and cache is not None and not isinstance(cache, RetroCache):
+            cache = RetroCache(cache)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_retrieval=use_retrieval,
+            **{CACHE: cache},
             **kwargs,
         )
         if not use_retrieval:
@@ -80,7 +96,7 @@ class RetroGenerationMixin(GenerationMixin):
         if not given and self.retriever is None:
             return model_inputs
 
-        past_length = 0 if past_key_values is None else past_key_values.past_length
+        past_length = 0 if cache is None else cache.past_length
         grid = ChunkGrid.build(
             self.config.chunk_size,
             *tokens.shape,
@@ -103,7 +119,7 @@ class RetroGenerationMixin(GenerationMixin):
             if input_ids.shape[1] == past_length + tokens.shape[1]:  # all known, also where embeddings stand for them
                 tokens = input_ids
             elif past_length > 0:
-                tokens = torch.cat([past_key_values.tokens.to(tokens.device), tokens], dim=1)
+                tokens = torch.cat([cache.tokens.to(tokens.device), tokens], dim=1)
             neighbors = fetch_neighbors(self.retriever, grid, tokens, log)
         model_inputs |= dict(zip(NEIGHBOR_INPUTS, neighbors, strict=True))
         return model_inputs

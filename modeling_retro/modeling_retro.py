@@ -24,6 +24,7 @@ from .chunk_grid import ChunkGrid, Movable, PackedChunkGrid, take_rows
 from .chunked_cross_attention import ChunkedCrossAttention
 from .copy_head import CopyHead, Copying, build_copying
 from .generation import RetroGenerationMixin
+from .library import CACHE, LOSS_ARGUMENTS, check_arguments, either_cache
 from .matching import match_context
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
@@ -80,13 +81,9 @@ class RetroBlock(GPT2Block):
         encode: EncoderCall
         | None = None,  # given to the first layer of cca_layers: its states are what the encoder reads
         reading: Reading | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs,  # of self-attention
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # hidden_states, encoded
-        attn_output, _ = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = attn_output + hidden_states
 
         if encode is not None:
@@ -104,6 +101,7 @@ class RetroPreTrainedModel(SharingMixin, GPT2PreTrainedModel):
     config: RetroConfig
     config_class = RetroConfig
     _no_split_modules = ["RetroBlock", "RetroEncoderLayer"]
+    _skip_keys_device_placement = [CACHE]
     _can_record_outputs = {
         "hidden_states": RetroBlock,
         "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
@@ -170,11 +168,13 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_scores: torch.FloatTensor | None = None,
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> RetroModelOutput:
         """The arguments of `GPT2Model.forward`, and:
 
         Args:
+            cache, past_key_values: the cache of earlier tokens, under its name of either transformers version.
             attention_mask: (B, tokens in the cache and in this call), 0 for padding on the left or right of a row.
             position_ids: default: content positions (a row's first real token is 0).
             neighbor_ids: (B, C, k, r) int64; slot j holds the neighbours of the j-th chunk that the row completes in
@@ -191,6 +191,8 @@ class RetroModel(RetroPreTrainedModel):
         """
         kwargs.pop("output_attentions", None)
         kwargs.pop("output_hidden_states", None)
+        check_arguments("forward", kwargs)
+        cache = either_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if input_ids is not None:
@@ -200,17 +202,18 @@ class RetroModel(RetroPreTrainedModel):
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
 
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if use_cache and not isinstance(past_key_values, RetroCache) and (use_retrieval or past_key_values is None):
-            past_key_values = RetroCache(past_key_values, config=self.config)
-        cache = past_key_values if use_retrieval and isinstance(past_key_values, RetroCache) else None
-        if cache is not None:
-            past_length = cache.past_length
-        else:
-            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            use_cache, cache = False, None
+        if use_cache and not isinstance(cache, RetroCache) and (use_retrieval or cache is None):
+            cache = RetroCache(cache, config=self.config)
+        memory = cache if use_retrieval and isinstance(cache, RetroCache) else None
+        past_length = 0
+        if memory is not None:
+            past_length = memory.past_length
+        elif cache is not None:
+            past_length = int(cache.get_seq_length())
 
         texts = None  # packed into one row, and told by their positions, as create_causal_mask does
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and cache is None:
             texts = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
         if texts is not None:
             grid = PackedChunkGrid.from_texts(self.config.chunk_size, texts)
@@ -228,13 +231,13 @@ class RetroModel(RetroPreTrainedModel):
             position_ids = grid.positions.clamp(min=0)
         self._check_positions(past_length + length, position_ids)
 
-        if cache is not None:
+        if memory is not None:
             unknown = torch.full((batch_size, length), -1, device=inputs_embeds.device)
-            cache.append_tokens(unknown if input_ids is None else input_ids)
+            memory.append_tokens(unknown if input_ids is None else input_ids)
         if not use_retrieval:
             neighbor_ids = None
-        elif neighbor_ids is None and self.retriever is not None and (cache is not None or input_ids is not None):
-            tokens = input_ids if cache is None else cache.tokens
+        elif neighbor_ids is None and self.retriever is not None and (memory is not None or input_ids is not None):
+            tokens = input_ids if memory is None else memory.tokens
             fetched = fetch_neighbors(self.retriever, grid, tokens, RetrievalLog())
             neighbor_ids, neighbor_attention_mask, neighbor_scores = fetched
         if neighbor_ids is not None:
@@ -250,8 +253,8 @@ class RetroModel(RetroPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         hidden_states = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
         if token_type_ids is not None:
@@ -261,16 +264,16 @@ class RetroModel(RetroPreTrainedModel):
         reading = encode = encoded = copying = None
         if use_retrieval:
             slot_mask = None if neighbor_attention_mask is None else neighbor_attention_mask.flatten(2)
-            reading = build_reading(self.config, grid, hidden_states, slot_mask, cache)
-            if self.config.cca_layers and (reading is not None or cache is not None):
-                encode = EncoderCall(self.encoder, grid, cache, neighbor_embeds, neighbor_attention_mask)
+            reading = build_reading(self.config, grid, hidden_states, slot_mask, memory)
+            if self.config.cca_layers and (reading is not None or memory is not None):
+                encode = EncoderCall(self.encoder, grid, memory, neighbor_embeds, neighbor_attention_mask)
             if self.config.copy_head or self.config.cca_match:
                 # cross-attention's matches have no gradient; the copy head's not through the encoder's embeddings, whose
                 # gradient checkpointing may have gone through them by itself
                 with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.copy_head):
                     embeds = None if neighbor_ids is None else self.wte(neighbor_ids)
                     matches = match_context(
-                        self.config, grid, reading, inputs_embeds, embeds, neighbor_attention_mask, cache
+                        self.config, grid, reading, inputs_embeds, embeds, neighbor_attention_mask, memory
                     )
                 if reading is not None:
                     reading.matches = matches
@@ -283,15 +286,15 @@ class RetroModel(RetroPreTrainedModel):
                 encode=encode if layer_idx in self.config.cca_layers[:1] else None,
                 reading=reading,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_ids=position_ids,
+                **{CACHE: cache},
                 **kwargs,
             )
         return RetroModelOutput(
             last_hidden_state=self.ln_f(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
             copying=copying,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _check_positions(self, num_columns: int, position_ids: torch.LongTensor) -> None:
@@ -403,6 +406,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """The arguments of [`RetroModel.forward`] and of `GPT2LMHeadModel.forward`.
@@ -415,9 +419,9 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             logits (B, T, vocabulary), the loss in nats a token if labels are given, the cache; `cross_attentions` are
             over the neighbours: for each cross-attention layer (B, heads, T, k·r), for the chunk that each token reads.
         """
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -427,6 +431,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             neighbor_scores=neighbor_scores,
             use_retrieval=use_retrieval,
             use_cache=use_cache,
+            cache=either_cache(past_key_values, cache),
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -436,12 +441,12 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             logits = self.copy_head(logits, hidden_states, outputs.copying, columns)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_arguments, **kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            **{CACHE: outputs.get(CACHE)},
         )

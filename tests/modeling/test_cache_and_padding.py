@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_retro import RetroCache
+from modeling_retro.library import CACHE
 
 from .conftest import CHUNK, RowNeighbors, neighbor_tensors, random_tokens, small_model
 
@@ -35,12 +36,12 @@ def in_parts(model, rows, neighbors, padding, ends, cache=None):
         output = model(
             columns[:, start:end],
             attention_mask=attention_mask[:, :end],
-            past_key_values=cache,
+            cache=cache,
             neighbor_ids=ids,
             neighbor_attention_mask=mask,
             use_cache=True,
         )
-        cache, start = output.past_key_values, end
+        cache, start = output[CACHE], end
         logits.append(output.logits)
     return torch.cat(logits, dim=1), cache
 
@@ -139,7 +140,7 @@ def test_the_cache_reorders_repeats_and_selects_all_that_it_holds(model):
         return model(
             columns[:, half:],
             attention_mask=attention_mask,
-            past_key_values=cache,
+            cache=cache,
             neighbor_ids=ids,
             neighbor_attention_mask=mask,
         ).logits
@@ -170,9 +171,7 @@ def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(model, removed):
     row_neighbors = {u: (neighbors if (u + 1) * CHUNK <= kept else other_neighbors)[u] for u in range(5)}
     expected = alone(model, row, row_neighbors)
     ids, mask = neighbor_tensors([row_neighbors], LENGTH // CHUNK - kept // CHUNK, [kept // CHUNK])
-    logits = model(
-        torch.tensor([row[kept:]]), past_key_values=cache, neighbor_ids=ids, neighbor_attention_mask=mask
-    ).logits[0]
+    logits = model(torch.tensor([row[kept:]]), cache=cache, neighbor_ids=ids, neighbor_attention_mask=mask).logits[0]
     torch.testing.assert_close(logits, expected[kept:], **TOLERANCE)
 
 
@@ -181,7 +180,7 @@ def test_a_chunk_given_no_neighbors_after_a_crop_does_not_read_the_old_ones(mode
     tokens, neighbors = random_tokens(LENGTH, seed=1), RowNeighbors(5, seed=1).chunks
     _, cache = in_parts(model, [tokens], [neighbors], [0], [LENGTH])
     cache.crop(-(LENGTH - CHUNK - 1))  # chunk 0 stays
-    logits = model(torch.tensor([tokens[CHUNK + 1 :]]), past_key_values=cache).logits[0]
+    logits = model(torch.tensor([tokens[CHUNK + 1 :]]), cache=cache).logits[0]
     expected = alone(model, tokens, {0: neighbors[0]})
     torch.testing.assert_close(logits, expected[CHUNK + 1 :], **TOLERANCE)
 
@@ -198,14 +197,14 @@ def test_a_static_cache_works_and_can_be_reset_and_used_again(model):
 
 def test_a_cache_without_retros_memory_is_refused():
     model, tokens = small_model(), torch.tensor([random_tokens(LENGTH, seed=1)])
-    plain = model(tokens, past_key_values=DynamicCache(config=model.config), use_retrieval=False).past_key_values
+    plain = model(tokens, cache=DynamicCache(config=model.config), use_retrieval=False)[CACHE]
     with pytest.raises(ValueError, match="holds 22 tokens.*has 0"):
-        model(tokens[:, :1], past_key_values=plain)
-    model(tokens[:, :1], past_key_values=plain, use_retrieval=False)
+        model(tokens[:, :1], cache=plain)
+    model(tokens[:, :1], cache=plain, use_retrieval=False)
 
 
 def test_an_attention_mask_must_cover_the_cache():
     model, tokens = small_model(), torch.tensor([random_tokens(LENGTH, seed=1)])
-    cache = model(tokens).past_key_values
+    cache = model(tokens)[CACHE]
     with pytest.raises(ValueError, match="covers 1 tokens.* 22 in the cache"):
-        model(tokens[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1))
+        model(tokens[:, :1], cache=cache, attention_mask=torch.ones(1, 1))

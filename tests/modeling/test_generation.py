@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2LMHeadModel, pipeline
 
 from modeling_retro import RetroForCausalLM
+from modeling_retro.library import CACHE
 
 from ..small_models import letter_tokenizer
 from .by_hand import PROMPTS, HashRetriever, chunks_of, greedy_by_hand, left_padded, next_token_logits, retrieving_model
@@ -134,7 +135,7 @@ def test_generation_goes_on_from_a_returned_cache(model):
     prompt = torch.tensor([PROMPTS[0]])
     whole = model.generate(prompt, max_new_tokens=14, do_sample=False)
     part = model.generate(prompt, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(part.sequences, past_key_values=part.past_key_values, max_new_tokens=8, do_sample=False)
+    again = model.generate(part.sequences, cache=part[CACHE], max_new_tokens=8, do_sample=False)
     assert torch.equal(again, whole)
 
 
@@ -142,8 +143,8 @@ def test_forward_fetches_what_is_not_given(model):
     row = random_tokens(3 * CHUNK + 2, seed=11)
     logits = model(torch.tensor([row])).logits[0, -1]
     torch.testing.assert_close(logits, next_token_logits(model, row))
-    cache = model(torch.tensor([row[: CHUNK + 1]])).past_key_values
-    logits = model(torch.tensor([row[CHUNK + 1 :]]), past_key_values=cache).logits[0, -1]
+    cache = model(torch.tensor([row[: CHUNK + 1]]))[CACHE]
+    logits = model(torch.tensor([row[CHUNK + 1 :]]), cache=cache).logits[0, -1]
     torch.testing.assert_close(logits, next_token_logits(model, row), atol=1e-5, rtol=1e-5)
 
 

@@ -5,6 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
+from modeling_retro.library import CACHE
+
 from .by_hand import PROMPTS, HashRetriever, chunks_of, greedy_by_hand, left_padded, next_token_logits, retrieving_model
 from .conftest import CHUNK, VOCAB, random_tokens, small_config
 
@@ -61,7 +63,7 @@ def test_prompt_lookup_changes_nothing_in_the_text(model):
 
 def test_a_rejected_draft_leaves_nothing_behind(model, prompt):
     output = model.generate(prompt, assistant_model=small_gpt2(), return_dict_in_generate=True, **GREEDY)
-    more = model.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=5, do_sample=False)
+    more = model.generate(output.sequences, cache=output[CACHE], max_new_tokens=5, do_sample=False)
     assert more[0].tolist() == greedy_by_hand(model, PROMPT, STEPS + 5)
     row = output.sequences[0].tolist()
     chunks = torch.tensor([row[read.chunk * CHUNK : (read.chunk + 1) * CHUNK] for read in output.retrieved[0]])
@@ -189,11 +191,11 @@ def test_generation_compiles_without_a_graph_break_and_with_few_graphs(model, pr
 def test_a_cache_reordered_cropped_repeated_and_selected_is_the_rows_own(model):
     rows = [random_tokens(3 * CHUNK + 1, seed) for seed in (1, 2)]
     more = random_tokens(CHUNK + 1, seed=3)
-    cache = model(torch.tensor(rows)).past_key_values
+    cache = model(torch.tensor(rows))[CACHE]
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.crop(-2)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3, 2]))
-    logits = model(torch.tensor([more] * 3), past_key_values=cache).logits[:, -1]
+    logits = model(torch.tensor([more] * 3), cache=cache).logits[:, -1]
     for row, own in zip([rows[1], rows[0], rows[0]], logits, strict=True):
         torch.testing.assert_close(own, next_token_logits(model, row[:-2] + more), atol=1e-5, rtol=1e-5)

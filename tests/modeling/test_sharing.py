@@ -7,7 +7,6 @@ import sys
 import venv
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -49,15 +48,26 @@ CLEAN = """
 import importlib.util, sys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-import torch
+import torch, transformers
 assert all(importlib.util.find_spec(name) is None for name in ("modeling_retro", "configuration_retro", "retrieval"))
 inputs = load_file("inputs.safetensors")
 expected = inputs.pop("logits")
+installed, transformers.__version__ = transformers.__version__, "5.99.0"  # a version that the code does not know
+try:
+    AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
+except ImportError as error:
+    assert "supports transformers 5.13 to" in str(error) and "5.99.0 is installed" in str(error), error
+else:
+    raise AssertionError("opened under an unknown version")
+transformers.__version__ = installed
 model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
 model.save_pretrained("again")
 model = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
+row = inputs["input_ids"]
+cached, uncached = (model.generate(row, max_new_tokens=9, do_sample=False, use_cache=use) for use in (True, False))
+assert torch.equal(cached, uncached)
 """
 
 
@@ -68,7 +78,7 @@ def test_it_opens_as_remote_code_where_this_project_is_not_installed(tmp_path, i
     venv.create(tmp_path / "venv", with_pip=False)
     # the path alone: torch and transformers are found, this project's editable install is not
     packages = Path(next((tmp_path / "venv").rglob("site-packages")))
-    packages.joinpath("libraries.pth").write_text(str(Path(numpy.__file__).parents[1]))
+    packages.joinpath("libraries.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
     python = next(path for path in (tmp_path / "venv").glob("*/python*") if path.stem == "python")
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {**clean, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
