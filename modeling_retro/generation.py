@@ -44,6 +44,8 @@ class RetroGenerationMixin(GenerationMixin):
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
+        if self.training and self.transformer.gradient_checkpointing:  # its layers keep no cache
+            kwargs["use_cache"] = False
         outputs = super().generate(inputs, *args, retrieval_log=log, **kwargs)
         if isinstance(outputs, ModelOutput):
             generation_config = kwargs.get("generation_config") or self.generation_config
