@@ -136,7 +136,9 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
     if not store.exists():
         store.create(identity, **made)
     if differences := store.identity().differences(identity):
-        raise IdentityMismatch(f"{store.where} and {source} do not go together: {'; '.join(differences)}.")
+        raise IdentityMismatch(
+            f"{store.where} and {source} do not go together: {'; '.join(differences)}. Import into another collection."
+        )
     written, sources = 0, set()
     batches = rows.iter(ROWS_PER_CALL)
     with tqdm(unit=" chunks", desc="import", disable=not progress) as bar:
