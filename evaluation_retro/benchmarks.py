@@ -171,7 +171,8 @@ class LikelihoodChoice:
         rows = []
         for context, continuation in pairs:
             tokens, answer = (
-                self.tokenizer(text, add_special_tokens=False).input_ids for text in (context, continuation)
+                self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+                for text in (context, continuation)
             )
             rows.append(([end, *tokens, *answer][-most:], min(len(answer), most - 1)))
         scores = []

@@ -9,6 +9,7 @@ from .tokenization import BulkTokenizer
 # Documents are tokenized in batches: enough text to keep the threads busy, little enough to forget about memory.
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1_000_000
+MAX_ID_BYTES = 4096  # of a document id
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Document:
             Up to 32 named strings, finite numbers and truth values.
 
     Raises:
-        ValueError: the id is empty, either contains a lone surrogate (half a character, which UTF-8 cannot write), or the
+        ValueError: the id is empty or longer than 4096 bytes, either contains a lone surrogate (half a character, which UTF-8 cannot write), or the
             metadata cannot be stored.
         TypeError: either is not a string.
     """
@@ -40,9 +41,16 @@ class Document:
                     f"The {name} of document {self.id!r} has a lone surrogate, {value[error.start]!r}, at position "
                     f"{error.start}: it is not valid text. Decode the source again, or replace the character."
                 ) from None
-        if not self.id:
-            raise ValueError("A document needs an id that is not empty.")
+        check_id(self.id)
         check_metadata(self.metadata)
+
+
+def check_id(doc_id: str) -> None:
+    """Raise ValueError unless a document's id has 1 to 4096 bytes of UTF-8."""
+    if not doc_id:
+        raise ValueError("A document needs an id that is not empty.")
+    if len(doc_id.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"The document id {doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8.")
 
 
 @dataclass(frozen=True, slots=True)

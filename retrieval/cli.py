@@ -27,7 +27,7 @@ from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .retriever import MilvusRetriever
 from .rows import VECTOR_TYPES
-from .sources import read_all
+from .sources import at_least_one, read_all
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -58,11 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--expected-chunks", type=int, help="of a new collection, to choose its index by")
     made.add_argument("--vector-dtype", choices=VECTOR_TYPES, default="float32", help="of a new collection")
 
-    add = commands.add_parser("ingest", parents=[place, models, made], help="bring documents into the knowledge base")
-    add.add_argument("sources", nargs="+", help="text files, folders, .jsonl files, names of datasets")
-    add.add_argument("--text-field", default="text", help="of a JSONL line or dataset row")
-    add.add_argument("--doc-id-field", help="of a JSONL line or dataset row; default: source and number")
-    add.add_argument("--metadata-fields", nargs="+", default=(), help="of a JSONL line or dataset row, to filter by")
+    add = commands.add_parser("ingest", parents=[place, models, made], help="add documents to the knowledge base")
+    add.add_argument(
+        "sources", nargs="+", help="files (text, .jsonl, .csv, .parquet …, compressed or not), folders, datasets"
+    )
+    add.add_argument("--text-field", default="text", help="field of a row with the text (default: text)")
+    add.add_argument("--doc-id-field", help="field of a row with its id; default: source and number")
+    add.add_argument("--metadata-fields", nargs="+", default=(), help="fields of a row to filter by")
     add.add_argument("--subset", help="of a dataset of the hub")
     add.add_argument("--split", default="train", help="of a dataset of the hub")
     add.add_argument("--chunk-size", type=int, default=64, help="tokens in a chunk (default: 64)")
@@ -162,10 +164,6 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         # without an accelerator it would take every process for the only one; the first to finish waits for the last
         ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     rank, processes = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
-    tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
-    model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
-    device = arguments.device or (str(ranks.device) if ranks else None)
-    embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
     documents: Iterator[Document] = read_all(
         arguments.sources,
         text_field=arguments.text_field,
@@ -174,6 +172,11 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         subset=arguments.subset,
         split=arguments.split,
     )
+    documents = at_least_one(documents, arguments.sources)  # said before models are loaded
+    tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
+    model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
+    device = arguments.device or (str(ranks.device) if ranks else None)
+    embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
     settings = {"chunk_size": arguments.chunk_size, "progress": rank == 0}

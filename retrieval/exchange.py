@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
 from tqdm.auto import tqdm
 
-from .chunking import Chunk, source_names
+from .chunking import Chunk, check_id, source_names
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .store import ROWS_PER_CALL, MilvusStore
@@ -136,7 +136,9 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
     if not store.exists():
         store.create(identity, **made)
     if differences := store.identity().differences(identity):
-        raise IdentityMismatch(f"{store.where} and {source} do not go together: {'; '.join(differences)}.")
+        raise IdentityMismatch(
+            f"{store.where} and {source} do not go together: {'; '.join(differences)}. Import into another collection."
+        )
     written, sources = 0, set()
     batches = rows.iter(ROWS_PER_CALL)
     with tqdm(unit=" chunks", desc="import", disable=not progress) as bar:
@@ -188,6 +190,7 @@ def _check(chunks: list[Chunk], embeddings: np.ndarray, identity: Identity) -> N
     if embeddings.shape != (len(chunks), identity.embedding_dimension) or not np.isfinite(embeddings).all():
         raise ValueError(f"embeddings are not all {identity.embedding_dimension} finite numbers.")
     for chunk in chunks:
+        check_id(chunk.doc_id)
         tokens = [*chunk.tokens, *chunk.continuation]
         sizes = (1 <= len(chunk.tokens) <= identity.chunk_size, len(chunk.continuation) <= identity.chunk_size)
         if not all(sizes) or not 0 <= min(tokens) <= max(tokens) < identity.vocab_size:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .embedding import Embedder
     from .tokenization import BulkTokenizer
 
-FORMAT_VERSION = 2  # 2: metadata
+FORMAT_VERSION = 3  # 2: metadata; 3: special tokens do not count in tokenizer_fingerprint and vocab_size
+READABLE_VERSIONS = (2, 3)
 
 # Cosine of two probes of the same model. Half precision and other hardware stay above 0.9999; other models are far off.
 PROBE_SIMILARITY = 0.999
@@ -31,14 +32,15 @@ class Identity:
 
     Attributes:
         tokenizer: label, for people and as a default to load.
-        tokenizer_fingerprint: hash over vocabulary, merges and a probe text; this is what is compared.
-        vocab_size: ids of the tokenizer, added tokens included.
+        tokenizer_fingerprint: hash of what decides which ids a text becomes; this is what is compared. In format 2,
+            hash of the whole tokenizer.
+        vocab_size: every id in a chunk is below this.
         embedding_model: label, for people and as a default to load.
         embedding_dimension: length of an embedding.
         embedding_probe: first numbers of the embedding of a fixed sentence; compared by cosine, so that the same model
             passes under any name or folder, and another model fails under the same name.
         chunk_size: tokens in a chunk.
-        format_version: of the layout of a row.
+        format_version: of the layout of a row and of this identity.
     """
 
     tokenizer: str
@@ -71,25 +73,25 @@ class Identity:
         """Read what `to_json` wrote; `where` names the collection in errors.
 
         Raises:
-            KnowledgeBaseError: written by another version of the format, or not an identity at all.
+            KnowledgeBaseError: written by an unknown version of the format, or not an identity at all.
         """
         try:
             fields = json.loads(text)
             version = fields["format_version"]
-            if version == FORMAT_VERSION:
+            if version in READABLE_VERSIONS:
                 return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
             raise KnowledgeBaseError(f"{where} has a damaged identity card: {error!r}.") from error
         raise KnowledgeBaseError(
-            f"{where} has format version {version}; this installation reads version {FORMAT_VERSION}. Ingest it again, "
-            "or install the version of transformers-retro that wrote it."
+            f"{where} has format version {version}; this installation reads {READABLE_VERSIONS}. "
+            "Ingest it again, or install the version of transformers-retro that wrote it."
         )
 
     def differences(self, other: "Identity") -> list[str]:
-        """In what two collections could not share rows; names and labels do not count."""
+        """List why two collections cannot share rows; names and labels do not count."""
         different = [
             f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
-            for name in ("tokenizer_fingerprint", "embedding_dimension", "chunk_size")
+            for name in ("format_version", "tokenizer_fingerprint", "embedding_dimension", "chunk_size")
             if getattr(self, name) != getattr(other, name)
         ]
         if not different and (cosine := _cosine(self.embedding_probe, other.embedding_probe)) < PROBE_SIMILARITY:
@@ -97,6 +99,16 @@ class Identity:
                 f"embedding_model is {self.embedding_model!r} and {other.embedding_model!r} (cosine {cosine:.4f})"
             )
         return different
+
+    def fits(self, tokenizer: "BulkTokenizer") -> bool:
+        """Return True if the tokenizer gives every text the ids that it has in this collection.
+
+        Special tokens may differ, since no text becomes one. Format 2 knows the hash of all special tokens alone; there,
+        further ones may follow those that it was built with.
+        """
+        if self.format_version == 2:
+            return tokenizer.whole_fingerprint(self.vocab_size) == self.tokenizer_fingerprint
+        return tokenizer.fingerprint == self.tokenizer_fingerprint
 
     def check(
         self,
@@ -112,7 +124,7 @@ class Identity:
             IdentityMismatch: naming both sides of each difference.
         """
         differences = []
-        if tokenizer is not None and tokenizer.fingerprint != self.tokenizer_fingerprint:
+        if tokenizer is not None and not self.fits(tokenizer):
             differences.append(
                 f"its tokenizer is {self.tokenizer!r} ({self.vocab_size} ids, fingerprint "
                 f"{self.tokenizer_fingerprint[:12]}), yours is {tokenizer.name!r} ({tokenizer.vocab_size} ids, "

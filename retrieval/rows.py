@@ -6,12 +6,11 @@ import numpy as np
 from pymilvus import DataType, MilvusClient
 from pymilvus.orm.schema import CollectionSchema
 
-from .chunking import Chunk
+from .chunking import MAX_ID_BYTES, Chunk
 from .filters import MAX_FIELDS, tags
 from .hashing import hash64, sha256
 from .identity import Identity
 
-MAX_ID_BYTES = 4096  # of a document id
 VECTOR_TYPES = {
     "float32": DataType.FLOAT_VECTOR,
     "float16": DataType.FLOAT16_VECTOR,
@@ -35,13 +34,7 @@ def content_hash(chunk: Chunk) -> int:
 
 
 def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
-    """What is stored of a chunk.
-
-    Raises:
-        ValueError: a document id longer than 4096 bytes.
-    """
-    if len(chunk.doc_id.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"The document id {chunk.doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8.")
+    """Return what is stored of a chunk."""
     return {
         "pk": primary_key(chunk.doc_id, chunk.index),
         "doc_id": chunk.doc_id,

@@ -95,7 +95,7 @@ class DocumentStream:
         """
 
         def read() -> Iterable[Mapping[str, Any]]:
-            rows = read_rows(self.dataset, self.subset, self.split)
+            rows = read_rows(self.dataset, self.subset, self.split, self.text_field)
             return rows if processes == 1 else split_dataset_by_node(rows, rank, processes)
 
         rows = islice(enumerate(patiently(read)), self.shard_index, None, self.num_shards)

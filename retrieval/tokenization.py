@@ -1,13 +1,15 @@
-"""Bulk tokenization: the ids of a Hugging Face tokenizer, computed by tiktoken where the two provably agree."""
+"""Bulk tokenization: text to the ids of a Hugging Face tokenizer, by tiktoken where the two provably agree."""
 
 import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from functools import cached_property
 
 import tiktoken
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .identity import short_name
@@ -26,55 +28,127 @@ PROBE_TEXT = (
     "<|endoftext|> </s>[MASK] \x00\x07\x1b\x7f\u0085 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ________________ ....!?"
 )
 
+# What is added to the names of special tokens, so that no text contains them. Nobody can know it beforehand.
+MARK = "\U0010ffff" + secrets.token_hex(8)
+
 
 class BulkTokenizer:
-    """Token ids equal to `tokenizer(text, add_special_tokens=False)`, several times faster in bulk.
+    """Encode text as ordinary tokens, several times faster in bulk than the tokenizer itself.
 
-    tiktoken does the work for byte-level BPE with GPT-2's regular expression and merges in the order of their ids; for
-    anything else, and whenever a check of equality fails, the Hugging Face tokenizer itself does.
+    Text is data: what spells a special token, such as "<|endoftext|>", becomes the ordinary tokens of its letters. For
+    all other text the ids are those of `tokenizer(text, add_special_tokens=False)`.
+
+    tiktoken does the work for byte-level BPE with GPT-2's regular expression and merges in the order of their ids. For
+    anything else, and whenever a check of equality fails, the Hugging Face tokenizer does.
 
     Args:
         hf_tokenizer: any `transformers` tokenizer.
+
+    Attributes:
+        vocab_size: every id that text can become is below this.
+
+    Raises:
+        ValueError: the tokenizer turns the text of a special token into that token, and nothing can stop it.
     """
 
     def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
         self.hf_tokenizer = hf_tokenizer
         self.name = short_name(hf_tokenizer.name_or_path or type(hf_tokenizer).__name__)
-        self.vocab_size = len(hf_tokenizer)
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
-        self._encoding, reason = tiktoken_encoding(hf_tokenizer)
-        if self._encoding is not None and self._encode_tiktoken([PROBE_TEXT]) != self._encode_hf([PROBE_TEXT]):
+        backend = _backend_json(hf_tokenizer)
+        self._reserved = reserved_tokens(hf_tokenizer)
+        self._unknown_id = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
+        ids = {*self._ordinary_vocabulary().values(), self._unknown_id} - {None}
+        self.vocab_size = 1 + max(ids)
+        self._backend: Tokenizer | None = None
+        self._encoding, reason = None, "it has no backend that can be told to take text as data"
+        if backend and self._agrees(text_backend := Tokenizer.from_str(_text_json(backend, self._reserved))):
+            self._backend = text_backend
+            self._encoding, reason = tiktoken_encoding(text_backend, self.name)
+        probe = self._encode_hf([PROBE_TEXT])
+        if self._encoding is not None and self._encode_tiktoken([PROBE_TEXT]) != probe:
             self._encoding, reason = None, "the two disagree on the probe text"
         if self._encoding is None:
             logger.info("Tokenizing with %s itself, not with tiktoken: %s", self.name, reason)
 
     @property
     def uses_tiktoken(self) -> bool:
-        """Whether tiktoken does the encoding."""
+        """Return True if tiktoken does the encoding."""
         return self._encoding is not None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens around it; special tokens inside the text become their ids."""
+        """Return the token ids of each text: no special tokens around it, and none for what spells one inside it."""
         return self._encode_tiktoken(texts) if self.uses_tiktoken else self._encode_hf(texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; a character cut in half at either end becomes U+FFFD."""
+        """Return the text of token ids; a character cut in half at either end becomes U+FFFD."""
         return self.hf_tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash (hex) of the vocabulary, the merges and the ids of a hard text: equal for equal tokenizers, wherever
-        they were loaded from and whatever the versions of the libraries."""
+        """The hash (hex) of all that decides which ids a text becomes.
+
+        It is equal for tokenizers that give every text the same ids, wherever they were loaded from and whatever the
+        versions of the libraries. Special tokens do not count, since no text becomes one.
+        """
+        backend = _backend_json(self.hf_tokenizer)
+        scores = enumerate(backend["model"]["vocab"]) if _is_unigram(backend) else ()
         content = {
-            "vocabulary": sorted(self.hf_tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
-            "merges": _merges(_backend_json(self.hf_tokenizer)),
+            "vocabulary": _by_id(self._ordinary_vocabulary()),
+            "scores": [score for index, (_, score) in scores if index not in self._reserved],
+            "merges": _merges(backend),
+            "unknown": self._unknown_id,
+            "splits": [
+                [index, token.content, token.single_word, token.lstrip, token.rstrip, token.normalized]
+                for index, token in sorted(self.hf_tokenizer.added_tokens_decoder.items())
+                if not token.special
+            ],
             "probe": self._encode_hf([PROBE_TEXT])[0],
         }
-        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+        return _hash(content)
+
+    def whole_fingerprint(self, vocab_size: int) -> str | None:
+        """Return the hash (hex) of the first `vocab_size` ids, special tokens too, as format 2 of the identity has it.
+
+        Returns:
+            None if there are not so many ids, or those after them are not special tokens alone.
+        """
+        vocabulary = self.hf_tokenizer.get_vocab()
+        later: dict[int, str] = {}
+        if vocab_size != len(vocabulary):
+            later = {index: token for token, index in vocabulary.items() if index >= vocab_size}
+            if len(vocabulary) - len(later) != vocab_size or not later.keys() <= self._reserved.keys():
+                return None
+        backend = _backend_json(self.hf_tokenizer)
+        if not later:
+            probe = self.hf_tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+        elif backend:
+            earlier = Tokenizer.from_str(json.dumps(_renamed(backend, later)))
+            probe = earlier.encode(PROBE_TEXT, add_special_tokens=False).ids
+        else:
+            return None
+        kept = {token: index for token, index in vocabulary.items() if index not in later}
+        return _hash({"vocabulary": _by_id(kept), "merges": _merges(backend), "probe": probe})
+
+    def _ordinary_vocabulary(self) -> dict[str, int]:
+        return {token: index for token, index in self.hf_tokenizer.get_vocab().items() if index not in self._reserved}
+
+    def _agrees(self, backend: Tokenizer) -> bool:
+        """Return False if the tokenizer's Python class changes what its backend gives, or ids have moved."""
+        added = self.hf_tokenizer.added_tokens_decoder
+        if any(
+            backend.id_to_token(index) not in (token.content, _marked(token.content)) for index, token in added.items()
+        ):
+            return False
+        text = PROBE_TEXT
+        for token in added.values():
+            text = text.replace(token.content, " ") if token.special else text
+        expected = self.hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return backend.encode(text, add_special_tokens=False).ids == expected
 
     def _encode_tiktoken(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return self._encoding.encode_batch(texts, num_threads=os.cpu_count() or 1, allowed_special="all")
+            return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         except Exception as error:  # e.g. its regular expression engine gives up on a run of a million spaces
             logger.debug("tiktoken failed on a batch (%s); using %s itself", error, self.name)
             return self._encode_hf(texts)
@@ -82,27 +156,49 @@ class BulkTokenizer:
     def _encode_hf(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self.hf_tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
+        if self._backend is not None:
+            return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        batch = self.hf_tokenizer(list(texts), **settings)["input_ids"]
+        for ids in batch:
+            for index in (self._reserved.keys() & ids) - {self._unknown_id}:
+                raise ValueError(
+                    f"The tokenizer {self.name} turns text into its special token {self._reserved[index]!r}. Use its "
+                    "fast version, which can be told to take all text as data."
+                )
+        return batch
 
 
-def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Encoding | None, str]:
-    """A tiktoken encoding equal to `tokenizer`, or (None, why there is none). Needs no network.
+def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the special tokens that no text may become, by their ids.
+
+    An ordinary token that was declared special, such as a letter that pads, is not among them: nothing else could stand
+    for its text.
+    """
+    backend = _backend_json(tokenizer)
+    vocabulary = _vocabulary(backend) if backend else {}
+    merged = {left + right for left, right in _merges(backend)}
+
+    def is_ordinary(index: int, content: str) -> bool:
+        if backend:
+            return vocabulary.get(content) == index and (len(content) == 1 or content in merged)
+        return index < tokenizer.vocab_size and len(content) == 1
+
+    added = tokenizer.added_tokens_decoder.items()
+    return {index: t.content for index, t in added if t.special and not is_ordinary(index, t.content)}
+
+
+def tiktoken_encoding(tokenizer: Tokenizer, name: str) -> tuple[tiktoken.Encoding | None, str]:
+    """Return a tiktoken encoding equal to `tokenizer`, or (None, why there is none). Needs no network.
 
     tiktoken merges two neighbors when their bytes together are a token, lowest id first; Hugging Face when the pair is
     in the list of merges, first in the list first. The two are the same when the results of the merges have rising ids
     and every token comes out whole when its own bytes are encoded.
     """
-    backend = _backend_json(tokenizer)
-    model = backend.get("model", {})
-    if model.get("type") != "BPE":
-        return None, f"its model is {model.get('type')}, not BPE"
+    backend = json.loads(tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        return None, f"its model is {model['type']}, not BPE"
     if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
         return None, "its BPE has dropout, a prefix, a suffix or byte fallback"
     if model.get("ignore_merges") or backend.get("normalizer") is not None:
@@ -110,12 +206,8 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
     pre = backend.get("pre_tokenizer") or {}
     if pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") or not pre.get("use_regex", True):
         return None, "its pre-tokenizer is not GPT-2's"
-    added = backend.get("added_tokens", [])
-    odd = any(token["single_word"] or token["lstrip"] or token["rstrip"] or not token["content"] for token in added)
-    contents = [token["content"] for token in added]
-    nested = any(a != b and a in b for a in contents for b in contents)
-    if odd or nested or len({token["normalized"] for token in added}) > 1 or tokenizer.split_special_tokens:
-        return None, "its added tokens are matched in a way of their own"
+    if not all(token["special"] for token in backend["added_tokens"]):
+        return None, "it has added tokens that split text"
 
     vocabulary: dict[str, int] = model["vocab"]
     byte_of = _byte_decoder()
@@ -127,19 +219,65 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerBase) -> tuple[tiktoken.Enco
     ids = [vocabulary[token] for token in merged]
     if any(second <= first for first, second in zip(ids, ids[1:], strict=False)):
         return None, "its merges are not in the order of their ids"
-    if set(vocabulary) - set(merged) - set(byte_of) - set(contents):
+    if set(vocabulary) - set(merged) - set(byte_of) - {token["content"] for token in backend["added_tokens"]}:
         return None, "its vocabulary has tokens that no merge makes"
-    bpe = tokenizer.backend_tokenizer.model
-    if any(len(bpe.tokenize(token)) != 1 for token in merged):
+    if any(len(tokenizer.model.tokenize(token)) != 1 for token in merged):
         return None, "some of its tokens do not come out whole"
 
     ranks = {bytes(map(byte_of.__getitem__, token)): vocabulary[token] for token in [*byte_of, *merged]}
-    special = {token["content"]: token["id"] for token in added}
-    if len(ranks) != len(byte_of) + len(merged) or set(ranks.values()) & set(special.values()):
-        return None, "an added token is also an ordinary one"
-    return tiktoken.Encoding(
-        tokenizer.name_or_path or "bulk", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    ), ""
+    if len(ranks) != len(byte_of) + len(merged):
+        return None, "two of its tokens have the same bytes"
+    return tiktoken.Encoding(name or "bulk", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}), ""
+
+
+def _text_json(backend: dict, reserved: dict[int, str]) -> str:
+    """Return a backend without special tokens, for which all text is data; ids stay what they are."""
+    backend = _renamed(backend, reserved)
+    kept = [token for token in backend["added_tokens"] if token["id"] in reserved or not token["special"]]
+    return json.dumps(backend | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None})
+
+
+def _renamed(backend: dict, tokens: dict[int, str]) -> dict:
+    """Return a backend whose `tokens` have names that no text contains, in the model as among the added tokens.
+
+    Leaving special tokens unparsed would not do: Unigram and whole-word models find them in their own vocabulary.
+    """
+    model = dict(backend["model"])
+    if _is_unigram(backend):
+        model["vocab"] = [[_marked(p) if n in tokens else p, score] for n, (p, score) in enumerate(model["vocab"])]
+    else:
+        model["vocab"] = {_marked(p) if n in tokens else p: n for p, n in model["vocab"].items()}
+        unknown = model.get("unk_token")
+        if unknown in tokens.values():
+            model["unk_token"] = _marked(unknown)
+    added = [t | {"content": _marked(t["content"])} if t["id"] in tokens else t for t in backend["added_tokens"]]
+    return backend | {"model": model, "added_tokens": added, "post_processor": None}
+
+
+def _marked(token: str) -> str:
+    return token + MARK
+
+
+def _is_unigram(backend: dict) -> bool:
+    return backend.get("model", {}).get("type") == "Unigram"
+
+
+def _vocabulary(backend: dict) -> dict[str, int]:
+    vocabulary = backend["model"]["vocab"]
+    return {piece: n for n, (piece, _) in enumerate(vocabulary)} if _is_unigram(backend) else vocabulary
+
+
+def _unknown_id(backend: dict) -> int | None:
+    model = backend["model"]
+    return model.get("unk_id") if _is_unigram(backend) else model["vocab"].get(model.get("unk_token"))
+
+
+def _by_id(vocabulary: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+
+
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 def _backend_json(tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -75,9 +75,13 @@ def warn_of_own_text(
 
 
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
-    """What sequences with neighbors are made for, and can be used with."""
+    """Describe what sequences with neighbors are made for, and can be used with.
+
+    They have special tokens in them, so that the whole tokenizer counts, unlike in a knowledge base.
+    """
     sizes = {name: getattr(config, name) for name in ("chunk_size", "num_neighbors", "neighbor_length")}
-    return {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "block_size": block_size, **sizes}
+    fingerprint = tokenizer.whole_fingerprint(len(tokenizer.hf_tokenizer))
+    return {"format": FORMAT, "tokenizer": fingerprint, "block_size": block_size, **sizes}
 
 
 def precompute(

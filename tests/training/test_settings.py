@@ -28,9 +28,9 @@ from .runs import flags, knowledge_base, losses, train, yaml_flags
         ({"benchmarks": ["NoSuchBench"], "eval_strategy": "steps", "eval_steps": 1}, "NoSuchBench|DeepEval"),
         ({"lora": {"rr": 8}}, "rr"),
         ({"lora": {"target_modules": ["no_such"]}}, "no_such"),
-        ({"validation_data": ["no/such/file.txt"]}, "'no/such/file.txt' is no file"),
+        ({"validation_data": ["no/such/file.txt"]}, "Cannot load 'no/such/file.txt': no such file"),
         ({"train_data": ["train", {"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'"),
-        ({"train_data": "no/such/file.txt", "streaming": True}, "'no/such/file.txt' is no file"),
+        ({"train_data": "no/such/file.txt", "streaming": True}, "Cannot load 'no/such/file.txt': no such file"),
         (
             {"train_data": [{"dataset": "rows.jsonl", "filter": {"lang": "EN"}}]},
             "gives no document that passes its filter",

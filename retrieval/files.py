@@ -1,0 +1,316 @@
+"""Rows of files as people keep them: text, JSON, CSV, Parquet and Arrow, compressed or not, and folders of all these."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+FILE_ID = "__file_id__"  # what the row of a whole text has, beside its text
+ROW_ID = "__row_id__"  # what a row of a file in a folder has, beside its fields
+NAMED = 20  # files left out that are named one by one; the others are counted
+ROWS_AT_ONCE = 256  # of a Parquet or Arrow file
+
+DECOMPRESS: dict[str, Callable[..., BinaryIO]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path, mode: pa.CompressedInputStream(path.open(mode), "zstd"),
+}
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)  # what they raise
+
+# UTF-32 first: its mark begins like that of UTF-16
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+NOT_TEXT = "it is not UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark. If it is text, convert it to UTF-8"
+
+
+class Unreadable(ValueError):
+    """A file cannot be read as what it is; `why` tells the reason without its name."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"Cannot read {readable(str(path))}: {why}.")
+        self.why = why
+
+
+def readable(name: str) -> str:
+    """Return a file's name as valid text; bytes that are not UTF-8 are written as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def read_file(path: Path, name: str) -> Iterator[Row]:
+    """Read the rows of one file; the suffix tells its format, and anything without a known one is a text.
+
+    Args:
+        name: the id of a file that is one text.
+
+    Raises:
+        ValueError: the file cannot be read as what it is; names it, and the line if there is one.
+    """
+    reader = READERS.get(_format(path))
+    return reader(path) if reader else iter([{FILE_ID: name, "text": read_text(path)}])
+
+
+def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
+    """Read all files below a folder but hidden ones, in the order of their names. Links are followed.
+
+    What is not text, and what cannot be reached, is left out with a warning. A CSV, TSV or JSON file without
+    `text_field` is read as one text.
+
+    Raises:
+        ValueError: a file with rows is damaged.
+    """
+    left_out = 0
+
+    def leave_out(path: Path, why: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        if left_out <= NAMED:
+            logger.warning("Skipped %s: %s.", readable(str(path)), why)
+
+    for file in _files_below(folder, leave_out):
+        id_ = f"{name}/{readable(file.relative_to(folder).as_posix())}"
+        rows = None
+        if _format(file) in READERS:
+            rows = _rows_with(text_field, file) if _format(file) in MAYBE_ROWS else read_file(file, id_)
+        if rows is not None:
+            yield from ({**row, ROW_ID: f"{id_}#{number}"} for number, row in enumerate(rows))
+            continue
+        try:
+            text = read_text(file)
+        except Unreadable as error:
+            leave_out(file, error.why)
+        else:
+            yield {FILE_ID: id_, "text": text}
+    if left_out > NAMED:
+        logger.warning("Skipped %d more files below %s.", left_out - NAMED, readable(str(folder)))
+
+
+def read_text(path: Path) -> str:
+    """Read a file that is one text.
+
+    Raises:
+        Unreadable: it is not text, or damaged.
+    """
+    with _open(path) as file, _naming(path):
+        data = file.read()
+        text = data.decode(_encoding(data))  # not read as a text file, which would turn \r\n into \n
+    if "\0" in text:
+        raise Unreadable(path, NOT_TEXT)
+    return text
+
+
+def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
+    """Return a file's rows, or None, and say so, if it has no rows with such a field."""
+    try:
+        rows = READERS[_format(path)](path)
+        first = next(rows, None)
+    except ValueError as error:
+        logger.warning("Reading %s as one text: %s", readable(str(path)), error)
+        return None
+    if first is None:
+        return iter(())
+    if text_field not in first:
+        logger.warning("Reading %s as one text: its rows have no field %r.", readable(str(path)), text_field)
+        return None
+    return chain([first], rows)
+
+
+def _files_below(folder: Path, leave_out: Callable[[Path, str], None]) -> Iterator[Path]:
+    root = folder.resolve()
+    walked = {root}
+
+    def is_walked(directory: Path, real: Path) -> bool:
+        """Return True if a directory's files are read under another name, or will be."""
+        if real in walked:
+            return True
+        inside = directory.is_symlink() and real.is_relative_to(root)
+        return inside and not any(part.startswith(".") for part in real.relative_to(root).parts)
+
+    def below(directory: Path) -> Iterator[Path]:
+        for path in sorted(directory.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                real = path.resolve()
+                if is_walked(path, real):
+                    leave_out(path, f"it leads to {readable(str(real))}, which is read already")
+                else:
+                    walked.add(real)
+                    yield from below(path)
+            elif path.is_file():
+                yield path
+            else:
+                leave_out(path, "it is a broken link" if path.is_symlink() else "it is not a regular file")
+
+    return below(folder)
+
+
+def _format(path: Path) -> str:
+    """Return the suffix that tells a file's format, in small letters and without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in DECOMPRESS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(path: Path) -> BinaryIO:
+    with _naming(path):
+        return DECOMPRESS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _encoding(beginning: bytes) -> str:
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if beginning.startswith(mark):
+            return encoding
+    return "utf-8-sig"  # which is UTF-8, with a mark or without one
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    with _open(path) as file, _naming(path):
+        encoding = _encoding(file.read(4))
+    with _open(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="") as text:
+        yield text
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in errors about what is in it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise Unreadable(path, NOT_TEXT) from error
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the file system; it names the file
+        raise Unreadable(path, f"it is damaged, or not compressed as its name says ({error})") from error
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with _open_text(path) as lines, _naming(path):
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{readable(str(path))}, line {number}"
+                yield _object(_json(line, where), where)
+
+
+def _json_file(path: Path) -> Iterator[Row]:
+    """Read a list of objects, an object a line, or one object."""
+    with _open_text(path) as lines, _naming(path):
+        first = next((line for line in lines if line.strip()), "")
+    where = readable(str(path))
+    try:
+        is_line = isinstance(_json(first, where), dict)
+    except ValueError:
+        is_line = False
+    if is_line:
+        yield from _json_lines(path)
+        return
+    content = _json(read_text(path), where)
+    for number, item in enumerate(content if isinstance(content, list) else [content]):
+        yield _object(item, f"{where}, item {number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with fields, got {type(value).__name__}.")
+    return value
+
+
+def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
+    def read(path: Path) -> Iterator[Row]:
+        csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
+        where = readable(str(path))
+        with _open_text(path) as text, _naming(path):
+            lines = csv.reader(text, delimiter=delimiter, strict=True)
+            try:
+                header = next(lines, [])
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{where}: two columns have the same name; its columns are {header}.")
+                for cells in lines:
+                    if len(cells) != len(header) and cells:
+                        raise ValueError(
+                            f"{where}, line {lines.line_num}: {len(cells)} cells, but {len(header)} columns. Put cells with "
+                            "a delimiter or a quote in them into double quotes."
+                        )
+                    if cells:
+                        yield dict(zip(header, cells, strict=True))
+            except csv.Error as error:
+                raise ValueError(f"{where}, line {lines.line_num}: {error}.") from error
+
+    return read
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    with _columnar(path) as file:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    """Read an Arrow file (Feather) or an Arrow stream."""
+    with _columnar(path) as file:
+        try:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            file.seek(0)
+            batches = pa.ipc.open_stream(file)
+        for batch in batches:
+            for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+
+
+@contextmanager
+def _columnar(path: Path) -> Iterator[BinaryIO]:
+    if path.suffix.lower() in DECOMPRESS:
+        raise Unreadable(path, "Parquet and Arrow files are compressed inside. Decompress it first")
+    with path.open("rb") as file:
+        try:
+            yield file
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise Unreadable(path, f"it is damaged, or not what its name says ({error})") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_file,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+}
+MAYBE_ROWS = {".json", ".csv", ".tsv"}  # which are read as a text where they have no text field
