@@ -3,28 +3,52 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A CPU wheel of this version, where there is one at hand, spares gigabytes of CUDA; `make TORCH=torch …` takes any other.
 TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+# One `make` at a time sets up .venv; a second one waits, and then finds it done.
+LOCKED := $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); \
+	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))' $(MAKE) --silent
+EXTRAS = $(if $(filter dev,$(@F)),demo$(COMMA)dev,demo)
+COMMA := ,
+STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
-.venv/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[demo,dev]'
-	touch $@
+.PHONY: demo test versions lint format clean
 
-demo: .venv/installed
+# what the demo needs; .venv/dev has the developers' tools, too
+.venv/demo .venv/dev: pyproject.toml
+	$(STEP) "Setting up .venv for '$(@F)': some minutes and 2 GB the first time."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(STEP) "1 of 3: a new pip (it resolves in seconds what old ones resolve in minutes)"
+	@$(PIP) --upgrade pip
+	$(STEP) "2 of 3: $(TORCH), unless there is a torch"
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	$(STEP) "3 of 3: this project and what it needs"
+	@$(PIP) --editable '.[$(EXTRAS)]'
+	@touch .venv/demo $@
+	$(STEP) "Done: .venv is set up."
+
+demo:
+	@$(LOCKED) .venv/demo
 	GRPC_VERBOSITY=NONE $(BIN)/python examples/demo.py
 
-test: .venv/installed
+test:
+	@$(LOCKED) .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
-lint: .venv/installed
+# the tests of the model under other versions of transformers, in environments that share .venv's other packages
+versions:
+	@$(LOCKED) .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/versions.py
+
+lint:
+	@$(LOCKED) .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/installed
+format:
+	@$(LOCKED) .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-milvus build demo_output *.egg-info
+	rm -rf .venv .venv.lock .venv-* build demo_output *.egg-info

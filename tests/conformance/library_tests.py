@@ -13,6 +13,8 @@ from pathlib import Path
 import transformers
 from transformers.models.auto import modeling_auto
 
+from ..once import made_once
+
 PACKAGE = "transformers_tests"
 
 # What the source distribution leaves out and its test modules import.
@@ -37,26 +39,20 @@ class Stub(types.ModuleType):
         return getattr(self, name)
 
 
-def fetch(folder: Path) -> Path:
-    """The folder `tests` of the installed version's source distribution, downloaded by pip once for all runs."""
+def fetch(folder: Path) -> None:
+    """Download the installed version's source distribution with pip, and keep its folder `tests`."""
     version = transformers.__version__
-    tests = folder / f"transformers-{version}" / "tests"
-    if not tests.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            pip = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--dest", unfinished]
-            # no dependencies, no isolated build: pip reads the metadata with the setuptools at hand
-            options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-            subprocess.run([*pip, *options], check=True)
-            (archive,) = Path(unfinished).glob("*.tar.gz")
-            extracted = Path(unfinished) / f"transformers-{version}" / "tests"
-            with tarfile.open(archive) as source:
-                wanted = [file for file in source if file.name.startswith(f"transformers-{version}/tests/")]
-                source.extractall(unfinished, wanted, filter="data")
-            (extracted / "__init__.py").touch()
-            tests.parent.mkdir(exist_ok=True)
-            os.replace(extracted, tests)
-    return tests
+    with tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        pip = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--dest", unpacked]
+        # no dependencies, no isolated build: pip reads the metadata with the setuptools at hand
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+        subprocess.run([*pip, *options], check=True)
+        (archive,) = Path(unpacked).glob("*.tar.gz")
+        with tarfile.open(archive) as source:
+            wanted = [file for file in source if file.name.startswith(f"transformers-{version}/tests/")]
+            source.extractall(unpacked, wanted, filter="data")
+        (Path(unpacked) / f"transformers-{version}" / "tests").rename(folder / "tests")
+    (folder / "tests" / "__init__.py").touch()
 
 
 def load(folder: Path) -> None:
@@ -73,7 +69,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers-retro"
 
 
-load(fetch(cache_folder()))
+load(made_once(cache_folder() / f"transformers-{transformers.__version__}", fetch) / "tests")
 common = importlib.import_module(f"{PACKAGE}.test_modeling_common")
 configuration = importlib.import_module(f"{PACKAGE}.test_configuration_common")
 training = importlib.import_module(f"{PACKAGE}.test_training_mixin")

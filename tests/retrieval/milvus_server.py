@@ -1,19 +1,26 @@
 """A real Milvus server for tests: installed into a virtual environment of its own, started on free loopback ports."""
 
 import contextlib
+import getpass
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pymilvus import MilvusClient
+
+from ..once import made_once
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
 FIXED_PORT = 2380  # of the etcd inside the server, which cannot be chosen
+# One server at a time on a machine, as of that port: whoever holds this lock has it.
+TURN = Path(tempfile.gettempdir()) / f"transformers-retro-milvus-{getpass.getuser()}.lock"
 COMPONENTS = [
     "proxy",
     "etcd",
@@ -29,16 +36,18 @@ COMPONENTS = [
 
 
 def install() -> Path:
-    """The server's program, installed if it is not there."""
-    program = ENVIRONMENT / "bin" / "milvus-server"
-    if not program.exists():
-        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-        subprocess.run([ENVIRONMENT / "bin" / "pip", "install", "--quiet", "milvus==2.3.5"], check=True)
-    return program
+    """Return the server's program, installed if it is not there."""
+
+    def make(environment: Path) -> None:
+        print(f"Installing Milvus 2.3.5 into {environment}.", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([environment / "bin" / "pip", "install", "--quiet", "milvus==2.3.5"], check=True)
+
+    return made_once(ENVIRONMENT, make) / "bin" / "milvus-server"
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that systems give to connections by themselves, or another test's could take one before the server does."""
+    """Return free ports below those that systems give to connections, which could take one before the server does."""
     ports: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(ports) < count:
@@ -50,7 +59,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for_port(port: int) -> None:
-    """Until the server that was stopped has let go of it."""
+    """Wait until the server that was stopped has let go of the port."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -87,12 +96,17 @@ class MilvusServer:
         flags = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
         self.command = [str(install()), "--data", str(folder), *flags, *options]
         self.process: subprocess.Popen | None = None
+        self.turn = FileLock(TURN)
         self.start()
 
     def start(self) -> None:
-        """Returns when it answers, at once if it runs."""
+        """Start the server, unless it runs, and return when it answers. Wait while another test run has a server."""
         if self.process is not None:
             return
+        try:
+            self.turn.acquire(timeout=45 * 60)
+        except Timeout as error:
+            raise RuntimeError(f"Another test run's Milvus server holds {TURN}: wait for its end.") from error
         wait_for_port(FIXED_PORT)
         command = self.command
         if (self.folder / "configs" / "milvus.yaml").exists():
@@ -121,10 +135,11 @@ class MilvusServer:
         return False
 
     def stop(self) -> None:
-        """As a power cut would: nothing is said to it before."""
+        """Kill the server without warning, as a power cut would."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
+        self.turn.release()

@@ -15,6 +15,7 @@ import torch
 import train_hf
 from modeling_retro import RetroForCausalLM
 
+from ..once import made_once
 from ..two_processes import ACCELERATE
 from .runs import OVERRIDES, flags, knowledge_base
 
@@ -26,13 +27,15 @@ DEEPSPEED = ("deepspeed", "einops", "hjson", "msgpack", "ninja", "nvidia-ml-py",
 
 
 @pytest.fixture(scope="module")
-def deepspeed(tmp_path_factory):
+def deepspeed():
     """DeepSpeed in a folder of its own: where it can be imported, transformers and accelerate behave differently."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
-    # no dependencies and no isolated build: torch is here already, and its default wheel is large
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", *DEEPSPEED], check=True)
-    return folder
+
+    def make(folder):
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+        # no dependencies and no isolated build: torch is here already, and its default wheel is large
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", *DEEPSPEED], check=True)
+
+    return made_once(ROOT / ".venv-deepspeed", make)
 
 
 @pytest.fixture
