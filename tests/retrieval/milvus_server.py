@@ -3,7 +3,6 @@
 import contextlib
 import getpass
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from pymilvus import MilvusClient
 
 from ..once import made_once
+from ..processes import free_ports
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
 FIXED_PORT = 2380  # of the etcd inside the server, which cannot be chosen
@@ -44,18 +44,6 @@ def install() -> Path:
         subprocess.run([environment / "bin" / "pip", "install", "--quiet", "milvus==2.3.5"], check=True)
 
     return made_once(ENVIRONMENT, make) / "bin" / "milvus-server"
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free ports below those that systems give to connections, which could take one before the server does."""
-    ports: list[int] = []
-    with contextlib.ExitStack() as stack:
-        while len(ports) < count:
-            port = random.SystemRandom().randrange(10_000, 32_768)
-            with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                ports.append(port)
-    return ports
 
 
 def wait_for_port(port: int) -> None:

@@ -1,20 +1,22 @@
 """Training runs as a team has them: read ahead, precomputed, streamed, stopped and resumed, in several processes."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
 import train_hf
+import training_retro.trainer
 from retrieval.packing import PackedStream
 
+from ..processes import Forked, ranks
 from ..two_processes import ACCELERATE
 from .conftest import CHUNK
 from .runs import OVERRIDES, flags, knowledge_base, losses, train, yaml_flags
@@ -95,17 +97,21 @@ class TestNeighborsAhead:
         arguments = flags(world, tokenizer_folder, tmp_path / "run", **changes, **knowledge_base(world))
         trainer = train_hf.build_trainer(*train_hf.parse_arguments(arguments), tmp_path)
         collate, step, made, computed = trainer.data_collator, trainer.training_step, [], []
+        all_made = threading.Event()
 
         def training_step(*args, **kwargs):
             computed.append(1)
             if len(computed) == 1:  # the model is busy with the first update
-                deadline = time.monotonic() + 30
-                while len(made) < 12 and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                assert len(made) >= 12
+                assert all_made.wait(600)
             return step(*args, **kwargs)
 
-        trainer.data_collator = lambda features: made.append(1) or collate(features)
+        def collated(features):
+            made.append(1)
+            if len(made) == 12:
+                all_made.set()
+            return collate(features)
+
+        trainer.data_collator = collated
         trainer.training_step = training_step
         trainer.train()
         trainer.model.retriever.close()
@@ -198,21 +204,15 @@ class TestResume:
         )
         arguments = flags(world, tokenizer_folder, folder, config_overrides=overrides, validation_data=None, **settings)
         arguments = yaml_flags(folder.with_suffix(".yaml"), arguments, train_data=mixture(world))
-        command = [sys.executable] if processes == 1 else ACCELERATE
-        # MKL's results depend on where in memory the numbers lie, unless it is told otherwise
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "NONE", "MKL_CBWR": "COMPATIBLE"}
-        return subprocess.Popen(
-            [*command, train_hf.__file__, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        logs = folder.with_name(f"{folder.name}-logs")
+        logs.mkdir(exist_ok=True)
+        if processes == 1:
+            return [Forked(logs / "log", train_hf.main, arguments)]
+        return ranks(logs, processes, train_hf.main, arguments)
 
-    def end(self, process):
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
+    def end(self, processes):
+        for process in processes:
+            assert process.wait() == 0, process.output[-3000:]
 
     def losses(self, folder):
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -233,14 +233,15 @@ class TestResume:
         self.end(self.run(world, tokenizer_folder, whole, **sizes, save_strategy="no"))
         stopped = self.run(world, tokenizer_folder, parts, **sizes, max_steps=10_000)  # it would go on for long
         while not (parts / "checkpoint-3" / "trainer_state.json").exists():
-            assert stopped.poll() is None, stopped.communicate()[0][-3000:]
+            assert all(process.is_alive() for process in stopped), stopped[0].output[-3000:]
             time.sleep(0.02)
         if sign == signal.SIGTERM:
-            stopped.send_signal(sign)
+            stopped[-1].send_signal(sign)  # one is asked, and all end
         else:  # all at once, as a machine goes
-            for process in [*psutil.Process(stopped.pid).children(recursive=True), stopped]:
+            for process in stopped:
                 process.kill()
-        stopped.communicate(timeout=120)
+        for process in stopped:
+            assert process.wait() == (0 if sign == signal.SIGTERM else -sign), process.output[-3000:]
         assert not (parts / "model.safetensors").exists()  # nor was anything made of half a training
         last = max(int(folder.name.rpartition("-")[2]) for folder in parts.glob("checkpoint-*"))
         for resumed_from in sorted({2, min(last, 8)}):  # within an epoch, and mostly across one
@@ -295,7 +296,7 @@ class TestManyProcesses:
                 config_overrides=plain,
                 **knowledge_base(world),
             )
-            ran = subprocess.run([*command, train_hf.__file__, *arguments], capture_output=True, text=True, timeout=240)
+            ran = subprocess.run([*command, train_hf.__file__, *arguments], capture_output=True, text=True)
             assert ran.returncode == 0, ran.stderr[-3000:]
             state = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
             return [entry["loss"] for entry in state if "loss" in entry], json.loads(
@@ -309,7 +310,7 @@ class TestManyProcesses:
 
     def test_a_rank_that_fails_ends_the_run_with_its_message(self, world, tokenizer_folder, tmp_path):
         arguments = flags(world, tokenizer_folder, tmp_path / "run", block_size=65, **knowledge_base(world))
-        ran = subprocess.run([*ACCELERATE, train_hf.__file__, *arguments], capture_output=True, text=True, timeout=240)
+        ran = subprocess.run([*ACCELERATE, train_hf.__file__, *arguments], capture_output=True, text=True)
         assert ran.returncode != 0 and "block_size is 65; it must be from 8" in ran.stderr
 
 
@@ -392,13 +393,28 @@ def test_reports_hold_what_the_log_holds(world, tokenizer_folder, tmp_path, wher
             assert shown[f"{part}/{name}"] == pytest.approx(truth, rel=1e-5)
 
 
-def test_a_retriever_that_is_too_slow_is_named(world, tokenizer_folder, tmp_path, caplog):
-    arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path, **knowledge_base(world)))
+@pytest.mark.parametrize(("search", "step", "share"), [(3, 1, 0.75), (1, 3, 0.25)])
+def test_a_retriever_that_is_too_slow_is_named(
+    world, tokenizer_folder, tmp_path, caplog, monkeypatch, search, step, share
+):
+    """By a clock that only a batch's search and a training step move."""
+    now = [0.0]
+    monkeypatch.setattr(training_retro.trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds, call):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return call(*args, **kwargs)
+
+        return timed
+
+    settings = {"prefetch_batches": 0, **knowledge_base(world)}
+    arguments = train_hf.parse_arguments(flags(world, tokenizer_folder, tmp_path, **settings))
     trainer = train_hf.build_trainer(*arguments, tmp_path / "c")
-    search = trainer.model.retriever._search
-    trainer.model.retriever._search = lambda queries: time.sleep(0.2) or search(queries)
+    trainer.data_collator = taking(search, trainer.data_collator)
+    trainer.training_step = taking(step, trainer.training_step)
     with caplog.at_level("INFO"):
         trainer.train()
     trainer.model.retriever.close()
-    assert "Retrieval is the limit" in caplog.text
-    assert trainer.state.log_history[3]["retrieval_wait"] > 0.3
+    assert trainer.state.log_history[3]["retrieval_wait"] == share
+    assert ("Retrieval is the limit: 75 %" in caplog.text) == (share == 0.75)
