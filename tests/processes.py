@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,7 +20,7 @@ from unittest import mock
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 # Read once, while a library is imported. MKL's results depend on where in memory the numbers lie, unless told otherwise.
-_AT_IMPORT = {"MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "NONE"}
+_AT_IMPORT = {"MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "NONE", "COLUMNS": "200"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -64,6 +65,12 @@ class Forked:
 
     def is_alive(self) -> bool:
         return self.process.is_alive()
+
+    def wait_for_output(self, text: str) -> None:
+        """Return when the process has printed the text."""
+        while text not in self.output:
+            assert self.is_alive() or text in self.output, self.output[-3000:]
+            time.sleep(0.01)
 
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from pymilvus import MilvusException
+from transformers import AutoTokenizer
 
+import retrieval.cli
 from retrieval import (
     TLS,
+    BulkTokenizer,
+    Chunk,
     Document,
+    Embedder,
     IndexSettings,
     KnowledgeBaseError,
     MilvusConnection,
@@ -26,6 +31,7 @@ from retrieval import (
     ingest,
 )
 
+from ..processes import Forked
 from ..two_processes import ACCELERATE
 from .conftest import CHUNK, expected_rows, rows_of
 from .milvus_server import MilvusServer
@@ -110,17 +116,19 @@ def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokeni
     retriever = MilvusRetriever(store, tokenizer, embedder)
     chunks = [list(row[2]) for row in rows_of(store) if len(row[2]) == CHUNK][:5]
     before = retriever.retrieve(chunks).scores
-    gone, ended = threading.Event(), threading.Event()
+    searched, reading, gone, ended = (threading.Event() for _ in range(4))
 
     def rest():
         yield from documents[half:-2]
-        assert gone.wait(60)
+        reading.set()
+        assert gone.wait(600)
         yield from documents[-2:]
 
     def search():
         found = []
         while not ended.is_set():
             found.append(retriever.retrieve(chunks).scores)
+            searched.set()
         return found
 
     with ThreadPoolExecutor(2) as pool:
@@ -128,18 +136,18 @@ def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokeni
         ingestion = pool.submit(
             ingest, rest(), MilvusStore(server.uri, "outage"), tokenizer, embedder, chunk_size=CHUNK
         )
-        time.sleep(1)
         try:
+            assert searched.wait(600) and reading.wait(600)
             server.stop()
             gone.set()
             time.sleep(30)
             assert not searches.done() and not ingestion.done()
             server.start()
-            ingestion.result(timeout=150)
+            ingestion.result(timeout=600)
             retriever.retrieve(chunks)  # the collection is loaded again
         finally:
             ended.set()
-        found = searches.result(timeout=150)
+        found = searches.result(timeout=600)
     assert rows_of(store) == expected_rows(documents, tokenizer)
     # an answer is one of the knowledge base before the other half, or with some of it: never less similar, never fewer
     assert len(found) > 1 and all((scores >= before - 1e-5).all() for scores in found)
@@ -193,7 +201,7 @@ class TestGuardedServer:
         started = time.monotonic()
         with pytest.raises(KnowledgeBaseError, match=f"{server.uri} did not answer .* for .*server up"):
             retriever.retrieve([[7] * CHUNK])
-        assert 3 < time.monotonic() - started < 15
+        assert time.monotonic() - started > 3  # it went on trying for a while: at least until the last try within 4 s
         with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
             MilvusStore(server.uri, "gone", token="root:Milvus", tls=tls, timeout=4)
 
@@ -204,19 +212,17 @@ class TestGuardedServer:
             TLS(certificate=__file__)
 
 
-INGEST = """
-import sys
-from transformers import AutoTokenizer
-from retrieval import *
-from tests.retrieval.test_failures import texts
-uri, tokenizer, embedding, version = sys.argv[1:]
-tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
-store = MilvusStore(uri, "retro")
-print("ready", flush=True)
-ingest(texts(int(version)), store, tokenizer, embedder, chunk_size=8)
-store.close()
-print("done", flush=True)
-"""
+def run_ingestion(uri, tokenizer, embedding, version, most_bytes=None):
+    """Ingest a version of the documents; `most_bytes`: no file may grow beyond that, which is how a full disk looks."""
+    tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
+    store = MilvusStore(uri, "retro")
+    print("ready", flush=True)
+    if most_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    ingest(texts(version), store, tokenizer, embedder, chunk_size=CHUNK)
+    store.close()
+    print("done", flush=True)
 
 
 def texts(version):
@@ -226,22 +232,18 @@ def texts(version):
     ]
 
 
-def start(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_twenty_kills_at_random_points_leave_what_one_run_would(
     tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
 ):
     """Each run brings another version of the documents, and is killed; the last one is not."""
     uri, moments = str(tmp_path / "kb.db"), random.Random(0)
     for version in range(20):
-        process = start(INGEST, uri, tokenizer_folder, embedding_folder, version)
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        arguments = uri, str(tokenizer_folder), str(embedding_folder), version
+        process = Forked(tmp_path / f"{version}.log", run_ingestion, *arguments)
+        process.wait_for_output("ready")
         time.sleep(moments.uniform(0.02, 1.5))
         process.kill()
-        process.communicate()
+        process.wait()
     store = MilvusStore(uri, "retro")
     ingest(texts(20), store, tokenizer, embedder, chunk_size=8)
     assert rows_of(store) == expected_rows(texts(20), tokenizer)
@@ -249,29 +251,24 @@ def test_twenty_kills_at_random_points_leave_what_one_run_would(
     store.close()
 
 
-WRITE = """
-import sys
-from transformers import AutoTokenizer
-from retrieval import *
-uri, tokenizer, embedding = sys.argv[1:]
-tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
-store = MilvusStore(uri, "retro")
-ingest([], store, tokenizer, embedder, chunk_size=8)
-for i in range(10**6):
-    chunks = [Chunk(f"d{i}", j, [1 + i % 9] * 8, []) for j in range(20)]
-    store.upsert(chunks, embedder.encode(["text"] * 20))
-    print(i, flush=True)
-"""
+def write_on_and_on(uri, tokenizer, embedding):
+    """Print the number of each document that is written."""
+    tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
+    store = MilvusStore(uri, "retro")
+    ingest([], store, tokenizer, embedder, chunk_size=CHUNK)
+    for i in range(10**6):
+        chunks = [Chunk(f"d{i}", j, [1 + i % 9] * CHUNK, []) for j in range(20)]
+        store.upsert(chunks, embedder.encode(["text"] * 20))
+        print(i, flush=True)
 
 
 def test_what_milvus_lite_acknowledged_outlives_a_kill(tmp_path, tokenizer_folder, embedding_folder):
     uri = str(tmp_path / "kb.db")
-    process = start(WRITE, uri, tokenizer_folder, embedding_folder)
-    for _ in range(120):
-        last = int(process.stdout.readline())
+    process = Forked(tmp_path / "log", write_on_and_on, uri, str(tokenizer_folder), str(embedding_folder))
+    process.wait_for_output("\n119\n")
     process.kill()
-    rest, _ = process.communicate()
-    last = int(rest.split()[-1]) if rest.endswith("\n") else last
+    process.wait()
+    last = int(process.output.rpartition("\n")[0].split()[-1])  # what follows the last line's end may be half a number
     with contextlib.closing(MilvusStore.open(uri, "retro")) as store:
         there = {row["pk"] for row in store.scan(("pk",))}
         assert len(there) >= 20 * (last + 1)
@@ -279,16 +276,14 @@ def test_what_milvus_lite_acknowledged_outlives_a_kill(tmp_path, tokenizer_folde
 
 
 def test_a_full_disk_loses_nothing(tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder):
-    """No file may grow beyond a limit, which is how a full disk looks to the program."""
     uri = str(tmp_path / "kb.db")
     store = MilvusStore(uri, "retro")
     ingest(texts(0)[:100], store, tokenizer, embedder, chunk_size=CHUNK)
     store.close()
-    code = INGEST.replace("ingest(", "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                          "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\ningest(")  # fmt: skip
-    process = start(code, uri, tokenizer_folder, embedding_folder, 0)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "has no more disk space" in errors and "run the same command again" in errors
+    arguments = uri, str(tokenizer_folder), str(embedding_folder), 0
+    process = Forked(tmp_path / "log", run_ingestion, *arguments, 20_000)
+    assert process.wait() != 0
+    assert "has no more disk space" in process.output and "run the same command again" in process.output
     store = MilvusStore.open(uri, "retro")
     assert {row[0] for row in rows_of(store)} >= {document.id for document in texts(0)[:100]}
     ingest(texts(0), store, tokenizer, embedder, chunk_size=CHUNK)
@@ -301,18 +296,17 @@ class TestOneFileForSeveralProcesses:
         self, tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
     ):
         uri = str(tmp_path / "kb.db")
-        serving = start("import sys; from retrieval.cli import main; main(['serve', '--uri', sys.argv[1]])", uri)
-        assert "is served at http://127.0.0.1:" in serving.stdout.readline()
+        serving = Forked(tmp_path / "serving.log", retrieval.cli.main, ["serve", "--uri", uri])
+        serving.wait_for_output("is served at http://127.0.0.1:")
         store = MilvusStore(uri, "retro")
         assert not store.connection.owns_file
-        helper = start(INGEST, uri, tokenizer_folder, embedding_folder, 3)  # two write at once, a third serves
+        arguments = uri, str(tokenizer_folder), str(embedding_folder), 3
+        helper = Forked(tmp_path / "helper.log", run_ingestion, *arguments)  # two write at once, a third serves
         ingest(texts(3)[:700], store, tokenizer, embedder, chunk_size=8)
-        _, errors = helper.communicate(timeout=120)
-        assert helper.returncode == 0, errors
+        assert helper.wait() == 0, helper.output
         assert rows_of(store) == expected_rows(texts(3), tokenizer)
         serving.send_signal(signal.SIGINT)
-        serving.communicate(timeout=30)
-        assert serving.returncode == 0
+        assert serving.wait() == 0
         assert rows_of(store) == expected_rows(texts(3), tokenizer)  # this process has opened the file itself
         assert store.connection.owns_file
         store.close()
@@ -329,9 +323,8 @@ class TestOneFileForSeveralProcesses:
 
     def test_serve_says_who_serves_already(self, tmp_path):
         connection = MilvusConnection(str(tmp_path / "kb.db"))
-        command = [sys.executable, "-m", "retrieval", "serve", "--uri", connection.uri]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 2 and f"already, at {connection.serving}" in result.stderr
+        second = Forked(tmp_path / "log", retrieval.cli.main, ["serve", "--uri", connection.uri])
+        assert second.wait() == 2 and f"already, at {connection.serving}" in second.output
         connection.close()
 
     def test_a_file_of_another_machine(self, tmp_path):
@@ -339,9 +332,8 @@ class TestOneFileForSeveralProcesses:
         connection = MilvusConnection(uri)
         notice = tmp_path / "kb.db.served"
         notice.write_text(json.dumps(json.loads(notice.read_text()) | {"host": "elsewhere"}))
-        code = f"from retrieval import MilvusConnection; MilvusConnection({uri!r})"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "in use by process" in result.stderr and "one machine only" in result.stderr
+        other = Forked(tmp_path / "log", MilvusConnection, uri)
+        assert other.wait() == 1 and "in use by process" in other.output and "one machine only" in other.output
         connection.close()
 
     def test_something_that_is_no_knowledge_base(self, tmp_path):
@@ -368,7 +360,7 @@ def test_a_file_is_let_go_when_its_database_is_not_there(tmp_path):
     uri = str(tmp_path / "kb.db")
     with pytest.raises(KnowledgeBaseError, match="no database 'nope'"):
         MilvusConnection(uri, database="nope")
-    command = [sys.executable, "-m", "retrieval", "serve", "--uri", uri]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
-        assert "is served at" in serving.stdout.readline()
-        serving.send_signal(signal.SIGINT)
+    serving = Forked(tmp_path / "log", retrieval.cli.main, ["serve", "--uri", uri])
+    serving.wait_for_output("is served at")
+    serving.send_signal(signal.SIGINT)
+    assert serving.wait() == 0

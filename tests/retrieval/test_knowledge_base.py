@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import retrieval.cli
 from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
 from retrieval import (
@@ -32,6 +32,7 @@ from retrieval import (
     ingest,
 )
 
+from ..processes import Forked
 from ..small_models import train_tokenizer
 from .conftest import CHUNK, expected_rows, rows_of
 
@@ -179,32 +180,29 @@ def test_half_a_character_is_refused(text):
         Document("id", text)
 
 
-KILLED = """
-import sys, pickle
-from transformers import AutoTokenizer
-from retrieval import *
-store = MilvusStore(sys.argv[1], "retro")
-documents = [Document(f"d{i}", f"document {i} says " + "word %d " % i * (i % 40)) for i in range(300)]
-tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(sys.argv[2])), Embedder(sys.argv[3], device="cpu")
-print("ready", flush=True)
-for start in range(0, 300, 20):
-    ingest(documents[start:start + 20], store, tokenizer, embedder, chunk_size=8)
-print("done", flush=True)
-"""
+def ingest_bit_by_bit(uri, tokenizer, embedding):
+    tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
+    store = MilvusStore(uri, "retro")
+    print("ready", flush=True)
+    for start in range(0, 300, 20):
+        ingest(many_documents()[start : start + 20], store, tokenizer, embedder, chunk_size=CHUNK)
+
+
+def many_documents():
+    return [Document(f"d{i}", f"document {i} says " + f"word {i} " * (i % 40)) for i in range(300)]
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.2])
 def test_an_ingestion_that_was_killed_is_completed_by_the_next(
-    uri, tokenizer, tokenizer_folder, embedding_folder, embedder, delay
+    uri, tokenizer, tokenizer_folder, embedding_folder, embedder, delay, tmp_path
 ):
-    command = [sys.executable, "-c", KILLED, uri, str(tokenizer_folder), str(embedding_folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-    documents = [Document(f"d{i}", f"document {i} says " + f"word {i} " * (i % 40)) for i in range(300)]
-    store, _ = build(uri, documents, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(documents, tokenizer)
+    process = Forked(tmp_path / "log", ingest_bit_by_bit, uri, str(tokenizer_folder), str(embedding_folder))
+    process.wait_for_output("ready")
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    store, _ = build(uri, many_documents(), tokenizer, embedder)
+    assert rows_of(store) == expected_rows(many_documents(), tokenizer)
 
 
 def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokenizer, embedder):
@@ -268,14 +266,18 @@ class TestBadInput:
         with pytest.raises(KnowledgeBaseError, match=r"must end in \.db"):
             MilvusStore("knowledge", "retro")
 
-    def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder):
+    def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder, tmp_path):
         store, _ = build(uri, documents[:1], tokenizer, embedder)
         second = MilvusStore.open(uri, "retro")
         store.close()
         assert second.count() > 0
         second.close()
-        code = f"from retrieval import MilvusStore; MilvusStore.open({uri!r}, 'retro')"
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+        assert Forked(tmp_path / "log", MilvusStore.open, uri, "retro").wait() == 0
+
+
+def command_line(folder, arguments):
+    os.chdir(folder)
+    retrieval.cli.main(arguments)
 
 
 def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder, embedding_folder):
@@ -288,23 +290,25 @@ def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder,
     models = ["--tokenizer", str(tokenizer_folder), "--embedding-model", str(embedding_folder)]
 
     def run(*arguments):
-        command = [sys.executable, "-m", "retrieval", *arguments]
-        env = {**os.environ, "PYTHONPATH": os.getcwd(), "COLUMNS": "200"}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        process = Forked(log, command_line, tmp_path, arguments)
+        return process.wait(), process.output
 
-    result = run("ingest", "texts", *place, *models, "--chunk-size", "8")
+    command = [sys.executable, "-m", "retrieval", "ingest", "texts", *place, *models, "--chunk-size", "8"]
+    program = {**os.environ, "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(command, cwd=tmp_path, env=program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    result = run(
-        "ingest", "more.jsonl", "--text-field", "body", "--doc-id-field", "key", *place, *models, "--chunk-size", "8"
-    )
-    assert result.returncode == 0 and "empty documents   1" in result.stdout, result.stdout + result.stderr
-    result = run("search", "def function(argument)", *place, *models)
-    assert result.returncode == 0 and "sub/two.txt, chunk" in result.stdout, result.stdout + result.stderr
-    result = run("info", *place)
-    assert result.returncode == 0 and "random-static" in result.stdout and "FLAT" in result.stdout
+    options = ["--text-field", "body", "--doc-id-field", "key", "--chunk-size", "8"]
+    status, output = run("ingest", "more.jsonl", *options, *place, *models)
+    assert status == 0 and "empty documents   1" in output, output
+    status, output = run("search", "def function(argument)", *place, *models)
+    assert status == 0 and "sub/two.txt, chunk" in output, output
+    status, output = run("info", *place)
+    assert status == 0 and "random-static" in output and "FLAT" in output, output
     for wrong in (["info", "--uri", "no.db"], ["ingest", "missing.txt", *place, *models], ["ingest", "texts", *place]):
-        result = run(*wrong)
-        assert result.returncode == 2 and "Traceback" not in result.stderr and "error: " in result.stderr
+        status, output = run(*wrong)
+        assert status == 2 and "Traceback" not in output and "error: " in output
 
 
 class TestAddedTokens:

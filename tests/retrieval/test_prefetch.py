@@ -19,17 +19,20 @@ def test_the_same_items_in_the_same_order():
 
 
 def test_at_most_depth_items_wait():
-    made = []
+    made, full = [], threading.Event()
 
     def items():
         for i in range(100):
             made.append(i)
+            if len(made) == 1 + 3 + 1:  # given out, ready, and one in the thread's hands
+                full.set()
             yield i
 
     ahead = Prefetcher(items(), depth=3)
     assert next(ahead) == 0
-    time.sleep(0.3)
-    assert len(made) <= 1 + 3 + 1  # given out, ready, and one in the thread's hands
+    assert full.wait(600)
+    time.sleep(0.1)  # time to make more, which it must not
+    assert len(made) == 5
     ahead.close()
     assert not prefetching() and len(made) < 10
 
@@ -58,12 +61,12 @@ def test_closing_while_an_item_is_made_waits_for_it():
     def items():
         yield 0
         entered.set()
-        leave.wait(5)
+        leave.wait(600)
         yield 1
 
     ahead = Prefetcher(items())
     next(ahead)
-    assert entered.wait(5)
+    assert entered.wait(600)
     threading.Timer(0.2, leave.set).start()
     ahead.close()
     assert leave.is_set() and not prefetching()

@@ -16,6 +16,7 @@ import train_hf
 from modeling_retro import RetroForCausalLM
 
 from ..once import made_once
+from ..processes import Forked
 from ..two_processes import ACCELERATE
 from .runs import OVERRIDES, flags, knowledge_base
 
@@ -38,25 +39,32 @@ def deepspeed():
     return made_once(ROOT / ".venv-deepspeed", make)
 
 
-@pytest.fixture
-def run(world, tokenizer_folder, tmp_path):
-    """Runs a command with the flags of a training; returns its losses, those of its evaluations too, and its weights."""
+def result(folder):
+    """The losses of a run, those of its evaluations too, and its weights."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [entry[key] for entry in log for key in ("loss", "eval_loss", "eval_off_loss") if key in entry]
+    return losses, RetroForCausalLM.from_pretrained(folder).state_dict()
 
-    def run(command, name, **changes):
-        settings = {"config_overrides": OVERRIDES, "neighbor_shuffle": 0, "save_strategy": "steps", "save_steps": 3}
-        settings |= {"eval_strategy": "steps", "eval_steps": 3, **knowledge_base(world), **changes}
-        command = [*command, *flags(world, tokenizer_folder, tmp_path / name, **settings)]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        losses = [entry[key] for entry in log for key in ("loss", "eval_loss", "eval_off_loss") if key in entry]
-        return losses, RetroForCausalLM.from_pretrained(tmp_path / name).state_dict()
 
-    return run
+def arguments_of(world, tokenizer_folder, folder, **changes):
+    settings = {"config_overrides": OVERRIDES, "neighbor_shuffle": 0, "save_strategy": "steps", "save_steps": 3}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3, **knowledge_base(world), **changes}
+    return flags(world, tokenizer_folder, folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def truth(world, tokenizer_folder, tmp_path_factory):
+    """What one process gets."""
+    folder = tmp_path_factory.mktemp("one")
+    process = Forked(folder / "log", train_hf.main, arguments_of(world, tokenizer_folder, folder / "run"))
+    assert process.wait() == 0, process.output[-3000:]
+    return result(folder / "run")
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero2", "zero3"])
-def test_spread_weights_train_evaluate_and_go_on_as_one_process(run, tmp_path, name, request, monkeypatch):
+def test_spread_weights_train_evaluate_and_go_on_as_one_process(
+    world, tokenizer_folder, truth, tmp_path, name, request, monkeypatch
+):
     if name != "fsdp":
         paths = [str(request.getfixturevalue("deepspeed")), os.environ.get("PYTHONPATH", "")]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
@@ -64,12 +72,16 @@ def test_spread_weights_train_evaluate_and_go_on_as_one_process(run, tmp_path, n
     configuration = ROOT / "examples" / "accelerate" / f"{name}_8_gpus.yaml"
     spread = [*ACCELERATE[:3], "--config_file", str(configuration), "--num_processes", "2", "--mixed_precision", "no"]
     spread += ["--main_process_port", "0", "--module", "tests.cpus_as_accelerators"]
+    changes = {"use_cpu": None, "per_device_train_batch_size": 2}
+    two = arguments_of(world, tokenizer_folder, tmp_path / "two", **changes)
+    changes["resume_from_checkpoint"] = tmp_path / "two" / "checkpoint-3"
+    again = arguments_of(world, tokenizer_folder, tmp_path / "again", **changes)
+    ran = subprocess.run([*spread, json.dumps([two, again])], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
-    truth, weights = run([sys.executable, train_hf.__file__], "one")
-    losses, _ = run(spread, "two", use_cpu=None, per_device_train_batch_size=2)
-    assert losses == pytest.approx(truth, abs=1e-4) and len(truth) == 10
-    checkpoint = tmp_path / "two" / "checkpoint-3"
-    losses, ended = run(spread, "again", use_cpu=None, per_device_train_batch_size=2, resume_from_checkpoint=checkpoint)
-    assert losses == pytest.approx(truth, abs=1e-4)
+    losses, weights = truth
+    assert result(tmp_path / "two")[0] == pytest.approx(losses, abs=1e-4) and len(losses) == 10
+    losses_again, ended = result(tmp_path / "again")
+    assert losses_again == pytest.approx(losses, abs=1e-4)
     assert ended.keys() == weights.keys()
     assert all(torch.allclose(ended[name], weight, atol=2e-3) for name, weight in weights.items())
