@@ -33,7 +33,7 @@ demo:
 
 test:
 	@$(LOCKED) .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
 
 # the tests of the model under other versions of transformers, in environments that share .venv's other packages
 versions:
@@ -51,4 +51,4 @@ format:
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv.lock .venv-* build demo_output *.egg-info
+	rm -rf .venv .venv.lock .venv-* build demo_output demo_output.lock *.egg-info

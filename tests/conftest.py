@@ -2,9 +2,16 @@
 
 import pytest
 
+# They start first, so that no process is left with a long one at the end when the others have nothing to do.
+LONGEST = ["server", "test_failures.py", "test_runs.py", "test_sharding.py", "test_conformance.py"]
+
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are read
 def pytest_collection_modifyitems(items):
+    def group(item):
+        return "server" if item.get_closest_marker("server") else item.path.name
+
     for item in items:
-        group = "server" if item.get_closest_marker("server") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group(item), len(LONGEST)))

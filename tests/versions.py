@@ -1,6 +1,6 @@
 """Run the tests of the model, generation, conformance and remote code under several versions of transformers.
 
-    python tests/versions.py                  the oldest and the newest that pyproject.toml allows, and the installed one
+    python tests/versions.py                  the oldest and the newest that are supported, and the installed one
     python tests/versions.py oldest newest    CI: the installed one has run every test before
     python tests/versions.py 5.16.0           any others
 
@@ -14,32 +14,19 @@ import sys
 import sysconfig
 import time
 import venv
-from importlib.metadata import requires, version
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
-
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from configuration_retro.configuration_retro import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS  # noqa: E402
 from tests.once import made_once  # noqa: E402
 
 TESTS = ["tests/modeling", "tests/conformance", "tests/programs"]
 # what these tests and the project import, each of which may want other versions beside this transformers
 OTHERS = ["accelerate", "datasets", "lm-eval", "peft", "sentence-transformers", "trl"]
-
-
-def supported() -> tuple[str, str]:
-    """Return the oldest version that the project allows, and the newest line of versions, as pip reads them."""
-    (transformers,) = [
-        requirement
-        for requirement in map(Requirement, requires("transformers-retro"))
-        if requirement.name == "transformers" and requirement.marker is None
-    ]
-    bounds = {bound.operator: bound.version for bound in transformers.specifier}
-    major, minor = map(int, bounds["<"].split("."))
-    return f"{bounds['>=']}.0", f"{major}.{minor - 1}.*"
 
 
 def environment(wanted: str) -> Path:
@@ -66,7 +53,8 @@ def run(python: Path) -> list[str]:
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
     started = time.monotonic()
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", f"--junitxml={report}", *TESTS]
+    side_by_side = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    command = [python, "-m", "pytest", "-q", *side_by_side, f"--junitxml={report}", *TESTS]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     suite = ElementTree.parse(report).getroot()[0].attrib
     tests, skipped = int(suite["tests"]), int(suite["skipped"])
@@ -75,8 +63,8 @@ def run(python: Path) -> list[str]:
 
 
 def main() -> None:
-    oldest, newest = supported()
-    names = {"oldest": oldest, "newest": newest, "installed": version("transformers")}
+    (oldest, newest) = (".".join(map(str, line)) for line in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    names = {"oldest": f"{oldest}.0", "newest": f"{newest}.*", "installed": version("transformers")}
     wanted = [names.get(name, name) for name in sys.argv[1:] or names]
     rows = [run(environment(name)) for name in wanted]
     for row in [["transformers", "passed", "failed", "skipped", "time"], *rows]:
