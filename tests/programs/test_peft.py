@@ -10,6 +10,9 @@ from ..modeling.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padd
 from ..modeling.conftest import VOCAB, small_model
 from ..modeling.test_training_features import training_batch
 
+# PEFT reads the name that transformers 5.24 renames
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 ADAPTERS = {
     "decoder": {"target_modules": r".*\.h\.\d+\.attn\.c_attn"},
     "cross_attention": {"target_modules": r".*\.cca\.(q_attn|c_attn|c_proj)"},

@@ -14,6 +14,9 @@ from modeling_retro import RetroForCausalLM
 from ..modeling.by_hand import HashRetriever
 from ..modeling.conftest import CHUNK
 
+# TRL's settings hold the name that transformers 5.24 renames
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
 
 def sft(model, texts, tokenizer, folder, peft_config=None, **settings):
     arguments = SFTConfig(

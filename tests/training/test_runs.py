@@ -4,7 +4,6 @@ import json
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -287,31 +286,29 @@ class TestManyProcesses:
     def test_two_processes_have_the_losses_of_one(self, world, tokenizer_folder, tmp_path):
         plain = OVERRIDES.replace("embd_pdrop: 0.0", "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0")
 
-        def run(command, name, size):
-            arguments = flags(
-                world,
-                tokenizer_folder,
-                tmp_path / name,
-                per_device_train_batch_size=size,
-                config_overrides=plain,
-                **knowledge_base(world),
-            )
-            ran = subprocess.run([*command, train_hf.__file__, *arguments], capture_output=True, text=True)
-            assert ran.returncode == 0, ran.stderr[-3000:]
-            state = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-            return [entry["loss"] for entry in state if "loss" in entry], json.loads(
-                (tmp_path / name / "eval_results.json").read_text()
-            )
+        def settings(name, size):
+            changes = {"per_device_train_batch_size": size, "config_overrides": plain, **knowledge_base(world)}
+            return flags(world, tokenizer_folder, tmp_path / name, **changes)
 
-        (one, one_eval), (two, two_eval) = run([sys.executable], "one", 4), run(ACCELERATE, "two", 2)
+        def results(name):
+            state = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+            evaluation = json.loads((tmp_path / name / "eval_results.json").read_text())
+            return [entry["loss"] for entry in state if "loss" in entry], evaluation
+
+        alone = Forked(tmp_path / "log", train_hf.main, settings("one", 4))
+        command = [*ACCELERATE, train_hf.__file__, *settings("two", 2)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        assert alone.wait() == 0, alone.output[-3000:]
+        (one, one_eval), (two, two_eval) = results("one"), results("two")
         assert one == pytest.approx(two, abs=1e-4) and len(one) == 6
         for name in ("eval_loss", "eval_off_loss", "eval_bits_per_byte"):
             assert one_eval[name] == pytest.approx(two_eval[name], abs=1e-4)
 
-    def test_a_rank_that_fails_ends_the_run_with_its_message(self, world, tokenizer_folder, tmp_path):
+    def test_a_rank_that_fails_ends_with_its_message(self, world, tokenizer_folder, tmp_path):
         arguments = flags(world, tokenizer_folder, tmp_path / "run", block_size=65, **knowledge_base(world))
-        ran = subprocess.run([*ACCELERATE, train_hf.__file__, *arguments], capture_output=True, text=True)
-        assert ran.returncode != 0 and "block_size is 65; it must be from 8" in ran.stderr
+        for process in ranks(tmp_path, 2, train_hf.main, arguments):
+            assert process.wait() != 0 and "block_size is 65; it must be from 8" in process.output
 
 
 def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(world, tokenizer_folder, tmp_path, monkeypatch):
