@@ -9,6 +9,7 @@ Python that runs this: it holds transformers, and what that version needs newer 
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,6 @@ import time
 import venv
 from importlib.metadata import version
 from pathlib import Path
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,16 +50,19 @@ def run(python: Path) -> list[str]:
     show = "import transformers; print(transformers.__version__)"
     found = subprocess.run([python, "-c", show], check=True, capture_output=True, text=True).stdout.strip()
     print(f"\n== transformers {found} ==", flush=True)
-    report = python.parents[1] / "report.xml"
-    report.unlink(missing_ok=True)
     started = time.monotonic()
     side_by_side = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
-    command = [python, "-m", "pytest", "-q", *side_by_side, f"--junitxml={report}", *TESTS]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    suite = ElementTree.parse(report).getroot()[0].attrib
-    tests, skipped = int(suite["tests"]), int(suite["skipped"])
-    failed = int(suite["failures"]) + int(suite["errors"])
-    return [found, str(tests - failed - skipped), str(failed), str(skipped), f"{time.monotonic() - started:.0f} s"]
+    command = [python, "-m", "pytest", "-q", *side_by_side, *TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as tests:
+        for line in tests.stdout:
+            print(line, end="", flush=True)
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", line)}
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    if tests.returncode and not failed:
+        sys.exit(f"pytest ended with status {tests.returncode} under transformers {found}.")
+    numbers = counts.get("passed", 0), failed, counts.get("skipped", 0)
+    return [found, *map(str, numbers), f"{time.monotonic() - started:.0f} s"]
 
 
 def main() -> None:

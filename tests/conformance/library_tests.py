@@ -17,11 +17,12 @@ from ..once import made_once
 
 PACKAGE = "transformers_tests"
 
-# What the source distribution leaves out and its test modules import.
+# What some source distributions leave out; their test modules, or this one, import it.
 MISSING = (
     "distributed_testing_utils",
     "exporters.test_export",
     "generation.test_utils",
+    "test_fsdp_mixin",
     "utils.test_configuration_utils",
 )
 
@@ -61,7 +62,7 @@ def load(folder: Path) -> None:
     sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
     for path in MISSING:
         if not (folder / f"{path.replace('.', '/')}.py").exists():
-            for name in (path.split(".")[0], path):
+            for name in {path.split(".")[0], path}:
                 sys.modules[f"{PACKAGE}.{name}"] = Stub(f"{PACKAGE}.{name}")
 
 
