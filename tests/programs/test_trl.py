@@ -14,8 +14,8 @@ from modeling_retro import RetroForCausalLM
 from ..modeling.by_hand import HashRetriever
 from ..modeling.conftest import CHUNK
 
-# TRL's settings hold the name that transformers 5.24 renames
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+# TRL and PEFT use the names that transformers 5.24 renames
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def sft(model, texts, tokenizer, folder, peft_config=None, **settings):
