@@ -54,12 +54,14 @@ def run(python: Path) -> list[str]:
     side_by_side = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
     command = [python, "-m", "pytest", "-q", *side_by_side, *TESTS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    closing = ""
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as tests:
         for line in tests.stdout:
             print(line, end="", flush=True)
-    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", line)}
+            closing = line if re.search(r"\d (passed|failed|error).* in [\d.]+s", line) else closing
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", closing)}
     failed = counts.get("failed", 0) + counts.get("error", 0)
-    if tests.returncode and not failed:
+    if not counts or (tests.returncode and not failed):
         sys.exit(f"pytest ended with status {tests.returncode} under transformers {found}.")
     numbers = counts.get("passed", 0), failed, counts.get("skipped", 0)
     return [found, *map(str, numbers), f"{time.monotonic() - started:.0f} s"]
