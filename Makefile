@@ -8,8 +8,6 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # One `make` at a time sets up .venv; a second one waits, and then finds it done.
 LOCKED := $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); \
 	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))' $(MAKE) --silent
-EXTRAS = $(if $(filter dev,$(@F)),demo$(COMMA)dev,demo)
-COMMA := ,
 STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
 .PHONY: demo test versions lint format clean
@@ -23,7 +21,7 @@ STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 	$(STEP) "2 of 3: $(TORCH), unless there is a torch"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
 	$(STEP) "3 of 3: this project and what it needs"
-	@$(PIP) --editable '.[$(EXTRAS)]'
+	@$(PIP) --editable '.[$(@F)]'
 	@touch .venv/demo $@
 	$(STEP) "Done: .venv is set up."
 

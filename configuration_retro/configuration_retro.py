@@ -7,7 +7,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
-OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 15), (5, 24)  # (major, minor); all between are supported
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 16), (5, 24)  # (major, minor); all between are supported
 
 
 def check_transformers_version(version: str = transformers.__version__) -> None:

@@ -178,8 +178,8 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
             )
     if retriever.vocab_size > config.vocab_size:
         raise ValueError(
-            f"The knowledge base has token ids up to {retriever.vocab_size - 1}, the model's vocabulary only "
-            f"{config.vocab_size}. Build it with the model's tokenizer."
+            f"The knowledge base has {retriever.vocab_size} token ids, the model's vocabulary only {config.vocab_size}. Build it "
+            "with the model's tokenizer."
         )
     if config.embedding_model is not None and retriever.embedding_model != config.embedding_model:
         raise ValueError(

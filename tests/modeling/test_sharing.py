@@ -56,7 +56,7 @@ installed, transformers.__version__ = transformers.__version__, "5.99.0"  # a ve
 try:
     AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 except ImportError as error:
-    assert "supports transformers 5.15 to" in str(error) and "5.99.0 is installed" in str(error), error
+    assert "supports transformers 5.16 to" in str(error) and "5.99.0 is installed" in str(error), error
 else:
     raise AssertionError("opened under an unknown version")
 transformers.__version__ = installed
