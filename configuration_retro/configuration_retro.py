@@ -125,6 +125,11 @@ class RetroConfig(GPT2Config):
         for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.add_cross_attention:
+            raise ValueError(
+                "add_cross_attention is True: a RETRO model attends to its neighbors (cca_layers) and to no other encoder. Set "
+                "add_cross_attention=False to leave that part of the checkpoint out."
+            )
         if not self.cca_layers and not self.copy_head:
             raise ValueError(
                 "cca_layers is empty and copy_head is False: nothing would read the neighbours. Name at least one decoder "

@@ -95,6 +95,7 @@ class RetrievalLog:
         return read
 
 
+@torch.compiler.disable  # a search cannot be part of a graph: the graph ends before it, and another one begins after it
 def fetch_neighbors(
     retriever: Retriever, grid: ChunkGrid, tokens: torch.LongTensor, log: RetrievalLog
 ) -> FetchedNeighbors:
