@@ -402,6 +402,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        doc_ids: None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """The arguments of [`RetroModel.forward`] and of `GPT2LMHeadModel.forward`.
@@ -409,11 +410,18 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         Args:
             labels: (B, T); shifted inside the model, -100 is not counted.
             logits_to_keep: compute the logits of the last tokens only (0: of all), or of the columns with these indices.
+            doc_ids: always None. `Trainer` keeps the columns of a dataset that are named here, and `RetroDataCollator` needs
+                this one: it finds neighbors from other documents, and gives them as neighbor_ids.
 
         Returns:
             logits (B, T, vocabulary), the loss in nats a token if labels are given, the cache; `cross_attentions` are
             over the neighbours: for each cross-attention layer (B, heads, T, k·r), for the chunk that each token reads.
         """
+        if doc_ids is not None:
+            raise ValueError(
+                "doc_ids are read by the data collator (RetroDataCollator), not by the model. Give it as data_collator, or give "
+                "the model neighbor_ids."
+            )
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.transformer(
             input_ids,
