@@ -74,17 +74,22 @@ class LoadingMixin:
         return (model, info) if output_loading_info else model
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """Take the parts that the checkpoint has nothing of out of the library's report, and name them in one line.
+        """Take new parts out of the library's report, and name them in one line.
 
-        Whatever else is missing stays in the report: a weight of the decoder, or a part that is there in part.
+        A part is new if neither the checkpoint's configuration nor its weights know it. Whatever else is missing stays in the
+        report: a weight of the decoder, or one that the checkpoint should have.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         missing = loading_info.missing_keys
         expected = Counter(filter(None, map(_part_of, self.state_dict())))
         absent = Counter(filter(None, map(_part_of, missing)))
-        new = {part for part, number in absent.items() if number == expected[part]}
-        if not {part for part in expected if part.startswith("layer ")} <= new:
-            new.discard(ENCODER)  # trained cross-attention would read what an untrained encoder says
+        theirs = self.config._readers_of_checkpoint
+        known = {f"layer {layer}" for layer in theirs["cca_layers"] or ()}
+        if known:
+            known.add(ENCODER)
+        if theirs["copy_head"]:
+            known.add(COPY_HEAD)
+        new = {part for part, number in absent.items() if number == expected[part]} - known
         if not new:
             return
         self._new_parameters = frozenset(name for name in missing if _part_of(name) in new)

@@ -121,7 +121,9 @@ def _content(feature: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     is_real = _ints(feature.get("attention_mask", [1] * len(tokens)))
     for name, values in (("labels", labels), ("attention_mask", is_real)):
         if len(values) != len(tokens):
-            raise ValueError(f"A sequence of {len(tokens)} tokens has {len(values)} values in {name}: give one a token.")
+            raise ValueError(
+                f"A sequence of {len(tokens)} tokens has {len(values)} values in {name}: give one a token."
+            )
     return list(compress(tokens, is_real)), list(compress(labels, is_real))
 
 
