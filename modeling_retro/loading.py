@@ -23,7 +23,7 @@ def is_added(name: str) -> bool:
 def register_causal_lm(model_type: str, class_name: str) -> None:
     """Add a model to the library's list of causal language models, which only names those of its own.
 
-    Trainer's label smoothing shifts the labels of these alone. Pipelines, model cards and lm-eval go by the list, too.
+    Trainer shifts the labels of these alone when it smooths them. Its model cards and lm-eval go by the list, too.
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = class_name
 

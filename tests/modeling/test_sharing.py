@@ -63,7 +63,7 @@ else:
 transformers.__version__ = installed
 model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
-assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer and pipelines go by this list
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer goes by this list
 model.save_pretrained("again")
 model = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
