@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
-from modeling_retro.modeling_retro import ADDED
+from modeling_retro.loading import ADDED
 from retrieval import BulkTokenizer, KnowledgeBaseError
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import PackedStream

@@ -85,6 +85,9 @@ class RetroConfig(GPT2Config):
     embedding_model: str | None = None
     collection_name: str | None = None
 
+    # set on loading: what reads neighbors according to the file; the rest of this configuration's readers is new
+    _readers_of_checkpoint = {"cca_layers": None, "copy_head": None}
+
     def __post_init__(self, **kwargs):
         if self.neighbor_length is None:
             self.neighbor_length = 2 * self.chunk_size
@@ -118,13 +121,24 @@ class RetroConfig(GPT2Config):
     def from_dict(cls, config_dict, **kwargs):
         # Merged before the configuration is built, so that what depends on a value (neighbor_length, checks) follows it.
         own = {field.name for field in fields(cls)} & set(kwargs)
-        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
+        loaded = super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the arguments that are left over
+        config._readers_of_checkpoint = {name: config_dict.get(name) for name in ("cca_layers", "copy_head")}
+        return loaded
+
+    def to_dict(self):
+        return {name: value for name, value in super().to_dict().items() if name != "_readers_of_checkpoint"}
 
     def validate_retrieval(self):
         """Check the sizes and the places of cross-attention, naming the value that does not fit."""
         for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.add_cross_attention:
+            raise ValueError(
+                "add_cross_attention is True: a RETRO model attends to its neighbors (cca_layers) and to no other encoder. Set "
+                "add_cross_attention=False to leave that part of the checkpoint out."
+            )
         if not self.cca_layers and not self.copy_head:
             raise ValueError(
                 "cca_layers is empty and copy_head is False: nothing would read the neighbours. Name at least one decoder "

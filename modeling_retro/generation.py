@@ -126,6 +126,17 @@ class RetroGenerationMixin(GenerationMixin):
         model_inputs |= dict(zip(NEIGHBOR_INPUTS, neighbors, strict=True))
         return model_inputs
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse `generate_batch()` and its like, which bypass `generate()` and its cache.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "Continuous batching (generate_batch, transformers serve) packs texts into one row with a paged cache, which cannot "
+            "hold what RETRO has read. Use generate(), with a batch of left-padded prompts for many."
+        )
+
     def _prefill(self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs):
         # a prompt that is prefilled piece by piece never reaches the hook as a whole
         log, mask = model_kwargs.get("retrieval_log"), model_kwargs.get("attention_mask")

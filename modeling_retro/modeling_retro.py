@@ -25,6 +25,7 @@ from .chunked_cross_attention import ChunkedCrossAttention
 from .copy_head import CopyHead, Copying, build_copying
 from .generation import RetroGenerationMixin
 from .library import CACHE, LOSS_ARGUMENTS, check_arguments, either_cache
+from .loading import LoadingMixin, NameWithRetriever, is_added, register_causal_lm
 from .matching import match_context
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
@@ -95,7 +96,7 @@ class RetroBlock(GPT2Block):
         return hidden_states + self.mlp(self.ln_2(hidden_states)), encoded
 
 
-class RetroPreTrainedModel(SharingMixin, GPT2PreTrainedModel):
+class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
     """Weights, initialisation and what the library may do with RETRO models."""
 
     config: RetroConfig
@@ -152,6 +153,8 @@ class RetroModel(RetroPreTrainedModel):
         if retriever is not None:
             check_retriever(retriever, self.config)
         self.retriever = retriever
+        if name := str(self.config.name_or_path):
+            self.config._name_or_path = name if retriever is None else NameWithRetriever(name, retriever)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -344,14 +347,6 @@ class RetroModel(RetroPreTrainedModel):
         return mask, scores.masked_fill(~mask.any(-1), 0.0)  # a retriever says nan where there is no neighbour
 
 
-ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to GPT-2
-
-
-def is_added(name: str) -> bool:
-    """Whether the parameter of this name is one that RETRO adds to GPT-2's."""
-    return any(f"{module}." in name for module in ADDED)
-
-
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
     """RETRO with a language-modelling head tied to the token embeddings.
 
@@ -407,6 +402,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        doc_ids: None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """The arguments of [`RetroModel.forward`] and of `GPT2LMHeadModel.forward`.
@@ -414,11 +410,18 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         Args:
             labels: (B, T); shifted inside the model, -100 is not counted.
             logits_to_keep: compute the logits of the last tokens only (0: of all), or of the columns with these indices.
+            doc_ids: always None. `Trainer` keeps the columns of a dataset that are named here, and `RetroDataCollator` needs
+                this one: it finds neighbors from other documents, and gives them as neighbor_ids.
 
         Returns:
             logits (B, T, vocabulary), the loss in nats a token if labels are given, the cache; `cross_attentions` are
             over the neighbours: for each cross-attention layer (B, heads, T, k·r), for the chunk that each token reads.
         """
+        if doc_ids is not None:
+            raise ValueError(
+                "doc_ids are read by the data collator (RetroDataCollator), not by the model. Give it as data_collator, or give "
+                "the model neighbor_ids."
+            )
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.transformer(
             input_ids,
@@ -450,3 +453,6 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             cross_attentions=outputs.cross_attentions,
             **{CACHE: outputs.get(CACHE)},
         )
+
+
+register_causal_lm(RetroConfig.model_type, RetroForCausalLM.__name__)

@@ -95,6 +95,11 @@ class RetrievalLog:
         return read
 
 
+# a compiled model's graph ends before the search, and another one begins after it
+@torch.compiler.disable(
+    reason="a knowledge base cannot be searched inside a graph. Give the neighbors to the model (neighbor_ids, "
+    "neighbor_attention_mask, neighbor_scores; RetroDataCollator and generate() do), or compile without fullgraph=True"
+)
 def fetch_neighbors(
     retriever: Retriever, grid: ChunkGrid, tokens: torch.LongTensor, log: RetrievalLog
 ) -> FetchedNeighbors:

@@ -1,7 +1,9 @@
 """RetroDataCollator: packed sequences → a batch of tensors, with the neighbors of every chunk."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import compress
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,25 +36,31 @@ class RetroDataCollator:
     retriever: "MilvusRetriever | None" = None
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
-        """
+        """Make a batch of sequences.
+
         Args:
-            features: B sequences, each {"input_ids": ints, "doc_ids": for each chunk a list of document ids}.
+            features: B sequences, each {"input_ids": ints, "doc_ids": for each chunk a list of document ids}. Lists, arrays and
+                tensors will do. Further columns that are read if they are there: "labels" (default: the tokens),
+                "attention_mask" (tokens with 0 are padding and are left out), and the neighbors of `neighbors_of`.
 
         Returns:
             input_ids (B, T): padded on the right with 0 to the longest sequence.
-            labels (B, T): the same tokens, -100 where there is padding; the model shifts them.
+            labels (B, T): the same tokens or the labels given, -100 where there is padding; the model shifts them.
             attention_mask (B, T): only when there is padding.
             neighbor_ids (B, C, k, r), neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k): with a retriever. Slot
                 j of a row is its j-th complete chunk, C the most that a row has and at least 1; slots without a chunk are
                 masked out.
+
+        Raises:
+            ValueError: a column that is needed is not there, or has another length than its sequence; says what to do.
         """
-        lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features], batch_first=True
-        )
+        rows = [_content(feature) for feature in features]
+        lengths = torch.tensor([len(tokens) for tokens, _ in rows])
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad([torch.tensor(tokens, dtype=torch.long) for tokens, _ in rows], batch_first=True)
+        labels = [torch.tensor(labels, dtype=torch.long) for _, labels in rows]
+        batch = {"input_ids": input_ids, "labels": pad(labels, batch_first=True, padding_value=-100)}
         attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        labels = input_ids.masked_fill(~attention_mask, -100)
-        batch = {"input_ids": input_ids, "labels": labels}
         if not attention_mask.all():
             batch["attention_mask"] = attention_mask.long()
         if "neighbor_ids" in features[0]:
@@ -62,16 +70,25 @@ class RetroDataCollator:
         return batch
 
     def neighbors_of(self, features: list[dict]) -> list[dict]:
-        """The neighbors of each sequence's complete chunks, in one search.
+        """Fetch the neighbors of each sequence's complete chunks, in one search.
 
         Returns:
             for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool,
             "neighbor_scores": (chunks, k) float32, cosine similarity, 0 where there is no neighbor}. A sequence without a
             complete chunk has one slot, masked out: what reads neighbors then has its gradients, of zero, in every batch.
+
+        Raises:
+            ValueError: a sequence does not say which documents its chunks come from.
         """
         size = self.retriever.chunk_size
-        counts = [len(feature["input_ids"]) // size for feature in features]
-        places = [(feature, chunk) for feature, count in zip(features, counts, strict=True) for chunk in range(count)]
+        rows = [_content(feature)[0] for feature in features]
+        counts = [len(tokens) // size for tokens in rows]
+        places = [(tokens, chunk) for tokens, count in zip(rows, counts, strict=True) for chunk in range(count)]
+        exclude = [
+            still_to_come
+            for feature, count in zip(features, counts, strict=True)
+            for still_to_come in _documents_from_chunk_on(_documents_of(feature, count))[:count]
+        ]
         shape = (1, self.retriever.num_neighbors, self.retriever.neighbor_length)
         none = {
             name: torch.zeros(shape, dtype=dtype)
@@ -79,21 +96,60 @@ class RetroDataCollator:
         }
         if not places:
             return [none] * len(features)
-        chunks = torch.tensor([feature["input_ids"][chunk * size : (chunk + 1) * size] for feature, chunk in places])
-        exclude = [
-            still_to_come
-            for feature, count in zip(features, counts, strict=True)
-            for still_to_come in _documents_from_chunk_on(feature["doc_ids"])[:count]
-        ]
+        chunks = torch.tensor([tokens[chunk * size : (chunk + 1) * size] for tokens, chunk in places])
         following = {}
         if getattr(self.retriever, "max_leakage", None) is not None:
-            following["continuations"] = [
-                feature["input_ids"][(chunk + 1) * size : (chunk + 2) * size] for feature, chunk in places
-            ]
+            following["continuations"] = [tokens[(chunk + 1) * size : (chunk + 2) * size] for tokens, chunk in places]
         found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
         parts = (part.split(counts) for part in (found.ids, found.attention_mask, found.scores.nan_to_num(0.0)))
-        rows = zip(counts, zip(*parts, strict=True), strict=True)
-        return [dict(zip(NEIGHBOR_FIELDS, row, strict=True)) if count else none for count, row in rows]
+        fetched = zip(counts, zip(*parts, strict=True), strict=True)
+        return [dict(zip(NEIGHBOR_FIELDS, row, strict=True)) if count else none for count, row in fetched]
+
+
+def _content(feature: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the tokens and labels of a sequence, without its padding.
+
+    Raises:
+        ValueError: it has no tokens, or labels or an attention mask of another length.
+    """
+    if "input_ids" not in feature:
+        raise ValueError(
+            f"A sequence has no input_ids, only {sorted(feature)}: tokenize and pack the text first (retrieval.packing.pack)."
+        )
+    tokens = _ints(feature["input_ids"])
+    labels = _ints(feature.get("labels", tokens))
+    is_real = _ints(feature.get("attention_mask", [1] * len(tokens)))
+    for name, values in (("labels", labels), ("attention_mask", is_real)):
+        if len(values) != len(tokens):
+            raise ValueError(
+                f"A sequence of {len(tokens)} tokens has {len(values)} values in {name}: give one a token."
+            )
+    return list(compress(tokens, is_real)), list(compress(labels, is_real))
+
+
+def _ints(values: Any) -> list[int]:
+    """Return a list of what a list, an array or a tensor holds."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _documents_of(feature: Mapping[str, Any], count: int) -> list[list[str]]:
+    """Return the ids of the documents that each chunk of a sequence touches.
+
+    Raises:
+        ValueError: they are missing, for all chunks or for some.
+    """
+    if "doc_ids" not in feature:
+        raise ValueError(
+            f"A sequence has no doc_ids, only {sorted(feature)}: without them its chunks could read the very text that is to be "
+            "predicted. If the dataset has the column, the trainer removed it: set remove_unused_columns=False. Otherwise give "
+            "for each chunk the ids of the documents that it comes from, as retrieval.packing.pack does, or [] for text that is "
+            "not in the knowledge base."
+        )
+    if len(feature["doc_ids"]) < count:
+        raise ValueError(
+            f"A sequence of {count} chunks has doc_ids for {len(feature['doc_ids'])}: give one list of document ids a chunk."
+        )
+    return feature["doc_ids"]
 
 
 def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:

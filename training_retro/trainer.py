@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from configuration_retro import RetroConfig
 from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, shuffle_neighbors, weight_nats
 from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
-from modeling_retro.modeling_retro import is_added
+from modeling_retro.loading import is_added
 from modeling_retro.sharing import write_code
 from retrieval.collator import NEIGHBOR_FIELDS
 from retrieval.packing import PackedStream

@@ -199,3 +199,8 @@ def test_a_cache_reordered_cropped_repeated_and_selected_is_the_rows_own(model):
     logits = model(torch.tensor([more] * 3), cache=cache).logits[:, -1]
     for row, own in zip([rows[1], rows[0], rows[0]], logits, strict=True):
         torch.testing.assert_close(own, next_token_logits(model, row[:-2] + more), atol=1e-5, rtol=1e-5)
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(NotImplementedError, match="left-padded prompts"):
+        model.generate_batch([PROMPT])

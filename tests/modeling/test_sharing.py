@@ -49,6 +49,7 @@ import importlib.util, sys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 import torch, transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 assert all(importlib.util.find_spec(name) is None for name in ("modeling_retro", "configuration_retro", "retrieval"))
 inputs = load_file("inputs.safetensors")
 expected = inputs.pop("logits")
@@ -62,6 +63,7 @@ else:
 transformers.__version__ = installed
 model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer goes by this list
 model.save_pretrained("again")
 model = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)

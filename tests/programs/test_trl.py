@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer trains a model that reads: padded and packed text, adapters, checkpointed gradients."""
+"""TRL trains a model that reads: SFTTrainer in its ways, and trainers whose reference model must read the same."""
 
 import math
 
@@ -7,7 +7,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from modeling_retro import RetroForCausalLM
 
@@ -68,3 +77,78 @@ def test_sft_trains_on_retrieved_neighbors(saved, texts, tokenizer, tmp_path, wa
         trainer.save_model()
         loaded = RetroForCausalLM.from_pretrained(tmp_path)
         assert all(map(torch.equal, loaded.parameters(), model.cpu().parameters()))
+
+
+PAIRS = {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "learning_rate": 0.0, "max_length": 40}
+PLAIN = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+
+
+def first_log(trainer):
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+@pytest.fixture
+def policy(saved):
+    return AutoModelForCausalLM.from_pretrained(saved, retriever=HashRetriever(), copy_head=False)
+
+
+@pytest.fixture
+def preferences(texts):
+    answers = [text * 2 for text in texts]  # longer than a chunk
+    return {"prompt": texts[:4], "chosen": answers[4:8], "rejected": answers[8:12]}
+
+
+@pytest.mark.parametrize("way", ["opened by DPOTrainer", "given", "adapters"])
+def test_the_reference_of_dpo_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path, way):
+    """Equal models have a first loss of ln 2."""
+    reference = peft_config = None
+    if way == "given":
+        reference = AutoModelForCausalLM.from_pretrained(
+            str(policy.config.name_or_path), retriever=HashRetriever(), copy_head=False
+        )
+    elif way == "adapters":
+        peft_config = WAYS["adapters"]["peft_config"]
+    arguments = DPOConfig(str(tmp_path), gradient_checkpointing=False, **PAIRS, **PLAIN)
+    trainer = DPOTrainer(
+        policy,
+        reference,
+        arguments,
+        train_dataset=Dataset.from_dict(preferences),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    assert first_log(trainer)["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert policy.retriever.calls
+
+
+def test_the_reference_of_kto_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path):
+    """Equal models have no divergence, and a first loss of 1/2."""
+    data = {"prompt": preferences["prompt"], "completion": preferences["chosen"], "label": [True, False] * 2}
+    arguments = KTOConfig(str(tmp_path), gradient_checkpointing=False, **PAIRS, **PLAIN)
+    trainer = KTOTrainer(policy, args=arguments, train_dataset=Dataset.from_dict(data), processing_class=tokenizer)
+    log = first_log(trainer)
+    assert log["loss"] == pytest.approx(0.5, abs=1e-5) and log["kl"] == pytest.approx(0, abs=1e-5)
+    assert trainer.ref_model.retriever is policy.retriever
+
+
+def test_the_reference_of_grpo_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path):
+    arguments = GRPOConfig(
+        str(tmp_path),
+        gradient_checkpointing=False,
+        beta=0.1,
+        disable_dropout=True,
+        num_generations=2,
+        max_completion_length=2 * CHUNK,
+        **{name: value for name, value in PAIRS.items() if name != "max_length"},
+        **PLAIN,
+    )
+    trainer = GRPOTrainer(
+        policy,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": preferences["prompt"]}),
+        processing_class=tokenizer,
+    )
+    assert first_log(trainer)["kl"] == pytest.approx(0, abs=1e-5)
+    assert trainer.ref_model.retriever is policy.retriever

@@ -1,5 +1,7 @@
 """The collator puts each chunk's neighbors in its slot, and excludes the documents that are still to come."""
 
+import numpy as np
+import pytest
 import torch
 
 from modeling_retro import RetroForCausalLM
@@ -67,3 +69,46 @@ def test_stored_neighbors_of_long_and_short_sequences_go_into_one_batch(retrieve
         fetched, read = collate(rows), RetroDataCollator()([stored[place] for place in places])
         assert fetched.keys() == read.keys()
         assert [name for name in fetched if not torch.equal(fetched[name], read[name])] == []
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple], ids=["numpy", "tensors", "tuples"])
+def test_tokens_may_come_as_arrays_and_tensors(retriever, kind):
+    collate = RetroDataCollator(retriever)
+    expected = collate(ROWS)
+    found = collate([row | {"input_ids": kind(row["input_ids"])} for row in ROWS])
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_labels_that_are_given_are_kept_and_padding_that_is_given_is_left_out(retriever):
+    collate = RetroDataCollator(retriever)
+    expected = collate(ROWS)
+    padded = [
+        {
+            "input_ids": [0] * 3 + row["input_ids"] + [0] * 5,
+            "attention_mask": [0] * 3 + [1] * len(row["input_ids"]) + [0] * 5,
+            "labels": [-100] * 5 + row["input_ids"][2:] + [-100] * 5,
+            "doc_ids": row["doc_ids"],
+        }
+        for row in ROWS
+    ]
+    found = collate(padded)
+    expected["labels"][:, :2] = -100
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": list(range(8))}, "remove_unused_columns=False"),
+        ({"input_ids": list(range(16)), "doc_ids": [["a"]]}, "2 chunks has doc_ids for 1"),
+        ({"text": "a"}, r"no input_ids, only \['text'\]"),
+        ({"input_ids": [1, 2], "doc_ids": [[]], "labels": [1]}, "2 tokens has 1 values in labels"),
+        ({"input_ids": [1, 2], "doc_ids": [[]], "attention_mask": [1] * 3}, "2 tokens has 3 values in attention_mask"),
+    ],
+    ids=["no_doc_ids", "too_few_doc_ids", "no_tokens", "labels", "attention_mask"],
+)
+def test_a_sequence_that_lacks_something_is_refused_with_what_to_do(retriever, row, message):
+    with pytest.raises(ValueError, match=message):
+        RetroDataCollator(retriever)([row])
