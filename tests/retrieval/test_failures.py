@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -171,6 +172,12 @@ class TestGuardedServer:
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         assert rows_of(store) == expected_rows(documents[:2], tokenizer)
         assert "root" not in repr(store) + repr(store.connection)
+        pickled = pickle.dumps(store)
+        assert b"root:Milvus" not in pickled
+        assert rows_of(pickle.loads(pickled)) == expected_rows(documents[:2], tokenizer)
+        monkeypatch.delenv("MILVUS_TOKEN")
+        with pytest.raises(KnowledgeBaseError, match=f"{server.uri}.* set MILVUS_TOKEN"):
+            pickle.loads(pickled).count()
 
     @pytest.mark.parametrize("token", ["root:wrong", None])
     def test_wrong_or_no_token(self, guarded, token):
@@ -311,8 +318,8 @@ class TestOneFileForSeveralProcesses:
         assert helper.returncode == 0, errors
         assert rows_of(store) == expected_rows(texts(3), tokenizer)
         serving.send_signal(signal.SIGINT)
-        serving.communicate(timeout=30)
-        assert serving.returncode == 0
+        _, errors = serving.communicate(timeout=30)
+        assert serving.returncode == 0 and not errors
         assert rows_of(store) == expected_rows(texts(3), tokenizer)  # this process has opened the file itself
         assert store.connection.owns_file
         store.close()
