@@ -1,8 +1,9 @@
 """RETRO's knowledge base: text → chunks → vectors → Milvus, and neighbors back."""
 
+from .addresses import TLS
 from .bulk import write_bulk_files
 from .chunking import Chunk, Document, chunk_documents
-from .connection import TLS, MilvusConnection
+from .connection import MilvusConnection
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base

@@ -16,15 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .addresses import TLS
 from .bulk import write_bulk_files
 from .chunking import Document, check_chunk_size
-from .connection import TLS, MilvusConnection
+from .connection import MilvusConnection
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .filters import parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
+from .quiet import hide_loading_bars
 from .retriever import MilvusRetriever
 from .rows import VECTOR_TYPES
 from .sources import at_least_one, read_all
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(run=run_ingest)
 
     find = commands.add_parser("search", parents=[place, models], help="show the neighbors of a text")
-    find.add_argument("query")
+    find.add_argument("query", help="text; searched are its first tokens, as many as a chunk has")
     find.add_argument("-k", "--num-neighbors", type=int, default=2)
     find.add_argument("--filter", type=_filter, help='of metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}')
     find.set_defaults(run=run_search)
@@ -198,6 +200,8 @@ def run_ingest(arguments: argparse.Namespace) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> None:
+    if not arguments.query.strip():
+        raise ValueError("The text to search for is empty.")
     with _opened(arguments) as store:
         identity = store.identity()
         tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
@@ -256,7 +260,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     connection = MilvusConnection(arguments.uri, timeout=arguments.timeout)
     try:
         if not connection.is_file:
-            raise ValueError(f"{connection.address} is a server already; `serve` is for Milvus Lite files.")
+            raise ValueError(f"{connection.uri} is a server already; `serve` is for Milvus Lite files.")
         if not connection.owns_file:
             raise KnowledgeBaseError(f"Another process serves {connection.uri} already, at {connection.serving}.")
         stop = threading.Event()
@@ -285,7 +289,8 @@ def _print_table(rows: dict, title: str | None = None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `retro-kb`. A mistake of the user's ends it with one line and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that are said below
+    hide_loading_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of missing kernels, which nothing here uses
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)

@@ -1,15 +1,16 @@
 """MilvusConnection: one way to a Milvus Lite file, a server, a cluster or a cloud, and calls that outlast its pauses."""
 
+import atexit
 import json
 import logging
 import os
 import shutil
 import socket
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,9 @@ import grpc
 from pymilvus import MilvusClient, MilvusException
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
+from .addresses import TLS, locate, no_file
 from .errors import KnowledgeBaseError
+from .quiet import errors_are_raised
 
 logger = logging.getLogger(__name__)
 
@@ -43,40 +46,11 @@ FULL = {3: "memory", 7: "disk space", 9: "disk space or quota"}
 OWNER_SECONDS = 5.0
 # A Milvus Lite file is served by one embedded server a process, whatever closes a client: connections are counted here.
 _OPEN_FILES: Counter[str] = Counter()
-
-
-@dataclass(frozen=True)
-class TLS:
-    """What an https:// address needs beyond the system's certificate authorities. All are paths but `server_name`.
-
-    Attributes:
-        authority: certificate (PEM) that the server's must be signed by.
-        certificate, key: this client's own, where the server asks for one (two-way TLS); both or neither.
-        server_name: the name in the server's certificate, if it is not the host of the URI.
-    """
-
-    authority: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-    server_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("Two-way TLS needs both the client's certificate and its key; only one was given.")
-        for path in (self.authority, self.certificate, self.key):
-            if path is not None and not Path(path).is_file():
-                raise FileNotFoundError(f"There is no TLS file {path}.")
-
-    def options(self) -> dict[str, Any]:
-        """As pymilvus names them."""
-        authority = "server_pem_path" if self.certificate is None else "ca_pem_path"
-        options = {
-            authority: self.authority,
-            "client_pem_path": self.certificate,
-            "client_key_path": self.key,
-            "server_name": self.server_name,
-        }
-        return {"secure": True} | {name: value for name, value in options.items() if value is not None}
+_OPENING = threading.RLock()
+_INHERITED: list[Any] = []  # of a forked process: what its parent uses, which must not be shut down here
+# Milvus permits a ping every 5 seconds, and pymilvus sends one every 10. The server inside Milvus Lite permits one in 5
+# minutes and hangs up on who sends more ("too_many_pings"). It is on this machine, where a lost connection shows by itself.
+NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 
 class MilvusConnection:
@@ -85,9 +59,12 @@ class MilvusConnection:
     A Milvus Lite file is opened by one process of a machine, which serves it to the others on its loopback interface;
     they find its address in a small file beside it. When that process ends, another one that needs the file opens it.
 
+    A copy is the same connection. A pickled or forked one connects anew in its process, on first use. A pickle holds no
+    token and no password: the other process takes them from MILVUS_TOKEN.
+
     Args:
         uri: a file path ending in .db (Milvus Lite) or http(s)://host:port, with /database if need be. Default: MILVUS_URI.
-        token: "user:password" or an API key, never shown. Default: MILVUS_TOKEN.
+        token: "user:password" or an API key, never shown. Default: the one in the uri, or MILVUS_TOKEN.
         database: of the server; None is the one in the URI, or the default.
         tls: for https:// with certificates of one's own.
         timeout: seconds that a call goes on trying while Milvus is away or not ready.
@@ -106,38 +83,54 @@ class MilvusConnection:
         tls: TLS | None = None,
         timeout: float = 120.0,
     ) -> None:
-        uri = os.environ.get("MILVUS_URI") if uri is None else os.fspath(uri)
-        if not uri:
-            raise KnowledgeBaseError(
-                "No knowledge base is named: give a uri (a .db file or http://…) or set MILVUS_URI."
-            )
+        uri, self._path = locate(uri)
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}.")
-        self.uri, self.database, self.timeout = uri, database, timeout
-        self.is_file = "://" not in uri
-        if self.is_file and not uri.endswith(".db"):
-            raise KnowledgeBaseError(f"{uri!r} is no server's address, and a Milvus Lite file must end in .db.")
-        self._path = os.path.abspath(uri)
-        self._token = None if self.is_file else token or os.environ.get("MILVUS_TOKEN")
+        scheme, separator, rest = uri.partition("://")
+        secret, _, place = rest.rpartition("@")
+        self.uri = uri if self.is_file else scheme + separator + place
+        self.database, self.timeout = database, timeout
+        self._token = None if self.is_file else token or secret or os.environ.get("MILVUS_TOKEN")
+        self._needs_token = self._token is not None
         self._tls = tls
         self._closed = False
-        self.owns_file = False  # this process opened it
-        self.serving = ""  # the address that answers, which for a file is on the loopback interface
-        self.client: MilvusClient | None = None
+        self._begin()
         try:
             self._connect()
         except BaseException:
             self.close()  # or a file would stay open that nobody has
             raise
 
+    def _begin(self) -> None:
+        """Start without a connection."""
+        self.client: MilvusClient | None = None
+        self.owns_file = False  # this process opened it
+        self.serving = ""  # the address that answers, which for a file is on the loopback interface
+        self._version = ""
+        self._process = 0  # in which it was connected
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("uri", "_path", "database", "timeout", "_tls", "_needs_token", "_closed")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._token = None
+        self._begin()
+
+    def __copy__(self) -> "MilvusConnection":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "MilvusConnection":
+        return self
+
     def __repr__(self) -> str:
-        return f"MilvusConnection({self.address})"
+        return f"MilvusConnection({self.uri})"
 
     @property
-    def address(self) -> str:
-        """The uri without the user and password that it may carry."""
-        scheme, separator, rest = self.uri.partition("://")
-        return scheme + separator + rest.rpartition("@")[2]
+    def is_file(self) -> bool:
+        """True for a Milvus Lite file, False for the address of a server."""
+        return self._path is not None
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -147,12 +140,8 @@ class MilvusConnection:
 
     @property
     def is_lite(self) -> bool:
-        """Whether Milvus Lite answers: a file, or one that another process serves under an http:// address."""
+        """True if Milvus Lite answers: a file, or one that another process serves under an http:// address."""
         return self.is_file or "milvus_lite" in self._version
-
-    @cached_property
-    def _version(self) -> str:
-        return self.call("get_server_version")
 
     def _connect(self) -> None:
         options = {"token": self._token} if self._token else {}
@@ -160,44 +149,80 @@ class MilvusConnection:
             options["db_name"] = self.database
         if self._tls:
             options |= self._tls.options()
-        self.serving = self._serve_or_find() if self.is_file else self.address
+        self.serving = self._serve_or_find() if self.is_file else self.uri
+        seconds = min(self.timeout, 10.0)
+
+        def connect(**more: Any) -> MilvusClient:
+            # dedicated: others are shared by address, also with connections that have other certificates or are closed
+            return MilvusClient(self.serving, timeout=seconds, dedicated=True, **options, **more)
+
+        client = None
         try:
-            self.client = MilvusClient(
-                self.serving if self.is_file else self.uri, timeout=min(self.timeout, 10.0), **options
-            )
-            self.client.list_collections(timeout=min(self.timeout, 10.0))  # only now a database is looked for
+            with errors_are_raised():
+                client = connect(**({"grpc_options": NO_PINGS} if self.is_file else {}))
+                self._version = client.get_server_version(timeout=seconds)
+                if not self.is_file and self.is_lite:  # one that another process serves
+                    client.close()
+                    client = connect(grpc_options=NO_PINGS)
+                client.list_collections(timeout=seconds)  # only now a database is looked for
         except (*FAILURES, OSError, ValueError) as error:
+            if client is not None:
+                client.close()
             raise KnowledgeBaseError(self._why_no_connection(error)) from error
+        self.client, self._process = client, os.getpid()
+
+    def _connect_here(self) -> None:
+        """Connect in a process that got this object pickled, or was forked with it."""
+        with _OPENING:
+            if self._process == os.getpid():
+                return
+            forked = self._process != 0
+            _INHERITED.append(self.client)
+            self._begin()
+            if self.is_file and not os.path.exists(self._path):
+                raise KnowledgeBaseError(no_file(self._path))
+            self._token = self._token or os.environ.get("MILVUS_TOKEN")
+            if self._needs_token and not self._token:
+                raise KnowledgeBaseError(
+                    f"{self.uri} was opened with a token, and tokens are not pickled: set MILVUS_TOKEN in this process."
+                )
+            try:
+                self._connect()
+            except KnowledgeBaseError as error:
+                self._release_file()
+                if not forked:
+                    raise
+                raise KnowledgeBaseError(
+                    f"{error} This process was forked, which gRPC does not survive while another thread uses it. Start it by "
+                    "'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
+                ) from error
 
     def _serve_or_find(self) -> str:
-        """Address of the embedded server that has the file open: this process's, or another one's."""
+        """Return the address of the embedded server that has the file open: this process's, or another one's."""
         try:
-            from milvus_lite.server_manager import server_manager_instance
+            import milvus_lite.server_manager
         except ImportError as error:  # there is none for Windows
             raise KnowledgeBaseError("Milvus Lite is not installed; pass the address of a Milvus server.") from error
-        embedded = logging.getLogger("milvus_lite.server_manager")
         deadline = time.monotonic() + OWNER_SECONDS
-        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-        existed = Path(self._path).exists()
+        self._check_folder()
         while True:
-            embedded.addFilter(_drop_tracebacks)  # of what is said in a sentence below
-            try:
-                address = server_manager_instance.start_and_get_uri(self._path)
-            finally:
-                embedded.removeFilter(_drop_tracebacks)
-            if address:
-                if not self.owns_file:
-                    if not _OPEN_FILES[self._path]:  # nobody makes a collection before the file is published
-                        _remove_half_made(self._path)
-                    self.owns_file = True
-                    _OPEN_FILES[self._path] += 1
-                    self._publish(address)
-                return address
+            with _OPENING, errors_are_raised() as errors:
+                address = milvus_lite.server_manager.server_manager_instance.start_and_get_uri(self._path)
+                if address:
+                    if not self.owns_file:
+                        if not _OPEN_FILES[self._path]:  # nobody makes a collection before the file is published
+                            _remove_half_made(self._path)
+                        self.owns_file = True
+                        _OPEN_FILES[self._path] += 1
+                        self._publish(address)
+                    return address
+            if errors and not isinstance(errors[-1], milvus_lite.exceptions.DataDirLockedError):
+                raise KnowledgeBaseError(self._why_unreadable(errors[-1])) from errors[-1]
             owner = self._published()
             if owner is not None and owner["host"] == socket.gethostname() and _answers(owner["address"]):
                 return owner["address"]
             if time.monotonic() > deadline:
-                raise KnowledgeBaseError(self._why_not_opened(existed, owner))
+                raise KnowledgeBaseError(self._why_not_opened(owner))
             time.sleep(0.1)
 
     @property
@@ -216,27 +241,50 @@ class MilvusConnection:
         except (OSError, ValueError):
             return None
 
-    def _why_not_opened(self, existed: bool, owner: dict[str, Any] | None) -> str:
+    def _check_folder(self) -> None:
+        """Make the folder that the file is to lie in; refuse what is there and is something else."""
+        path = Path(self._path)
+        if path.is_file():
+            raise KnowledgeBaseError(
+                f"{self.uri} is not a Milvus Lite knowledge base, which is a folder, but a file. Name another one."
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() and any(path.iterdir()) and not (path / "collections").is_dir():
+                raise KnowledgeBaseError(
+                    f"{self.uri} is not a Milvus Lite knowledge base, but a folder with other things in it. Name another one."
+                )
+        except OSError as error:
+            raise KnowledgeBaseError(self._why_unreadable(error)) from error
+
+    def _why_unreadable(self, error: BaseException) -> str:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            return f"{self.uri} cannot be opened: {error.filename} is not a folder. Name another one."
+        if isinstance(error, OSError):
+            return f"{self.uri} cannot be opened: {error.strerror} ({error.filename}). Its folder must be there and writable."
+        return f"{self.uri} could not be opened: {error}. If it is damaged, restore a copy or ingest into another file."
+
+    def _why_not_opened(self, owner: dict[str, Any] | None) -> str:
         if owner is not None and owner["host"] != socket.gethostname():
             return (
                 f"{self.uri} is in use by process {owner['process']} on {owner['host']}. A Milvus Lite file can be shared "
                 "by the processes of one machine only: for several machines start a Milvus server and pass its address."
             )
-        if not existed or Path(self._path).is_file():
-            return f"{self.uri} is not a Milvus Lite knowledge base, or its folder cannot be written."
         return (
-            f"{self.uri} could not be opened: it is damaged, its folder cannot be written, or another program than this "
-            "one has it open. Close that program, or serve the file with `python -m retrieval serve`."
+            f"{self.uri} is open in another program, which does not serve it to others. Close that program, or serve the "
+            "file with `python -m retrieval serve`."
         )
 
     def _why_no_connection(self, error: Exception) -> str:
         if getattr(error, "code", None) == DATABASE_NOT_FOUND or "database" in str(error) and "exist" in str(error):
-            name = self.database or self.address.rpartition("/")[2]
-            return f"There is no database {name!r} at {self.address}: create it, or name another one."
+            name = self.database or self.uri.rpartition("/")[2]
+            return f"There is no database {name!r} at {self.uri}: create it, or name another one."
+        if isinstance(error, FileNotFoundError):  # found when it was named, but not in the process that connects
+            return f"No connection to {self.uri}: there is no TLS file {error.filename} here."
         if self.is_file or not _answers(self.uri):
-            return f"No connection to {self.address}: nothing answers there. Is the server up, and the address right?"
+            return f"No connection to {self.uri}: nothing answers there. Is the server up, and the address right?"
         return (
-            f"{self.address} answers, but does not let this program in: check the token (MILVUS_TOKEN), and whether the "
+            f"{self.uri} answers, but does not let this program in: check the token (MILVUS_TOKEN), and whether the "
             "server wants https:// and which certificate."
         )
 
@@ -252,8 +300,13 @@ class MilvusConnection:
         def attempt() -> Any:
             if self.client is None:
                 self._connect()
-            return getattr(self.client, method)(*args, timeout=self.timeout, **kwargs)
+            with errors_are_raised():
+                return getattr(self.client, method)(*args, timeout=self.timeout, **kwargs)
 
+        if self._closed:
+            raise KnowledgeBaseError(f"{self.uri} was closed, by this object or a copy of it: open it again.")
+        if self._process != os.getpid():
+            self._connect_here()
         started = time.monotonic()
         retrying = Retrying(
             retry=retry_if_exception(self._passes),
@@ -288,12 +341,11 @@ class MilvusConnection:
         def before_sleep(state: RetryCallState) -> None:
             error = state.outcome.exception()
             if state.attempt_number == 3:  # some tenths of a second are no news
-                logger.warning(
-                    "%s is not ready (%s); trying again for %.0f s.", self.address, _reason(error), self.timeout
-                )
+                logger.warning("%s is not ready (%s); trying again for %.0f s.", self.uri, _reason(error), self.timeout)
             if getattr(error, "code", None) in NOT_LOADED and args:
                 try:
-                    self.client.load_collection(args[0], timeout=self.timeout)
+                    with errors_are_raised():
+                        self.client.load_collection(args[0], timeout=self.timeout)
                 except FAILURES as again:
                     logger.debug("Loading failed as well: %s", again)
             elif self.is_file and not self.owns_file:  # the process that served the file is gone, maybe for good
@@ -302,17 +354,17 @@ class MilvusConnection:
         return before_sleep
 
     def _explain(self, method: str, args: tuple, error: Exception, seconds: float) -> str:
-        code, where = getattr(error, "code", None), f"{args[0]!r} at {self.address}" if args else self.address
+        code, where = getattr(error, "code", None), f"{args[0]!r} at {self.uri}" if args else self.uri
         if code == COLLECTION_NOT_FOUND:
             return f"Collection {where} is not there any more: it was dropped or renamed. Ingest it again, or import a copy."
         if code in FULL or "no space left" in str(error).lower() or "file too large" in str(error).lower():
             return (
-                f"Milvus at {self.address} has no more {FULL.get(code, 'disk space')} ({_reason(error)}). What it "
+                f"Milvus at {self.uri} has no more {FULL.get(code, 'disk space')} ({_reason(error)}). What it "
                 "acknowledged is kept; make room and run the same command again."
             )
         if self._passes(error):
             return (
-                f"Milvus at {self.address} did not answer {method} for {seconds:.0f} s ({_reason(error)}). Is the server up, "
+                f"Milvus at {self.uri} did not answer {method} for {seconds:.0f} s ({_reason(error)}). Is the server up, "
                 "and its collection loaded? A longer wait can be asked for with `timeout`."
             )
         return f"Milvus refused {method} on {where}: {_reason(error)}."
@@ -322,15 +374,38 @@ class MilvusConnection:
         if self._closed:
             return
         self._closed = True
+        if self._process not in (0, os.getpid()):  # forked, and not used since: what is open is the parent's
+            return
         if self.client is not None:
             self.client.close()
-        if self.owns_file:
-            _OPEN_FILES[self._path] -= 1
-            if not _OPEN_FILES[self._path]:
-                from milvus_lite.server_manager import server_manager_instance
+        self._release_file()
 
-                self._notice.unlink(missing_ok=True)
-                server_manager_instance.release_server(self._path)
+    def _release_file(self) -> None:
+        with _OPENING:
+            if self.owns_file:
+                self.owns_file = False
+                _OPEN_FILES[self._path] -= 1
+                if not _OPEN_FILES[self._path]:
+                    from milvus_lite.server_manager import server_manager_instance
+
+                    self._notice.unlink(missing_ok=True)
+                    server_manager_instance.release_server(self._path)
+
+
+def _leave_files_to_the_parent() -> None:
+    """In a forked process, forget the embedded servers: their threads run in the parent alone."""
+    global _OPENING
+    _OPENING = threading.RLock()  # another thread of the parent may have held it
+    _OPEN_FILES.clear()
+    module = sys.modules.get("milvus_lite.server_manager")
+    if module is not None:
+        atexit.unregister(module.server_manager_instance.release_all)
+        _INHERITED.append(module.server_manager_instance)
+        module.server_manager_instance = module.ServerManager()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_files_to_the_parent)
 
 
 def _remove_half_made(path: str) -> None:
@@ -340,10 +415,6 @@ def _remove_half_made(path: str) -> None:
         for folder in Path(path).glob(pattern):
             if folder.is_dir() and not (folder / "schema.json").exists():
                 shutil.rmtree(folder)
-
-
-def _drop_tracebacks(record: logging.LogRecord) -> bool:
-    return record.exc_info is None
 
 
 def _reason(error: BaseException | None) -> str:

@@ -1,12 +1,17 @@
 """Embedding: text → unit-length vectors, by any sentence-transformers model."""
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .identity import short_name
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-mpnet-base-v2"
 PROBE_SENTENCE = "The quick brown fox jumps over the lazy dog; 3 foxes, 14 dogs, def fox(dog): return not lazy."
@@ -16,6 +21,8 @@ PROBE_LENGTH = 32
 class Embedder:
     """A sentence-transformers model that gives unit-length float32 vectors.
 
+    A copy is the same object. A pickle holds no weights: they are loaded again on first use, from where they were loaded.
+
     Args:
         model: hub name or folder.
         device: as in `SentenceTransformer`; None takes the best there is.
@@ -24,6 +31,7 @@ class Embedder:
 
     Raises:
         OSError: there is no such model, or it cannot be reached.
+        ValueError: there is no such device.
     """
 
     def __init__(
@@ -34,16 +42,42 @@ class Embedder:
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
     ) -> None:
-        # here and not above: it takes seconds, and a program that embeds nothing should not wait for it
-        from sentence_transformers import SentenceTransformer
-
         self.label = short_name(model)
         self.batch_size = batch_size
-        self.model = SentenceTransformer(
-            str(model),
-            device=None if device is None else str(device),
-            model_kwargs={} if dtype is None else {"dtype": dtype},
-        )
+        self._source = os.path.abspath(model) if os.path.isdir(model) else str(model)
+        self._device = None if device is None else str(device)
+        self._dtype = dtype
+        self.model  # noqa: B018  loaded now, so that a wrong name fails here
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("model", "_probe_vector")}
+
+    def __copy__(self) -> "Embedder":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "Embedder":
+        return self
+
+    @cached_property
+    def model(self) -> "SentenceTransformer":
+        """The model itself, loaded on first use."""
+        # Imported lazily: it takes seconds, and a program that embeds nothing should not wait for it
+        from sentence_transformers import SentenceTransformer
+
+        if self._device is not None:
+            _check_device(self._device)
+        try:
+            return SentenceTransformer(
+                self._source,
+                device=self._device,
+                model_kwargs={} if self._dtype is None else {"dtype": self._dtype},
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).rstrip(".")
+            raise OSError(
+                f"Cannot load the embedding model {self._source!r}: {reason}. Give the name of a sentence-transformers model on "
+                "the hub, or the folder of one."
+            ) from error
 
     @cached_property
     def _probe_vector(self) -> np.ndarray:
@@ -81,3 +115,13 @@ class Embedder:
         if bad.size:
             raise ValueError(f"{self.label} gave an embedding that is not finite for the text {texts[bad[0]]!r}.")
         return vectors
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"There is no device {device!r} here ({reason}). Name another one, or none to take the best there is."
+        ) from error

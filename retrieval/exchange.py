@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .chunking import Chunk, check_id, source_names
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
+from .quiet import no_dataset_bars
 from .store import ROWS_PER_CALL, MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -85,12 +86,13 @@ def export_knowledge_base(
     try:
         # a fresh fingerprint: `datasets` would otherwise look for one by pickling the rows' generator
         cache = draft / ".cache"
-        dataset = Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=draft.name)
-        files = -(-len(dataset) // ROWS_PER_FILE)
-        (draft / "data").mkdir()
-        for number in range(files):
-            file = draft / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
-            dataset.shard(files, number, contiguous=True).to_parquet(file)
+        with no_dataset_bars():
+            dataset = Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=draft.name)
+            files = -(-len(dataset) // ROWS_PER_FILE)
+            (draft / "data").mkdir()
+            for number in range(files):
+                file = draft / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
+                dataset.shard(files, number, contiguous=True).to_parquet(file)
         written = len(dataset)
         del dataset
         shutil.rmtree(cache)

@@ -1,6 +1,8 @@
 """MilvusRetriever: token chunks in, the neighbors that the model reads out."""
 
+import copy
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .connection import TLS
+from .addresses import TLS
 from .embedding import Embedder
-from .errors import KnowledgeBaseError
+from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
 from .rows import doc_key
 from .store import MOST_HITS, MilvusStore
@@ -50,6 +52,10 @@ class Neighbors:
 
 class MilvusRetriever:
     """Finds neighbors in a collection; hand it to a model with `retriever=` or `set_retriever`.
+
+    A copy shares the connection and the embedding model; closing one closes all. One that is pickled, or forked with its
+    process, opens the knowledge base again on first use, and takes a token from MILVUS_TOKEN. Each counts its own
+    `skipped_chunks` and remembers its own neighbors.
 
     Args:
         store: an open collection with rows in it.
@@ -95,8 +101,10 @@ class MilvusRetriever:
         self.collection_name = store.collection_name
         self.num_neighbors = num_neighbors
         self.neighbor_length = 2 * self.chunk_size if neighbor_length is None else neighbor_length
-        if num_neighbors < 1:
-            raise ValueError(f"num_neighbors must be at least 1, not {num_neighbors}.")
+        if not 1 <= num_neighbors <= MOST_HITS - OVERFETCH:
+            raise ValueError(f"num_neighbors must be from 1 to {MOST_HITS - OVERFETCH}, not {num_neighbors}.")
+        if cache_size < 0:
+            raise ValueError(f"cache_size is {cache_size}; it must be 0 (remember nothing) or more.")
         if not 1 <= self.neighbor_length <= 2 * self.chunk_size:
             raise ValueError(
                 f"neighbor_length is {neighbor_length}; the knowledge base has a chunk and its continuation, "
@@ -113,11 +121,29 @@ class MilvusRetriever:
         self.expression = filter_expression(filter or {})
         self.max_leakage = max_leakage
         self.on_retrieval_error = on_retrieval_error
-        self.skipped_chunks = 0
         self.cache_size = cache_size
+        self._begin()
+        self._checked = True
+
+    def _begin(self) -> None:
+        """Start with nothing counted and nothing remembered."""
+        self.skipped_chunks = 0
         self._cache: OrderedDict[Query, Rows] = OrderedDict()
         self._cached_revision = ""
         self._lock = threading.Lock()  # training reads ahead in a thread of its own
+        self._process = os.getpid()
+        self._checked = False  # that the knowledge base is the one that the settings were made for
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("skipped_chunks", "_cache", "_cached_revision", "_lock", "_process", "_checked")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin()
+
+    def __deepcopy__(self, memo: dict) -> "MilvusRetriever":
+        return copy.copy(self)
 
     @classmethod
     def from_uri(
@@ -141,7 +167,7 @@ class MilvusRetriever:
             uri, token, database, tls, timeout: as for [`MilvusConnection`].
             tokenizer: the model's.
             embedding_model: where to load it from; default: the name that the collection was built with.
-            device: of the embedding model.
+            device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
             search_params: as for [`MilvusStore`].
             **kwargs: as for the class.
         """
@@ -176,12 +202,20 @@ class MilvusRetriever:
             ValueError: an argument has another length than `chunks`, or a plain string stands for a set of documents.
         """
         queries = self._queries(chunks, exclude_doc_ids, continuations)
+        if self._process != os.getpid():  # forked; a thread of the parent may have held the lock
+            self._begin()
         with self._lock:
             return self._retrieve(queries)
 
     def _retrieve(self, queries: list[Query]) -> Neighbors:
         found: dict[Query, Rows] = {}
         try:
+            if not self._checked:
+                identity = self.store.identity()
+                identity.check(
+                    self.store.where, tokenizer=self.tokenizer, embedder=self.embedder, chunk_size=self.chunk_size
+                )
+                self._checked = True
             if self.cache_size:
                 self._forget_if_changed()
                 found = {query: self._cache[query] for query in queries if query in self._cache}
@@ -189,7 +223,7 @@ class MilvusRetriever:
             if missing:
                 found.update(zip(missing, self._search(missing), strict=True))
         except KnowledgeBaseError as error:
-            if self.on_retrieval_error == "raise":
+            if self.on_retrieval_error == "raise" or isinstance(error, IdentityMismatch):
                 raise
             found = {query: self._cache[query] for query in queries if query in self._cache}
             if not self.skipped_chunks:

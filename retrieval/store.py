@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pymilvus import MilvusClient
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
+from .addresses import TLS, locate, no_file
 from .chunking import Chunk
-from .connection import TLS, MilvusConnection
+from .connection import MilvusConnection
 from .errors import KnowledgeBaseError
 from .filters import Filter, all_of, filter_expression
 from .identity import Identity
@@ -41,6 +42,7 @@ class MilvusStore:
 
     Raises:
         KnowledgeBaseError: as [`MilvusConnection`] does.
+        ValueError: Milvus allows no collection of that name.
     """
 
     def __init__(
@@ -54,11 +56,19 @@ class MilvusStore:
         timeout: float = 120.0,
         search_params: Mapping[str, int] | None = None,
     ) -> None:
+        if len(collection_name) > 255 or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", collection_name):
+            raise ValueError(
+                f"{collection_name!r} is not a collection's name: Milvus wants letters from a to z, digits and underscores, "
+                "no digit first, at most 255 characters."
+            )
         self.collection_name = collection_name
         self.connection = MilvusConnection(uri, token=token, database=database, tls=tls, timeout=timeout)
         self._given_search_params = dict(search_params or {})
         self._index: IndexSettings | None = None
         self._dtype: np.dtype | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None, "_dtype": None}  # may be others by the time that it is unpickled
 
     def __repr__(self) -> str:
         return f"MilvusStore({self.where})"
@@ -66,7 +76,7 @@ class MilvusStore:
     @property
     def where(self) -> str:
         """Names the collection in messages."""
-        return f"collection {self.collection_name!r} at {self.connection.address}"
+        return f"collection {self.collection_name!r} at {self.connection.uri}"
 
     @property
     def client(self) -> MilvusClient:
@@ -84,11 +94,9 @@ class MilvusStore:
         Raises:
             KnowledgeBaseError: there is no such file, or no such collection in it.
         """
-        path = os.environ.get("MILVUS_URI") if uri is None else os.fspath(uri)
-        if path and "://" not in path and not Path(path).exists():
-            raise KnowledgeBaseError(
-                f"There is no knowledge base file {path}: build it with `python -m retrieval ingest`."
-            )
+        named, path = locate(uri)
+        if path is not None and not os.path.exists(path):
+            raise KnowledgeBaseError(no_file(named))
         store = cls(uri, collection_name, **kwargs)
         try:
             if not store.exists():
@@ -104,7 +112,7 @@ class MilvusStore:
         if not self.call("has_collection"):
             return False
         if not self.call("list_indexes"):  # killed between making it and its index
-            self.call("create_index", self._index_params(self.index()))
+            self._build_index(self.index())
         if self.connection.owns_file:  # rows that a killed process left in the log are searched 30 times slower
             self.flush()
         self.call("load_collection")
@@ -135,7 +143,7 @@ class MilvusStore:
         is_lite, version = self.connection.is_lite, self.connection.version
         if vector_dtype != "float32" and (is_lite or version < HALF_SINCE):
             raise KnowledgeBaseError(
-                f"{vector_dtype} vectors need a Milvus server 2.4 or newer; at {self.connection.address} is "
+                f"{vector_dtype} vectors need a Milvus server 2.4 or newer; at {self.connection.uri} is "
                 f"{'Milvus Lite' if is_lite else 'version ' + '.'.join(map(str, version))}. Use float32."
             )
         settings = index or (
@@ -149,9 +157,10 @@ class MilvusStore:
             self.call(
                 "create_collection",
                 schema=collection_schema(identity, vector_dtype),
-                index_params=self._index_params(settings, identity.embedding_dimension),
                 properties=properties,
             )
+            self._build_index(settings, identity.embedding_dimension)
+            self.call("load_collection")
         except KnowledgeBaseError:
             if not self.exists():  # two ingestions that start at once both want to make it
                 raise
@@ -181,13 +190,14 @@ class MilvusStore:
             self._index = IndexSettings.of(card.pop("kind"), card | self._given_search_params)
         return self._index
 
-    def _index_params(self, settings: IndexSettings, dimension: int | None = None) -> Any:
+    def _build_index(self, settings: IndexSettings, dimension: int | None = None) -> None:
         params = MilvusClient.prepare_index_params()
         dimension = dimension or self.identity().embedding_dimension
         params.add_index(
             "embedding", index_type=settings.kind, metric_type="IP", params=settings.build_params(dimension)
         )
-        return params
+        # Milvus Lite builds when the collection is loaded: there is nothing to wait for, and no clock to wait by
+        self.call("create_index", params, sync=not self.connection.is_lite)
 
     def reindex(self, settings: IndexSettings, *, automatic: bool = False) -> None:
         """Build another index over the same rows. Searches wait meanwhile; nothing is embedded again.
@@ -205,7 +215,7 @@ class MilvusStore:
         # said before it is built: whoever finds the collection without an index builds the one that was asked for
         self.call("alter_collection_properties", {INDEX: _index_card(settings, automatic)})
         self._index = settings
-        self.call("create_index", self._index_params(settings, dimension))
+        self._build_index(settings, dimension)
         self.call("load_collection")
 
     def _drop_index(self) -> None:

@@ -199,6 +199,7 @@ class RetroTrainingArguments(TrainingArguments):
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # or every run on a CPU begins with a warning
         self.benchmark_options = _mapping("benchmark_options", self.benchmark_options)
         if isinstance(self.benchmarks, str):  # one in YAML, written without a list
             self.benchmarks = [self.benchmarks]
@@ -347,8 +348,8 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: Retro
         raise ValueError("remove_unused_columns must stay false: the collator reads doc_ids, which the model does not.")
     if data.knowledge_base is not None and training.dataloader_num_workers:
         raise ValueError(
-            f"dataloader_num_workers is {training.dataloader_num_workers}: a Milvus connection cannot be shared with "
-            "worker processes. Set it to 0."
+            f"dataloader_num_workers is {training.dataloader_num_workers}: neighbors are fetched ahead by a thread of the "
+            "training process (prefetch_batches), which counts failed searches. Set it to 0."
         )
     if retrieves and (data.validation_data or data.precomputed) and training.per_device_eval_batch_size < 2:
         raise ValueError(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -179,6 +180,12 @@ class TestGuardedServer:
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         assert rows_of(store) == expected_rows(documents[:2], tokenizer)
         assert "root" not in repr(store) + repr(store.connection)
+        pickled = pickle.dumps(store)
+        assert b"root:Milvus" not in pickled
+        assert rows_of(pickle.loads(pickled)) == expected_rows(documents[:2], tokenizer)
+        monkeypatch.delenv("MILVUS_TOKEN")
+        with pytest.raises(KnowledgeBaseError, match=f"{server.uri}.* set MILVUS_TOKEN"):
+            pickle.loads(pickled).count()
 
     @pytest.mark.parametrize("token", ["root:wrong", None])
     def test_wrong_or_no_token(self, guarded, token):
@@ -307,6 +314,7 @@ class TestOneFileForSeveralProcesses:
         assert rows_of(store) == expected_rows(texts(3), tokenizer)
         serving.send_signal(signal.SIGINT)
         assert serving.wait() == 0
+        assert len(serving.output.splitlines()) == 2  # where it is served, and nothing of the libraries
         assert rows_of(store) == expected_rows(texts(3), tokenizer)  # this process has opened the file itself
         assert store.connection.owns_file
         store.close()

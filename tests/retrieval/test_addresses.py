@@ -1,0 +1,130 @@
+"""What a person types as a knowledge base works, or gets a sentence that says what to type."""
+
+import os
+import re
+
+import huggingface_hub
+import pytest
+
+from retrieval import Embedder, KnowledgeBaseError, MilvusConnection, MilvusRetriever, MilvusStore, ingest
+from retrieval.addresses import locate
+from retrieval.cli import main
+
+from .conftest import CHUNK
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory and the home, empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_ways_to_write_one_file(folder):
+    """All are the same file, which is open as long as one of them is."""
+    (folder / "link.db").symlink_to(folder / "kb.db")
+    uris = [
+        "kb.db",
+        "./kb.db",
+        "kb.db/",
+        "~/kb.db",
+        "link.db",
+        folder / "kb.db",
+        f"file://{folder}/kb.db",
+        "file://kb.db",
+    ]
+    uris += [
+        f" {folder}/kb.db\n",
+        f"file://localhost{folder}/kb.db",
+        f"FILE:{folder}/kb.db",
+        b"kb.db",
+        "../" + folder.name + "/kb.db",
+    ]
+    connections = [MilvusConnection(uri) for uri in uris]
+    assert len({connection.serving for connection in connections}) == 1
+    os.chdir("/")
+    for connection in connections:
+        assert connection.owns_file and (folder / "kb.db.served").exists()
+        assert connection.call("list_collections") == []
+        connection.close()
+    assert not (folder / "kb.db.served").exists()
+
+
+def test_other_names_of_files(folder):
+    assert locate("file:///a%20b/kb.db") == ("file:///a%20b/kb.db", "/a b/kb.db")
+    for uri in ("KB.DB", "missing/folder/kb.db", "a b é.db"):
+        MilvusConnection(uri).close()
+        assert (folder / uri).is_dir()
+
+
+def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
+    assert locate("localhost:19530") == locate("http://localhost:19530/") == ("http://localhost:19530", None)
+    assert locate("127.0.0.1:19530/books") == ("http://127.0.0.1:19530/books", None)
+    assert locate("tcp://milvus:19530") == ("tcp://milvus:19530", None)
+
+
+@pytest.mark.parametrize(
+    "uri, words",
+    [
+        ("kb", r"must end in \.db: kb\.db, say"),
+        ("", "No knowledge base is named.*MILVUS_URI"),
+        (" ", "No knowledge base is named"),
+        (None, "No knowledge base is named"),
+        ("grpc://host:1", "'grpc://host:1' does not name a knowledge base: give http"),
+        ("http://", "not the address of a server"),
+        ("http://host:99999", "a port from 1 to 65535"),
+        ("localhost:1", "No connection to http://localhost:1: nothing answers"),
+        ("plain.db", r"plain\.db is not a Milvus Lite knowledge base.*but a file"),
+        ("plain.db/kb.db", r"plain\.db is not a folder"),
+        ("full.db", r"full\.db is not a Milvus Lite knowledge base.*other things in it"),
+        ("/proc/kb.db", r"/proc/kb\.db cannot be opened: .*there and writable"),
+    ],
+)
+def test_what_cannot_be_opened(folder, monkeypatch, uri, words):
+    monkeypatch.setenv("MILVUS_URI", "")
+    (folder / "plain.db").write_text("a text")
+    (folder / "full.db").mkdir()
+    (folder / "full.db" / "text.txt").write_text("a text")
+    with pytest.raises(KnowledgeBaseError, match=words):
+        MilvusConnection(uri, timeout=3)
+    assert sorted(path.name for path in folder.rglob("*")) == ["full.db", "plain.db", "text.txt"]
+
+
+@pytest.mark.parametrize("name", ["a-b", "a b", "été", "1a", "", "a.b", "a" * 256])
+def test_names_that_milvus_does_not_allow(folder, name):
+    with pytest.raises(ValueError, match="letters from a to z, digits and underscores, no digit first, at most 255"):
+        MilvusStore("kb.db", name)
+    assert not (folder / "kb.db").exists()
+
+
+def test_settings_of_a_retriever(folder, documents, tokenizer, embedder):
+    store = MilvusStore("kb.db", "_ok")
+    ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
+    more = store.count() + 5
+    found = MilvusRetriever(store, tokenizer, embedder, num_neighbors=more).retrieve([[7] * CHUNK])
+    assert found.attention_mask.any(-1).sum() == more - 5  # those that are not there are masked out
+    for setting, words in {
+        ("num_neighbors", 0): "from 1 to 16376, not 0",
+        ("num_neighbors", 20_000): "from 1 to 16376, not 20000",
+        ("cache_size", -1): "cache_size is -1",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            MilvusRetriever(store, tokenizer, embedder, **dict([setting]))
+    store.close()
+
+
+def test_embedding_models_and_devices_that_are_not_there(folder, embedding_folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (folder / "texts").mkdir()
+    for name in ("no/such-model", "texts"):
+        with pytest.raises(OSError, match=rf"(?s)Cannot load the embedding model '.*{name}': .*\. Give the name"):
+            Embedder(name)
+    with pytest.raises(ValueError, match="There is no device 'gpu' here"):
+        Embedder(embedding_folder, device="gpu")
+
+
+def test_an_empty_query_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["search", " ", "--uri", "kb.db"])
+    assert ended.value.code == 2 and re.search("search: error: The text .* is empty", capsys.readouterr().err)

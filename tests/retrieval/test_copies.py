@@ -1,0 +1,215 @@
+"""Copies of a retriever share its connection; pickled and forked ones connect anew, and hold no secret."""
+
+import copy
+import os
+import pickle
+import shutil
+
+import datasets
+import pytest
+import torch
+
+from configuration_retro import RetroConfig
+from modeling_retro import RetroForCausalLM
+from retrieval import (
+    BulkTokenizer,
+    Embedder,
+    IdentityMismatch,
+    KnowledgeBaseError,
+    MilvusConnection,
+    MilvusRetriever,
+    MilvusStore,
+    ingest,
+)
+from retrieval.collator import RetroDataCollator
+
+from .conftest import CHUNK
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded, use of fork",  # Python's, of any process with threads
+    "ignore:.*quantiz",  # torch's, of `quantize_dynamic`
+)
+QUERIES = [[7 + number] * CHUNK for number in range(6)]
+
+
+def build(uri, documents, tokenizer, embedder):
+    store = MilvusStore(uri, "retro")
+    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    return MilvusRetriever(store, tokenizer, embedder, cache_size=10)
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory, documents, tokenizer, embedder):
+    retriever = build(tmp_path_factory.mktemp("copies") / "kb.db", documents[:8], tokenizer, embedder)
+    yield retriever
+    retriever.close()
+
+
+@pytest.fixture(scope="module")
+def expected(retriever):
+    return retriever.retrieve(QUERIES)
+
+
+def small_model(tokenizer, retriever=None):
+    torch.manual_seed(0)
+    end = tokenizer.eos_token_id
+    sizes = {"n_positions": 64, "n_layer": 2, "n_embd": 16, "n_head": 2, "cca_layers": [1], "encoder_num_layers": 1}
+    config = RetroConfig(
+        vocab_size=tokenizer.vocab_size, chunk_size=CHUNK, bos_token_id=end, eos_token_id=end, copy_head=True, **sizes
+    )
+    model = RetroForCausalLM(config, retriever=retriever).eval()
+    for parameter in model.parameters():  # what begins as a no-op would hide which neighbors were read
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def same(found, expected):
+    assert torch.equal(found.ids, expected.ids) and found.doc_ids == expected.doc_ids
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda retriever: pickle.loads(pickle.dumps(retriever))]
+)
+def test_a_copy_of_a_retriever_finds_the_same(retriever, expected, duplicate):
+    twin = duplicate(retriever)
+    same(twin.retrieve(QUERIES), expected)
+    assert twin is not retriever and twin._lock is not retriever._lock and twin._cache is not retriever._cache
+    if twin.store.connection is not retriever.store.connection:
+        twin.close()
+    same(retriever.retrieve(QUERIES), expected)  # closing what was pickled closes nothing else
+
+
+def test_a_copy_of_a_model_reads_the_same(retriever, tokenizer):
+    model = small_model(tokenizer, retriever)
+    tokens = torch.tensor([QUERIES[0] + QUERIES[1] + QUERIES[2]])
+    expected = model(tokens).logits
+    assert not torch.allclose(expected, small_model(tokenizer)(tokens).logits)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    copies = [copy.deepcopy(model), copy.deepcopy(model.to("cpu")), averaged.module, pickled]
+    for twin in copies:
+        torch.testing.assert_close(twin(tokens).logits, expected)
+    pickled.retriever.close()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert quantized(tokens).logits.shape == expected.shape
+    assert quantized.retriever.embedder is model.retriever.embedder  # shared, not copied
+
+
+def test_closing_one_of_the_copies_is_said_by_the_others(tmp_path, documents, tokenizer, embedder):
+    retriever = build(tmp_path / "kb.db", documents[:2], tokenizer, embedder)
+    twin = copy.deepcopy(retriever)
+    retriever.close()
+    with pytest.raises(KnowledgeBaseError, match="kb.db was closed, by this object or a copy of it: open it again"):
+        twin.retrieve(QUERIES)
+
+
+def test_a_saved_model_loads_without_its_knowledge_base(tmp_path, documents, tokenizer, embedding_folder):
+    """Loading works where there is neither knowledge base nor embedding model; the first search says what is missing."""
+    moved = shutil.copytree(embedding_folder, tmp_path / "embedding")
+    retriever = build(tmp_path / "kb.db", documents[:2], tokenizer, Embedder(moved, device="cpu"))
+    model = small_model(tokenizer, retriever)
+    tokens = torch.tensor([QUERIES[0]])
+    expected = model(tokens).logits
+    torch.save(model, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size < 2**20  # without the embedding model's weights
+    retriever.close()
+    (tmp_path / "kb.db").rename(tmp_path / "elsewhere.db")
+    moved.rename(tmp_path / "elsewhere")
+
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with pytest.raises(KnowledgeBaseError, match=r"no knowledge base file .*kb\.db: build it"):
+        loaded(tokens)
+    assert not (tmp_path / "kb.db").exists()  # nothing is made in its place
+    (tmp_path / "elsewhere.db").rename(tmp_path / "kb.db")
+    with pytest.raises(OSError, match=r"Cannot load the embedding model '.*/embedding'"):
+        loaded(tokens)
+    (tmp_path / "elsewhere").rename(moved)
+    torch.testing.assert_close(loaded(tokens).logits, expected)
+    loaded.retriever.close()
+
+
+@pytest.mark.parametrize("on_retrieval_error", ["raise", "skip"])
+def test_another_knowledge_base_in_its_place_is_refused(
+    tmp_path, documents, tokenizer, embedder, other_embedding_folder, on_retrieval_error
+):
+    retriever = build(tmp_path / "kb.db", documents[:2], tokenizer, embedder)
+    retriever.on_retrieval_error = on_retrieval_error
+    pickled = pickle.dumps(retriever)
+    retriever.close()
+    shutil.rmtree(tmp_path / "kb.db")
+    build(tmp_path / "kb.db", documents[:2], tokenizer, Embedder(other_embedding_folder, device="cpu")).close()
+    twin = pickle.loads(pickled)
+    with pytest.raises(IdentityMismatch, match="cosine"):
+        twin.retrieve(QUERIES)
+    twin.close()
+
+
+@pytest.mark.parametrize(
+    "uri, token", [("https://root:S3cret@host:19530/db", None), ("https://host:19530", "root:S3cret")]
+)
+def test_secrets_are_not_pickled(monkeypatch, uri, token):
+    connected = []
+    monkeypatch.setattr(MilvusConnection, "_connect", lambda self: connected.append(self._token))
+    monkeypatch.delenv("MILVUS_TOKEN", raising=False)
+    connection = MilvusConnection(uri, token=token)
+    assert copy.deepcopy(connection) is connection
+    pickled = pickle.dumps(connection)
+    assert b"S3cret" not in pickled and b"root" not in pickled
+    twin = pickle.loads(pickled)
+    with pytest.raises(KnowledgeBaseError, match="https://host:19530.* tokens are not pickled: set MILVUS_TOKEN"):
+        twin.call("list_collections")
+    monkeypatch.setenv("MILVUS_TOKEN", "root:other")
+    twin._connect_here()
+    assert connected == ["root:S3cret", "root:other"]
+
+
+@pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
+def test_workers_fetch_neighbors(retriever, start, workers):
+    """Whatever starts them, and while the file is open in this process, which serves it to them."""
+    sequences = [
+        {"input_ids": query + query[::-1], "doc_ids": [[f"topic {number}"]] * 2} for number, query in enumerate(QUERIES)
+    ]
+    collate = RetroDataCollator(retriever)
+    loader = torch.utils.data.DataLoader(
+        sequences, batch_size=2, collate_fn=collate, num_workers=workers, multiprocessing_context=start, timeout=120
+    )
+    batches = list(loader)
+    for number, batch in enumerate(batches):
+        by_hand = collate(sequences[2 * number : 2 * number + 2])
+        assert all(torch.equal(batch[name], by_hand[name]) for name in by_hand)
+    assert len(batches) == 3 and retriever.store.connection.owns_file
+
+
+def test_processes_of_datasets_fetch_neighbors(retriever, expected):
+    rows = datasets.Dataset.from_dict({"chunk": QUERIES})
+    found = rows.map(lambda row: {"ids": retriever.retrieve([row["chunk"]]).ids[0].tolist()}, num_proc=2)
+    assert torch.equal(torch.tensor(found["ids"][:]), expected.ids)
+
+
+def test_a_forked_process_leaves_the_file_to_its_parent(retriever, expected):
+    """It may close its retriever and end as a program does, which stops the embedded servers of a process."""
+    child = os.fork()
+    if not child:
+        result = 1
+        try:
+            from milvus_lite.server_manager import server_manager_instance
+
+            retriever.close()
+            server_manager_instance.release_all()
+            result = 0
+        finally:
+            os._exit(result)
+    assert os.waitpid(child, 0)[1] == 0
+    same(pickle.loads(pickle.dumps(retriever)).retrieve(QUERIES), expected)  # nothing remembered
+    assert retriever.store.count() > 0 and retriever.store.connection._published()["process"] == os.getpid()
+
+
+def test_a_tokenizer_is_the_same_after_pickling(tokenizer, documents):
+    twin = pickle.loads(pickle.dumps(tokenizer))
+    texts = [document.text for document in documents[:5]]
+    assert (
+        isinstance(twin, BulkTokenizer)
+        and twin.uses_tiktoken
+        and twin.encode_batch(texts) == tokenizer.encode_batch(texts)
+    )
