@@ -27,7 +27,7 @@ STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
 demo:
 	@$(LOCKED) .venv/demo
-	GRPC_VERBOSITY=NONE $(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py
 
 test:
 	@$(LOCKED) .venv/dev

@@ -30,6 +30,15 @@ KEYS_PER_CALL = 10_000
 HALF_SINCE = (2, 4)
 
 
+def check_collection_name(name: str) -> None:
+    """Raise ValueError unless Milvus allows a collection of that name. Milvus Lite allows more; servers do not."""
+    if len(name) > 255 or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(
+            f"{name!r} is not a collection's name: Milvus wants letters from a to z, digits and underscores, no digit first, "
+            "at most 255 characters."
+        )
+
+
 class MilvusStore:
     """Rows of a collection: a chunk, its continuation, its document's metadata, and its embedding.
 
@@ -56,11 +65,9 @@ class MilvusStore:
         timeout: float = 120.0,
         search_params: Mapping[str, int] | None = None,
     ) -> None:
-        if len(collection_name) > 255 or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", collection_name):
-            raise ValueError(
-                f"{collection_name!r} is not a collection's name: Milvus wants letters from a to z, digits and underscores, "
-                "no digit first, at most 255 characters."
-            )
+        _, path = locate(uri)
+        if path is None or not os.path.exists(path):  # Milvus Lite files may hold collections with other names
+            check_collection_name(collection_name)
         self.collection_name = collection_name
         self.connection = MilvusConnection(uri, token=token, database=database, tls=tls, timeout=timeout)
         self._given_search_params = dict(search_params or {})
@@ -136,8 +143,10 @@ class MilvusStore:
 
         Raises:
             KnowledgeBaseError: the server does not know the index or the type.
-            ValueError: there is no such type, or the index' parameters do not go with the dimension.
+            ValueError: there is no such type, the index' parameters do not go with the dimension, or Milvus allows no
+                collection of that name.
         """
+        check_collection_name(self.collection_name)
         if vector_dtype not in VECTOR_TYPES:
             raise ValueError(f"vector_dtype must be one of {', '.join(VECTOR_TYPES)}, not {vector_dtype!r}.")
         is_lite, version = self.connection.is_lite, self.connection.version

@@ -20,7 +20,7 @@ from unittest import mock
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 # Read once, while a library is imported. MKL's results depend on where in memory the numbers lie, unless told otherwise.
-_AT_IMPORT = {"MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "NONE", "COLUMNS": "200"}
+_AT_IMPORT = {"MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def free_ports(count: int) -> list[int]:

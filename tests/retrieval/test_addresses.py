@@ -98,6 +98,19 @@ def test_names_that_milvus_does_not_allow(folder, name):
     assert not (folder / "kb.db").exists()
 
 
+def test_a_collection_of_a_name_that_only_milvus_lite_allows_opens_as_before(folder, documents, tokenizer, embedder):
+    store = MilvusStore("kb.db", "texts")
+    ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
+    rows = store.count()
+    store.connection.call("rename_collection", "texts", "my-texts")
+    store.close()
+    store = MilvusStore.open("kb.db", "my-texts")
+    assert store.count() == rows
+    with pytest.raises(ValueError, match="'other-texts' is not a collection's name"):
+        MilvusStore("kb.db", "other-texts").create(store.identity())
+    store.close()
+
+
 def test_settings_of_a_retriever(folder, documents, tokenizer, embedder):
     store = MilvusStore("kb.db", "_ok")
     ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
