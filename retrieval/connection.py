@@ -31,7 +31,10 @@ NOT_LOADED = {101, 103, 106, 201, 202, 601}  # as after a server's restart, unti
 # Milvus' own numbers of what passes by itself: over the rate limit, a node or channel that comes back
 PASSING = NOT_LOADED | {UNAVAILABLE, 4, 8, 401, 500, 501, 502, 503, 600, 602, 900, 901, 902}
 # "milvuslite is closed": said by a process that serves a file to this one, and is just ending
+# "schema.json.tmp' -> ": two changes of a collection's properties at once, in Milvus Lite
+LITE_RACE = "schema.json.tmp' -> "
 PASSING_WORDS = (
+    LITE_RACE,
     "milvuslite is closed",
     "shard leader",
     "shard delegator",
@@ -332,9 +335,9 @@ class MilvusConnection:
         code = getattr(error, "code", None)
         if isinstance(code, grpc.StatusCode):  # pymilvus passes some on
             return code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        if self.is_file and self.owns_file:  # Milvus Lite numbers most of its errors 1, and none of them passes
-            return code in NOT_LOADED
         text = str(error).lower()
+        if self.is_file and self.owns_file:  # Milvus Lite numbers most of its errors 1: of these, the race alone passes
+            return code in NOT_LOADED or LITE_RACE in text
         return isinstance(error, MilvusException) and (code in PASSING or any(word in text for word in PASSING_WORDS))
 
     def _recover(self, args: tuple) -> Callable[[RetryCallState], None]:

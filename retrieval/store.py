@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from pymilvus import MilvusClient
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
+from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_delay, wait_random
 
 from .addresses import TLS, locate, no_file
 from .chunking import Chunk
@@ -171,7 +171,14 @@ class MilvusStore:
             self._build_index(settings, identity.embedding_dimension)
             self.call("load_collection")
         except KnowledgeBaseError:
-            if not self.exists():  # two ingestions that start at once both want to make it
+            # of two ingestions that start at once, one makes it, which may take a moment
+            appears = Retrying(
+                retry=retry_if_result(lambda is_there: not is_there),
+                stop=stop_after_delay(2),
+                wait=wait_random(0, 0.2),
+                retry_error_callback=lambda state: False,
+            )
+            if not appears(self.exists):
                 raise
 
     def _properties(self) -> dict[str, str]:
@@ -206,7 +213,11 @@ class MilvusStore:
             "embedding", index_type=settings.kind, metric_type="IP", params=settings.build_params(dimension)
         )
         # Milvus Lite builds when the collection is loaded: there is nothing to wait for, and no clock to wait by
-        self.call("create_index", params, sync=not self.connection.is_lite)
+        try:
+            self.call("create_index", params, sync=not self.connection.is_lite)
+        except KnowledgeBaseError:
+            if not self.call("list_indexes"):  # nobody else has built one meanwhile
+                raise
 
     def reindex(self, settings: IndexSettings, *, automatic: bool = False) -> None:
         """Build another index over the same rows. Searches wait meanwhile; nothing is embedded again.
