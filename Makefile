@@ -42,6 +42,7 @@ lint:
 	@$(LOCKED) .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 format:
 	@$(LOCKED) .venv/dev

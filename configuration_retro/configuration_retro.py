@@ -40,25 +40,25 @@ class RetroConfig(GPT2Config):
         chunk_size (`int`, defaults to 64):
             Tokens in a chunk, the paper's m.
         num_neighbors (`int`, defaults to 2):
-            Neighbours read for each chunk, the paper's k.
+            Neighbors read for each chunk, the paper's k.
         neighbor_length (`int`, *optional*, defaults to `2 * chunk_size`):
-            Tokens of one neighbour, the paper's r: the neighbour chunk, then what follows it in its document.
+            Tokens of one neighbor, the paper's r: the neighbor chunk, then what follows it in its document.
         cca_layers (`list[int]`, *optional*):
             Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every third layer from the
             sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with fewer than six. `[]` leaves it, and the
-            neighbour encoder, out of a model with a copy head.
+            neighbor encoder, out of a model with a copy head.
         encoder_num_layers (`int`, defaults to 2):
-            Layers of the neighbour encoder.
+            Layers of the neighbor encoder.
         encoder_cca_layers (`list[int]`, defaults to `[0]`):
             Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
         copy_head (`bool`, defaults to `False`):
-            Whether the model may also copy tokens from its neighbours, with a pointer-generator (See et al., 2017,
+            Whether the model may also copy tokens from its neighbors, with a pointer-generator (See et al., 2017,
             https://arxiv.org/abs/1704.04368). It learns to read within minutes.
         cca_match (`bool`, defaults to `False`):
-            Whether cross-attention, too, goes by how well the last tokens match those before each token of a neighbour. Not
+            Whether cross-attention, too, goes by how well the last tokens match those before each token of a neighbor. Not
             in the paper, whose cross-attention has to find that out by itself and takes far longer.
         use_retrieval (`bool`, defaults to `True`):
-            `False` switches neighbours off: the model is then its GPT-2 decoder.
+            `False` switches neighbors off: the model is then its GPT-2 decoder.
         base_model (`str`, *optional*):
             Name of the GPT-2 checkpoint on the hub that the model was built on.
         embedding_model (`str`, *optional*):
@@ -141,8 +141,8 @@ class RetroConfig(GPT2Config):
             )
         if not self.cca_layers and not self.copy_head:
             raise ValueError(
-                "cca_layers is empty and copy_head is False: nothing would read the neighbours. Name at least one decoder "
-                "layer, set copy_head=True, or use GPT2LMHeadModel (use_retrieval=False switches neighbours off)."
+                "cca_layers is empty and copy_head is False: nothing would read the neighbors. Name at least one decoder "
+                "layer, set copy_head=True, or use GPT2LMHeadModel (use_retrieval=False switches neighbors off)."
             )
         for name, layers, depth in (
             ("cca_layers", self.cca_layers, self.n_layer),

@@ -11,12 +11,12 @@ class RetroCache(Cache):
         decoder_cache: the cache whose layers this one takes over. Default: a new `DynamicCache`.
         config: the model's configuration, for the default.
 
-    Attributes (None until the first call; L tokens in the cache, C = ⌊L/m⌋ chunks, k·r neighbour tokens a chunk):
+    Attributes (None until the first call; L tokens in the cache, C = ⌊L/m⌋ chunks, k·r neighbor tokens a chunk):
         tokens:          (B, L) int64 token ids, -1 where a token was given by its embedding.
         chunk_states:    (B, L, d) decoder states that the encoder attends to, so that a chunk may begin in one call
                          and end in another.
-        neighbor_mask:   (B, C, k·r) bool, False where chunk c has no neighbour token.
-        neighbor_memory: what each reader knows of each chunk's neighbours, prepared once, when the chunk completed: (B, C, …)
+        neighbor_mask:   (B, C, k·r) bool, False where chunk c has no neighbor token.
+        neighbor_memory: what each reader knows of each chunk's neighbors, prepared once, when the chunk completed: (B, C, …)
                          by name. Keys and values of a cross-attention layer, by its number; "match" and "copy".
         token_embeds:    (B, L, d) unit-length token embeddings, where something goes by matches.
     """

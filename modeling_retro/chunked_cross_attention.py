@@ -1,4 +1,4 @@
-"""Chunked cross-attention: each token reads the neighbours of the last chunk that was complete when it was written."""
+"""Chunked cross-attention: each token reads the neighbors of the last chunk that was complete when it was written."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ VALUE_SCALE = 4.0  # with cca_match: what is found is learned the sooner the lar
 
 
 class ChunkedCrossAttention(GPT2Attention):
-    """CCA of one decoder layer (paper, section 2.4): GPT-2's multi-head cross-attention, one chunk's neighbours a query.
+    """CCA of one decoder layer (paper, section 2.4): GPT-2's multi-head cross-attention, one chunk's neighbors a query.
 
     The output projection starts at zero, so that a model just built on GPT-2 is that GPT-2.
 
@@ -40,7 +40,7 @@ class ChunkedCrossAttention(GPT2Attention):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, d)
-        encoded: torch.Tensor | None,  # (B, C, k·r, d) neighbours of the chunks completed in this call
+        encoded: torch.Tensor | None,  # (B, C, k·r, d) neighbors of the chunks completed in this call
         reading: Reading,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B, T, d), attention weights (B, heads, T, k·r) if there are any
         keys, values = self._keys_values(encoded, reading)
@@ -66,7 +66,7 @@ class ChunkedCrossAttention(GPT2Attention):
         return output, None if weights is None else self._weights_by_column(weights, reading)
 
     def _keys_values(self, encoded: torch.Tensor | None, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the groups' neighbours, (B·G, k·r, d) each; with a cache, after adding this call's to it."""
+        """Keys and values of the groups' neighbors, (B·G, k·r, d) each; with a cache, after adding this call's to it."""
         new = {}
         if encoded is not None:  # projected as (B·C, k·r, d): quantized projections take no more than three dimensions
             projected = self.c_attn(encoded.flatten(0, 1)).unflatten(0, encoded.shape[:2])
@@ -75,7 +75,7 @@ class ChunkedCrossAttention(GPT2Attention):
         return known["keys"].flatten(0, 1), known["values"].flatten(0, 1)
 
     def _match_bias(self, reading: Reading, dtype: torch.dtype) -> torch.Tensor:
-        """What matches add to the scores, and what no neighbour token takes away: (B·G, heads, w, k·r)."""
+        """What matches add to the scores, and what no neighbor token takes away: (B·G, heads, w, k·r)."""
         # embeddings are not moved by it: learned is whether to look where they match
         matches = reading.matches.detach()
         bias = (SCALE * self.match.float() @ matches.flatten(1)).unflatten(1, matches.shape[1:]).transpose(0, 1)

@@ -1,11 +1,11 @@
-"""The copy head: where a neighbour goes on from tokens like the last ones here, the token that followed there is predicted.
+"""The copy head: where a neighbor goes on from tokens like the last ones here, the token that followed there is predicted.
 
-A pointer-generator (Vinyals et al., 2015; See et al., 2017) over the neighbours that chunked cross-attention reads. It needs
-few steps to learn, since what the paper's cross-attention must first find, that a token of a neighbour says what may follow
+A pointer-generator (Vinyals et al., 2015; See et al., 2017) over the neighbors that chunked cross-attention reads. It needs
+few steps to learn, since what the paper's cross-attention must first find, that a token of a neighbor says what may follow
 its like, is built in.
 
 Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see
-`Readers`); k neighbours a chunk, r tokens a neighbour, V vocabulary.
+`Readers`); k neighbors a chunk, r tokens a neighbor, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class Copying(Movable):
     """What the copy head reads in one call.
 
     reading:    who reads which chunk, and how well the last tokens match there.
-    token_ids:  (B, G, k·r) of the groups' neighbours.
-    first:      (B, G, k·r) where the same token first occurs in the group's neighbours.
-    first_own:  (B, G, k·r) where it first occurs in the same neighbour.
+    token_ids:  (B, G, k·r) of the groups' neighbors.
+    first:      (B, G, k·r) where the same token first occurs in the group's neighbors.
+    first_own:  (B, G, k·r) where it first occurs in the same neighbor.
     scores:     (B, G, k) retrieval similarity.
     """
 
@@ -77,11 +77,11 @@ def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.L
 class CopyHead(nn.Module):
     """Mixes the decoder's prediction with copying: p = (1 − g) · p_decoder + g · p_copy.
 
-    p_copy is attention over the k·r neighbour tokens that the position may read. A token's score is a weighted sum of how well
+    p_copy is attention over the k·r neighbor tokens that the position may read. A token's score is a weighted sum of how well
     the last 1, 2, … CONTEXT tokens here match those before it (see `match_context`) and of the similarity with which its
-    neighbour was retrieved.
+    neighbor was retrieved.
 
-    The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state and on what tells good neighbours
+    The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state and on what tells good neighbors
     from bad (see `attend`), times a valve that starts at zero: until trained, the logits are GPT-2's.
     """
 
@@ -112,7 +112,7 @@ class CopyHead(nn.Module):
         log_odds = self.log_odds(hidden_states, features, mass, log_probs)
         copied = mass > 0
         evidence = log_odds.unsqueeze(-1) + mass.masked_fill(~copied, 1.0).log() - log_probs
-        # logits may be shifted by a constant: (1 − g) · p + g · c is p · (1 + odds · c / p), up to normalisation
+        # logits may be shifted by a constant: (1 − g) · p + g · c is p · (1 + odds · c / p), up to normalization
         boost = torch.where(copied, _log1p_exp(evidence, self.valve.float()), 0.0)
         return logits.scatter_add(-1, token_ids, boost.to(logits.dtype))
 
@@ -131,7 +131,7 @@ class CopyHead(nn.Module):
         Returns:
             mass (B, T, k·r) float32: probability of each token that is copied, where it first occurs; 0 elsewhere, and
             where a column reads nothing. features (B, T, FEATURES - 1) for the gate: how well the last 1, 2, … tokens match
-            where it looks, the sharpness of the mass, how much of it the neighbours say alike, and their retrieval
+            where it looks, the sharpness of the mass, how much of it the neighbors say alike, and their retrieval
             similarity. token_ids (B, T, k·r).
         """
         readers = copying.reading.readers
@@ -165,12 +165,12 @@ class CopyHead(nn.Module):
         return gate, copying.reading.readers.ungroup(self.weights(copying)[0])
 
     def weights(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over the neighbour tokens of each group, the token to copy being the one looked at.
+        """Attention over the neighbor tokens of each group, the token to copy being the one looked at.
 
         Returns:
-            weights (B·G, w, k·r) float32; the retrieval similarity of each place's neighbour (B·G, 1, k·r).
+            weights (B·G, w, k·r) float32; the retrieval similarity of each place's neighbor (B·G, 1, k·r).
         """
-        places = copying.token_ids.shape[-1] // copying.scores.shape[-1]  # of a neighbour
+        places = copying.token_ids.shape[-1] // copying.scores.shape[-1]  # of a neighbor
         scores = copying.scores.float().flatten(0, 1).repeat_interleave(places, dim=-1).unsqueeze(1)
         fit = (SCALE * self.match.float().view(-1, 1, 1, 1) * copying.reading.matches).sum(0)
         fit = fit + SCALE * self.similarity.float() * scores

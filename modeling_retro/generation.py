@@ -1,4 +1,4 @@
-"""Retrieval inside `generate()`: neighbours are fetched once for each chunk, in the step that completes it."""
+"""Retrieval inside `generate()`: neighbors are fetched once for each chunk, in the step that completes it."""
 
 import functools
 import inspect
@@ -27,18 +27,18 @@ class RetroGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate`, with neighbours for every chunk that completes.
+        """`GenerationMixin.generate`, with neighbors for every chunk that completes.
 
         Args:
-            neighbor_ids, neighbor_attention_mask, neighbor_scores: neighbours of the prompt's chunks (see
+            neighbor_ids, neighbor_attention_mask, neighbor_scores: neighbors of the prompt's chunks (see
                 `RetroModel.forward`). If they are given, the retriever is not asked in this call.
-            use_retrieval: False generates without neighbours.
+            use_retrieval: False generates without neighbors.
 
         Returns:
             What `GenerationMixin.generate` returns. With `return_dict_in_generate=True` the output has one more entry,
             `retrieved`: for each returned row a list of `RetrievedChunk`, which documents were read for each of its
             chunks and how similar they were. With `output_attentions=True` it has `cross_attentions` too: for each
-            forward pass, for each cross-attention layer, (rows, heads, tokens of the pass, k·r) over the neighbours.
+            forward pass, for each cross-attention layer, (rows, heads, tokens of the pass, k·r) over the neighbors.
         """
         log = RetrievalLog()
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
@@ -68,7 +68,7 @@ class RetroGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> dict:
-        """The hook that `generate()` calls before each forward: fetches neighbours for the chunks that it completes."""
+        """The hook that `generate()` calls before each forward: fetches neighbors for the chunks that it completes."""
         kwargs.pop("tokenizer", None)  # generate() passes on the one of its stop strings
         check_arguments("prepare_inputs_for_generation", kwargs, _forward_arguments(type(self)))
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
@@ -152,7 +152,7 @@ class RetroGenerationMixin(GenerationMixin):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _get_candidate_generator(self, *, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs):
-        # An assistant drafts with its own retrieval, if it has any: this model's neighbours are not its arguments.
+        # An assistant drafts with its own retrieval, if it has any: this model's neighbors are not its arguments.
         if assistant_model is not None:
             own = ("retrieval_log", "use_retrieval", *NEIGHBOR_INPUTS)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}

@@ -1,9 +1,9 @@
-"""How well the last tokens of a text match those before each place of the neighbours that it reads.
+"""How well the last tokens of a text match those before each place of the neighbors that it reads.
 
-What the copy head and, with `cca_match`, cross-attention go by: a place is a token of a neighbour that could come next.
+What the copy head and, with `cca_match`, cross-attention go by: a place is a token of a neighbor that could come next.
 
-Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see `Readers`); k neighbours
-a chunk, r tokens a neighbour.
+Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see `Readers`); k neighbors
+a chunk, r tokens a neighbor.
 """
 
 import torch
@@ -35,8 +35,8 @@ def match_context(
     """How well the last 1, 2, … CONTEXT tokens of each reader match the ones before each place.
 
     A match of n tokens is the product c_1 · … · c_n of cosine similarities (of token embeddings, those below 0 counted as 0):
-    c_1 of x_i and n_{j−1}, c_2 of x_{i−1} and n_{j−2} …, for token x_i of the text and place j of a neighbour. With a
-    cache, a chunk's neighbours are prepared once.
+    c_1 of x_i and n_{j−1}, c_2 of x_{i−1} and n_{j−2} …, for token x_i of the text and place j of a neighbor. With a
+    cache, a chunk's neighbors are prepared once.
 
     Args:
         token_embeds: (B, T, d) of this call's tokens, without positions.

@@ -68,7 +68,7 @@ model = RetroForCausalLM.from_pretrained("{repo_id}", retriever=retriever)
 print(tokenizer.decode(model.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=100)[0]))
 ```
 Without the packages `modeling_retro` and `retrieval`, `AutoModelForCausalLM.from_pretrained("{repo_id}",
-trust_remote_code=True)` opens the model; neighbours are then given as `neighbor_ids`."""
+trust_remote_code=True)` opens the model; neighbors are then given as `neighbor_ids`."""
 
 
 def _readers(config: RetroConfig) -> str:

@@ -1,7 +1,7 @@
-"""RETRO: GPT-2, a neighbour encoder and chunked cross-attention (Borgeaud et al., 2022, arXiv 2112.04426), or a copy head.
+"""RETRO: GPT-2, a neighbor encoder and chunked cross-attention (Borgeaud et al., 2022, arXiv 2112.04426), or a copy head.
 
-Shapes: B rows, T tokens of this call, d hidden size; C chunks completed in this call, k neighbours a chunk, r tokens a
-neighbour, m tokens a chunk.
+Shapes: B rows, T tokens of this call, d hidden size; C chunks completed in this call, k neighbors a chunk, r tokens a
+neighbor, m tokens a chunk.
 """
 
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ from .sharing import SharingMixin
 
 @dataclass
 class RetroModelOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """The library's output, and what a copy head reads: None without one, or as long as there are no neighbours."""
+    """The library's output, and what a copy head reads: None without one, or as long as there are no neighbors."""
 
     copying: Copying | None = None
 
 
 @dataclass
 class EncoderCall(Movable):
-    """The neighbour encoder and one call's inputs to it, but for the chunks' states, which the decoder has yet to compute.
+    """The neighbor encoder and one call's inputs to it, but for the chunks' states, which the decoder has yet to compute.
 
     token_embeds (B, C, k, r, d), attention_mask (B, C, k, r), both None if no chunk completes; cache to remember states.
     """
@@ -54,7 +54,7 @@ class EncoderCall(Movable):
     attention_mask: torch.BoolTensor | None
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor | None:
-        """Decoder states of this call (B, T, d) -> encoded neighbours (B, C, k·r, d)."""
+        """Decoder states of this call (B, T, d) -> encoded neighbors (B, C, k·r, d)."""
         if self.cache is not None:
             states = self.cache.append_chunk_states(states)
         if self.token_embeds is None:
@@ -97,7 +97,7 @@ class RetroBlock(GPT2Block):
 
 
 class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
-    """Weights, initialisation and what the library may do with RETRO models."""
+    """Weights, initialization and what the library may do with RETRO models."""
 
     config: RetroConfig
     config_class = RetroConfig
@@ -111,7 +111,7 @@ class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside its own tree transformers passes over modules that hold no parameter themselves, and with them
-        # GPT-2's scaled and our zero projections. All initialisation here respects loaded weights, as its own does.
+        # GPT-2's scaled and our zero projections. All initialization here respects loaded weights, as its own does.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
 
 
 class RetroModel(RetroPreTrainedModel):
-    """The decoder with its neighbour encoder, without a language-modelling head."""
+    """The decoder with its neighbor encoder, without a language-modelling head."""
 
     def __init__(self, config: RetroConfig):
         super().__init__(config)
@@ -145,7 +145,7 @@ class RetroModel(RetroPreTrainedModel):
         self.wte = new_embeddings
 
     def set_retriever(self, retriever: Retriever | None) -> None:
-        """Fetch neighbours from this knowledge base wherever none are given; None: from no knowledge base.
+        """Fetch neighbors from this knowledge base wherever none are given; None: from no knowledge base.
 
         Raises:
             ValueError: the knowledge base has another chunk size, vocabulary or embedding model than this model.
@@ -180,16 +180,16 @@ class RetroModel(RetroPreTrainedModel):
             cache, past_key_values: the cache of earlier tokens, under its name of either transformers version.
             attention_mask: (B, tokens in the cache and in this call), 0 for padding on the left or right of a row.
             position_ids: default: content positions (a row's first real token is 0).
-            neighbor_ids: (B, C, k, r) int64; slot j holds the neighbours of the j-th chunk that the row completes in
+            neighbor_ids: (B, C, k, r) int64; slot j holds the neighbors of the j-th chunk that the row completes in
                 this call. Without them a retriever that is set is asked; without one it is plain GPT-2.
-            neighbor_attention_mask: (B, C, k, r), 0 for padding and for slots and neighbours that are not there.
+            neighbor_attention_mask: (B, C, k, r), 0 for padding and for slots and neighbors that are not there.
                 Default: all there.
             neighbor_scores: (B, C, k) retrieval similarity, which a copy head takes into account; 0 where there is no
-                neighbour. Default: 0 everywhere.
-            use_retrieval: False leaves neighbours out, given or not. Default: the configuration's.
+                neighbor. Default: 0 everywhere.
+            use_retrieval: False leaves neighbors out, given or not. Default: the configuration's.
 
         Raises:
-            ValueError: neighbour tensors of another shape or type; more tokens than `n_positions`; an attention mask
+            ValueError: neighbor tensors of another shape or type; more tokens than `n_positions`; an attention mask
                 that does not cover the cache; a cache that was filled without this model's memory.
         """
         kwargs.pop("output_attentions", None)
@@ -316,7 +316,7 @@ class RetroModel(RetroPreTrainedModel):
         batch_size: int,
         length: int,
     ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
-        """Raise ValueError for neighbour tensors that do not fit; returns mask (B, C, k, r) and scores (B, C, k)."""
+        """Raise ValueError for neighbor tensors that do not fit; returns mask (B, C, k, r) and scores (B, C, k)."""
         config = self.config
         most = (length + config.chunk_size - 1) // config.chunk_size
         expected = (batch_size, neighbor_ids.shape[1] if neighbor_ids.ndim == 4 else -1, config.num_neighbors)
@@ -341,10 +341,10 @@ class RetroModel(RetroPreTrainedModel):
         if scores.shape != neighbor_ids.shape[:3]:
             raise ValueError(
                 f"neighbor_scores has shape {tuple(scores.shape)}, neighbor_ids {tuple(neighbor_ids.shape)}: there must be "
-                "one score a neighbour."
+                "one score a neighbor."
             )
         mask = mask.bool()
-        return mask, scores.masked_fill(~mask.any(-1), 0.0)  # a retriever says nan where there is no neighbour
+        return mask, scores.masked_fill(~mask.any(-1), 0.0)  # a retriever says nan where there is no neighbor
 
 
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
@@ -415,7 +415,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
 
         Returns:
             logits (B, T, vocabulary), the loss in nats a token if labels are given, the cache; `cross_attentions` are
-            over the neighbours: for each cross-attention layer (B, heads, T, k·r), for the chunk that each token reads.
+            over the neighbors: for each cross-attention layer (B, heads, T, k·r), for the chunk that each token reads.
         """
         if doc_ids is not None:
             raise ValueError(

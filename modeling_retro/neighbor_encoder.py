@@ -1,4 +1,4 @@
-"""The neighbour encoder: a small bidirectional transformer that reads each neighbour in the light of its chunk."""
+"""The neighbor encoder: a small bidirectional transformer that reads each neighbor in the light of its chunk."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (N·k, r, d): N chunks, k neighbours each
+        hidden_states: torch.Tensor,  # (N·k, r, d): N chunks, k neighbors each
         chunk_states: torch.Tensor,  # (N, m, d)
         attention_mask: torch.Tensor | None = None,  # prepared for the attention implementation
     ) -> torch.Tensor:  # (N·k, r, d)
@@ -38,7 +38,7 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attn_output
 
         if hasattr(self, "cross_attention"):
-            # A token attends to all of the chunk and to nothing else, so the k neighbours can share one set of keys.
+            # A token attends to all of the chunk and to nothing else, so the k neighbors can share one set of keys.
             queries = self.ln_cross(hidden_states).view(chunk_states.shape[0], -1, chunk_states.shape[-1])
             attn_output, _ = self.cross_attention(queries, encoder_hidden_states=self.ln_chunk(chunk_states))
             hidden_states = hidden_states + attn_output.view_as(hidden_states)
@@ -47,7 +47,7 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 
 
 class NeighborEncoder(nn.Module):
-    """Neighbour tokens and the chunk's decoder states to encoded neighbours (paper, section 2.3 and algorithm 1)."""
+    """Neighbor tokens and the chunk's decoder states to encoded neighbors (paper, section 2.3 and algorithm 1)."""
 
     def __init__(self, config: RetroConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Asking a retriever for the neighbours of the chunks that a call completes, each chunk once."""
+"""Asking a retriever for the neighbors of the chunks that a call completes, each chunk once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Retriever(Protocol):
 
 @dataclass
 class RetrievedChunk:
-    """What was read for one chunk: for each of its k neighbours the document, the chunk of it, and the similarity.
+    """What was read for one chunk: for each of its k neighbors the document, the chunk of it, and the similarity.
 
-    A missing neighbour has document None, chunk index -1 and score nan.
+    A missing neighbor has document None, chunk index -1 and score nan.
     """
 
     chunk: int  # the chunk's number in its row
@@ -45,12 +45,12 @@ class RetrievedChunk:
 
 
 class RetrievalLog:
-    """All that one `generate()` has retrieved, by the chunk's tokens: beams that share a chunk share its neighbours.
+    """All that one `generate()` has retrieved, by the chunk's tokens: beams that share a chunk share its neighbors.
 
     Attributes (set while it runs):
         prompt_mask: (rows, prompt tokens), 0 for padding.
-        first_chunk: (rows, 1) the chunk that slot 0 of neighbours given to `generate()` stands for.
-        cross_attentions: of each forward pass that read neighbours, if attention weights are asked for.
+        first_chunk: (rows, 1) the chunk that slot 0 of neighbors given to `generate()` stands for.
+        cross_attentions: of each forward pass that read neighbors, if attention weights are asked for.
     """
 
     def __init__(self):
@@ -73,7 +73,7 @@ class RetrievalLog:
             self._neighbors.update({chunk: (neighbors, row) for row, chunk in enumerate(missing)})
 
     def tensors(self, chunk: tuple[int, ...]) -> tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]:
-        """The neighbours of a chunk: ids (k, r), mask (k, r) and scores (k), 0 where there is none."""
+        """The neighbors of a chunk: ids (k, r), mask (k, r) and scores (k), 0 where there is none."""
         neighbors, row = self._neighbors[chunk]
         return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row].nan_to_num(0.0)
 
@@ -103,11 +103,11 @@ class RetrievalLog:
 def fetch_neighbors(
     retriever: Retriever, grid: ChunkGrid, tokens: torch.LongTensor, log: RetrievalLog
 ) -> FetchedNeighbors:
-    """Neighbours of every chunk that this call completes, searched in one batch.
+    """Neighbors of every chunk that this call completes, searched in one batch.
 
     Args:
         tokens: (B, L) all columns so far, those of the cache first; -1 where a token is unknown. A chunk with an
-            unknown token cannot be searched and gets no neighbours.
+            unknown token cannot be searched and gets no neighbors.
 
     Returns:
         neighbor_ids, neighbor_attention_mask (B, C, k, r) and neighbor_scores (B, C, k) on the tokens' device; C = 0 if
@@ -142,7 +142,7 @@ def given_neighbors(
     mask: torch.Tensor | None,
     scores: torch.Tensor | None,
 ) -> FetchedNeighbors:
-    """Of neighbours given for a whole prompt, those of the chunks that this call completes.
+    """Of neighbors given for a whole prompt, those of the chunks that this call completes.
 
     Args:
         first_chunk: (B, 1) the chunk that slot 0 stands for.
@@ -151,7 +151,7 @@ def given_neighbors(
 
     Returns:
         neighbor_ids, neighbor_attention_mask (B, C', k, r) and neighbor_scores (B, C', k); chunks beyond the given ones
-        have no neighbours.
+        have no neighbors.
     """
     mask = torch.ones_like(neighbor_ids, dtype=torch.bool) if mask is None else mask.bool()
     scores = torch.zeros(neighbor_ids.shape[:3], device=neighbor_ids.device) if scores is None else scores
@@ -188,7 +188,7 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
         )
     if config.embedding_model is not None and retriever.embedding_model != config.embedding_model:
         raise ValueError(
-            f"The model was trained with neighbours found by embedding model {config.embedding_model!r}, the knowledge "
+            f"The model was trained with neighbors found by embedding model {config.embedding_model!r}, the knowledge "
             f"base is built with {retriever.embedding_model!r}. Use a knowledge base built with the former, or set "
             "config.embedding_model to the latter if you mean to change it."
         )

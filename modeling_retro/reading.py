@@ -1,4 +1,4 @@
-"""Who reads which chunk's neighbours in a call, which of their tokens exist, and the memory of them in the cache."""
+"""Who reads which chunk's neighbors in a call, which of their tokens exist, and the memory of them in the cache."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from .neighbor_encoder import open_if_empty
 
 @dataclass
 class Reading(Movable):
-    """What the cross-attention layers of one call share: who reads which chunk, and which neighbour tokens exist.
+    """What the cross-attention layers of one call share: who reads which chunk, and which neighbor tokens exist.
 
     readers:        this call's columns, grouped by the chunk that they read (G groups).
     group_chunks:   (B, G) where group g's chunk stands in the cache; None without a cache: group g is slot g.
-    readable:       (B, T) True where the column reads a chunk that has neighbours.
-    group_mask:     (B, G, k·r) True where the group's chunk has a neighbour token.
+    readable:       (B, T) True where the column reads a chunk that has neighbors.
+    group_mask:     (B, G, k·r) True where the group's chunk has a neighbor token.
     attention_mask: the same, prepared for the attention implementation; None with `cca_match`.
     cache:          the memory of earlier chunks, and `slots` (B, C), the slot of this call that fills chunk c of it
                     (-1: none does).
@@ -38,7 +38,7 @@ class Reading(Movable):
 
     @property
     def hidden(self) -> torch.BoolTensor:
-        """(B·G, k·r) True where there is no neighbour token to look at; False throughout where there is none at all."""
+        """(B·G, k·r) True where there is no neighbor token to look at; False throughout where there is none at all."""
         return ~open_if_empty(self.group_mask).flatten(0, 1)
 
 
@@ -49,14 +49,14 @@ def build_reading(
     neighbor_mask: torch.BoolTensor | None,
     cache: RetroCache | None,
 ) -> Reading | None:
-    """Prepare a call's chunked cross-attention, and write its neighbours' mask into the cache.
+    """Prepare a call's chunked cross-attention, and write its neighbors' mask into the cache.
 
     Args:
         hidden_states: (B, T, d), for shapes, dtype and device alone.
         neighbor_mask: (B, C, k·r) of this call's slots, None if the call has none.
 
     Returns:
-        None if no chunk has been given a neighbour so far: there is nothing to read.
+        None if no chunk has been given a neighbor so far: there is nothing to read.
     """
     slots = group_chunks = None
     if neighbor_mask is not None:
@@ -89,7 +89,7 @@ def build_reading(
 def _cross_attention_mask(
     config: RetroConfig, hidden_states: torch.Tensor, mask: torch.BoolTensor, width: int
 ) -> torch.Tensor | None:
-    """Over groups of `width` queries and their k·r neighbour tokens, mask (B, G, k·r), for the attention implementation."""
+    """Over groups of `width` queries and their k·r neighbor tokens, mask (B, G, k·r), for the attention implementation."""
     mask = open_if_empty(mask).flatten(0, 1)
     if attention_implementation(config) != config._attn_implementation:
         return mask[:, None, None, :]
@@ -123,7 +123,7 @@ def remember_chunks(reading: Reading, reader: int | str, states: dict[str, torch
     memory = reading.cache.neighbor_memory.setdefault(reader, {})
     for name, new in states.items():
         memory[name] = fill_chunks(memory.get(name), new, reading.slots)
-    # chunks completed since without neighbours are not in the memory; they are masked, whatever is read for them
+    # chunks completed since without neighbors are not in the memory; they are masked, whatever is read for them
     return {
         name: take_chunks(known, reading.group_chunks.clamp(max=known.shape[1] - 1)) for name, known in memory.items()
     }
@@ -142,14 +142,14 @@ def fill_chunks(memory: torch.Tensor | None, states: torch.Tensor, slots: torch.
 def _remember_mask(
     grid: ChunkGrid, neighbor_mask: torch.BoolTensor | None, cache: RetroCache
 ) -> torch.LongTensor | None:
-    """Write this call's neighbour mask into the cache; returns which slot fills which chunk (see `Reading.slots`)."""
+    """Write this call's neighbor mask into the cache; returns which slot fills which chunk (see `Reading.slots`)."""
     if neighbor_mask is None and cache.neighbor_mask is None:
         return None
     num_chunks = max(cache.tokens.shape[1] // grid.chunk_size, 1)
     num_slots = 0 if neighbor_mask is None else neighbor_mask.shape[1]
     chunks = torch.arange(num_chunks, device=grid.first.device)
     slots = chunks - grid.first_chunk
-    in_call = slots >= 0  # chunks of this call: written anew, be it to say that they have no neighbours
+    in_call = slots >= 0  # chunks of this call: written anew, be it to say that they have no neighbors
     slots = torch.where(in_call & (slots < num_slots), slots, -1)
     if neighbor_mask is None:
         neighbor_mask = cache.neighbor_mask.new_zeros(slots.shape[0], 1, cache.neighbor_mask.shape[2])

@@ -17,7 +17,7 @@ class Document:
     """A text and the id under which the knowledge base knows it. Both may be any Unicode text.
 
     Attributes:
-        metadata: what else is known of it, such as source, date and licence; searches and deletions can be filtered by it.
+        metadata: what else is known of it, such as source, date and license; searches and deletions can be filtered by it.
             Up to 32 named strings, finite numbers and truth values.
 
     Raises:

@@ -3,7 +3,7 @@
 A filter is a mapping from field names to what is wanted there; all fields must match:
 
     {"source": "wiki"}                          equal
-    {"licence": ["mit", "apache-2.0"]}          any of them
+    {"license": ["mit", "apache-2.0"]}          any of them
     {"year": {">=": 1990, "<": 2000}}           a range of numbers
     {"date": {">=": "2024-01-31"}}              or of ISO dates
 

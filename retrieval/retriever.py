@@ -63,7 +63,7 @@ class MilvusRetriever:
         embedder: the one that it was built with.
         num_neighbors: the paper's k.
         neighbor_length: the paper's r, tokens of a neighbor; default 2 * chunk_size, the chunk and its continuation.
-        filter: only documents whose metadata match may be read, such as {"licence": ["mit", "bsd"], "year": {">=": 2000}};
+        filter: only documents whose metadata match may be read, such as {"license": ["mit", "bsd"], "year": {">=": 2000}};
             [`retrieval.filters`] says what can be asked.
         max_leakage: leave out neighbors that have a run of tokens in common with the chunk and its continuation which is
             longer than this share of a chunk (the paper's evaluation filter, section 2.6); None leaves out none. What follows a

@@ -168,7 +168,7 @@ class RetroTrainingArguments(TrainingArguments):
     )
     device_peak_tflops: float | None = field(
         default=None,
-        metadata={"help": "Of one device, in the precision of training; the log then has the model-FLOP utilisation."},
+        metadata={"help": "Of one device, in the precision of training; the log then has the model-FLOP utilization."},
     )
     benchmarks: list[str] = field(
         default_factory=list,

@@ -335,7 +335,7 @@ class _Progress:
 
     def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
         """tokens_per_second of all processes; retrieval_wait, a share of the time; of chunks, the share that has a neighbor, and
-        the mean similarity of these; utilisation, if the peak is known.
+        the mean similarity of these; utilization, if the peak is known.
         """
         seconds = time.perf_counter() - self.started
         numbers = {

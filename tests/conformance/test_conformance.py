@@ -1,4 +1,4 @@
-"""transformers' own tests of a model, run against RETRO: with neighbours among the inputs, and without."""
+"""transformers' own tests of a model, run against RETRO: with neighbors among the inputs, and without."""
 
 import unittest
 
@@ -80,4 +80,4 @@ class RetroWithNeighborsTest(Conformance, unittest.TestCase):
 
 class RetroWithoutNeighborsTest(Conformance, unittest.TestCase):
     with_neighbors = False
-    test_all_params_have_gradient = False  # what reads neighbours has none to read
+    test_all_params_have_gradient = False  # what reads neighbors has none to read

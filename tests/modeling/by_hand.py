@@ -17,7 +17,7 @@ class Found:
 
 
 class HashRetriever:
-    """A knowledge base by arithmetic: a chunk's neighbours depend on its tokens alone. Counts what it is asked."""
+    """A knowledge base by arithmetic: a chunk's neighbors depend on its tokens alone. Counts what it is asked."""
 
     chunk_size, num_neighbors, neighbor_length, vocab_size = CHUNK, NEIGHBORS, LENGTH, VOCAB
     embedding_model = "test/hash"
@@ -63,7 +63,7 @@ def chunks_of(tokens):
 
 
 def next_token_logits(model, tokens):
-    """The truth: one forward of the whole row, its neighbours looked up by hand."""
+    """The truth: one forward of the whole row, its neighbors looked up by hand."""
     chunks = chunks_of(tokens)
     if not chunks:
         return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]

@@ -1,4 +1,4 @@
-"""A small RETRO whose every weight is away from its start, and neighbours of many lengths."""
+"""A small RETRO whose every weight is away from its start, and neighbors of many lengths."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def model(request) -> RetroForCausalLM:
 
 
 class RowNeighbors:
-    """Random neighbours for one row: chunk -> list of neighbours, each a list of 1 to LENGTH ids. Some are missing."""
+    """Random neighbors for one row: chunk -> list of neighbors, each a list of 1 to LENGTH ids. Some are missing."""
 
     def __init__(self, num_chunks: int, seed: int, missing: set = frozenset()):
         rng = torch.Generator().manual_seed(seed)
@@ -68,12 +68,12 @@ class RowNeighbors:
 
 
 def neighbor_scores(num_slots: int, seed: int = 0) -> torch.Tensor:
-    """Similarities of one row's neighbours, (1, C, k)."""
+    """Similarities of one row's neighbors, (1, C, k)."""
     return torch.rand(1, num_slots, NEIGHBORS, generator=torch.Generator().manual_seed(seed))
 
 
 def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None = None):
-    """Rows of chunk -> neighbours to (B, C, k, r) ids and mask; slot j of a row is its chunk first[row] + j."""
+    """Rows of chunk -> neighbors to (B, C, k, r) ids and mask; slot j of a row is its chunk first[row] + j."""
     ids = torch.full((len(rows), num_slots, NEIGHBORS, LENGTH), 7)  # padding is a token like any other: masked or seen
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, chunks in enumerate(rows):
@@ -89,7 +89,7 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 
 def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
-    """Random tokens, and for each chunk a neighbour that holds its last four tokens and what follows it in the row."""
+    """Random tokens, and for each chunk a neighbor that holds its last four tokens and what follows it in the row."""
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (rows, (chunks + 1) * LONG), generator=rng)
     ids = torch.randint(0, VOCAB, (rows, chunks, NEIGHBORS, 2 * LONG), generator=rng)

@@ -1,7 +1,7 @@
 """RETRO for one row, written slowly and obviously from the paper's definitions: the truth that the model is held to.
 
 Takes the weights of a RetroForCausalLM and nothing else of it. One row without padding, one head at a time, one chunk at
-a time, one neighbour at a time, one query at a time.
+a time, one neighbor at a time, one query at a time.
 """
 
 import math
@@ -55,7 +55,7 @@ def mlp(module, states):
 
 
 def encode(model, neighbor, chunk_states):
-    """One neighbour's tokens (list) and its chunk's decoder states (m, d) -> (tokens, d)."""
+    """One neighbor's tokens (list) and its chunk's decoder states (m, d) -> (tokens, d)."""
     config, encoder = model.config, model.transformer.encoder
     e = model.transformer.wte.weight[neighbor] + encoder.wpe.weight[: len(neighbor)]
     for number, layer in enumerate(encoder.layers):
@@ -81,7 +81,7 @@ def match(wte, tokens, i, neighbor, j, length):
 def copy_probabilities(model, tokens, i, neighbors, scores):
     """What the copy head predicts after tokens[: i + 1]: (V,), and what the gate knows of it but the decoder's opinion."""
     head, wte = model.copy_head, model.transformer.wte.weight
-    places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbour; token
+    places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbor; token
     for number, neighbor in enumerate(neighbors):
         for j, token in enumerate(neighbor):
             matches = match(wte, tokens, i, neighbor, j, len(head.match))
@@ -118,7 +118,7 @@ def with_copying(model, hidden, logits, tokens, neighbors, scores):
 
 
 def log_probs(model, tokens, neighbors, scores):
-    """tokens: list of ids; neighbors: chunk number -> list of neighbours, each a list of ids; scores: chunk number ->
+    """tokens: list of ids; neighbors: chunk number -> list of neighbors, each a list of ids; scores: chunk number ->
     similarity of each. Returns (len(tokens), V)."""
     config, m = model.config, model.config.chunk_size
     encoded = {}

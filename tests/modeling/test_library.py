@@ -66,8 +66,8 @@ def test_unknown_arguments_are_refused():
     model = small_model()
     tokens = torch.tensor([random_tokens(CHUNK, seed=0)])
     for call in (model, model.transformer, model.prepare_inputs_for_generation):
-        with pytest.raises(TypeError, match="unexpected keyword arguments: encoder_hidden_states, neighbour_ids"):
-            call(tokens, neighbour_ids=None, encoder_hidden_states=None)
+        with pytest.raises(TypeError, match="unexpected keyword arguments: encoder_hidden_states, neighbors"):
+            call(tokens, neighbors=None, encoder_hidden_states=None)
 
 
 def test_arguments_that_every_model_of_the_library_takes_are_taken():

@@ -108,7 +108,7 @@ def test_no_position_sees_a_later_token(model):
 
 
 def test_a_position_sees_the_neighbors_of_its_chunk_and_of_earlier_chunks_only(model):
-    """Chunk u's neighbours reach exactly the positions from the chunk's last token on."""
+    """Chunk u's neighbors reach exactly the positions from the chunk's last token on."""
     num_chunks = 4
     tokens, neighbors = random_tokens(num_chunks * CHUNK + 2, seed=4), RowNeighbors(num_chunks, seed=4).chunks
     before = run(model, tokens, neighbors)

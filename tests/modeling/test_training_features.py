@@ -17,7 +17,7 @@ LENGTH = 3 * CHUNK + 2
 
 
 def training_batch(seed=0):
-    """A row padded on the left, one on the right, one that is nothing but padding, and a full one; neighbours missing."""
+    """A row padded on the left, one on the right, one that is nothing but padding, and a full one; neighbors missing."""
     input_ids = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(seed))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, : CHUNK + 1] = 0

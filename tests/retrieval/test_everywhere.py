@@ -129,7 +129,7 @@ def test_neighbors_that_share_too_long_a_run_are_left_out(place, tokenizer, embe
 
 
 METADATA = [
-    {"source": "wiki", "year": 1999, "licence": "mit", "date": "2023-12-31"},
+    {"source": "wiki", "year": 1999, "license": "mit", "date": "2023-12-31"},
     {"source": "web", "year": 2005, "checked": True, "date": "2024-01-01"},
     {"source": "wiki", "year": 2010.5, "checked": False},
     {"source": 'wiki" or year > 0', "year": -3},
