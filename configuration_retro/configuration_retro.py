@@ -3,31 +3,45 @@
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 16), (5, 24)  # (major, minor); all between are supported
+OLDEST_TORCH = (2, 8)
 
 
-def check_transformers_version(version: str = transformers.__version__) -> None:
-    """Refuse a version of transformers that RETRO was not tested with: it could change results without an error.
+def check_versions(
+    transformers_version: str = transformers.__version__, torch_version: str = torch.__version__
+) -> None:
+    """Refuse versions that RETRO was not tested with: they could change results without an error.
 
     This runs on import, also from the code that is saved beside a model's weights.
 
     Raises:
-        ImportError: names the version and the range.
+        ImportError: names the version that is installed and those that are supported.
     """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if not OLDEST_TRANSFORMERS <= (major, minor) <= NEWEST_TRANSFORMERS:
-        oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    oldest, newest, torch_oldest = (
+        ".".join(map(str, bound)) for bound in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS, OLDEST_TORCH)
+    )
+    if not OLDEST_TRANSFORMERS <= _major_minor(transformers_version) <= NEWEST_TRANSFORMERS:
         raise ImportError(
-            f"This RETRO code supports transformers {oldest} to {newest}; {version} is installed. Install a supported one "
-            f"(pip install 'transformers=={newest}.*'), or a version of transformers-retro that supports yours."
+            f"This RETRO code supports transformers {oldest} to {newest}; {transformers_version} is installed. Install a "
+            f"supported one (pip install 'transformers=={newest}.*'), or a version of transformers-retro that supports yours."
+        )
+    if _major_minor(torch_version) < OLDEST_TORCH:
+        raise ImportError(
+            f"This RETRO code needs torch {torch_oldest} or newer; {torch_version} is installed. Install a newer one."
         )
 
 
-check_transformers_version()
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+check_versions()
 
 
 @strict
@@ -85,9 +99,6 @@ class RetroConfig(GPT2Config):
     embedding_model: str | None = None
     collection_name: str | None = None
 
-    # set on loading: what reads neighbors according to the file; the rest of this configuration's readers is new
-    _readers_of_checkpoint = {"cca_layers": None, "copy_head": None}
-
     def __post_init__(self, **kwargs):
         if self.neighbor_length is None:
             self.neighbor_length = 2 * self.chunk_size
@@ -121,13 +132,7 @@ class RetroConfig(GPT2Config):
     def from_dict(cls, config_dict, **kwargs):
         # Merged before the configuration is built, so that what depends on a value (neighbor_length, checks) follows it.
         own = {field.name for field in fields(cls)} & set(kwargs)
-        loaded = super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the arguments that are left over
-        config._readers_of_checkpoint = {name: config_dict.get(name) for name in ("cca_layers", "copy_head")}
-        return loaded
-
-    def to_dict(self):
-        return {name: value for name, value in super().to_dict().items() if name != "_readers_of_checkpoint"}
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
 
     def validate_retrieval(self):
         """Check the sizes and the places of cross-attention, naming the value that does not fit."""

@@ -1,4 +1,4 @@
-"""What the supported versions of transformers call things: the key/value cache, and the arguments all its models take."""
+"""The names that the installed transformers uses: the key/value cache, and the arguments that all its models take."""
 
 import inspect
 from collections.abc import Iterable

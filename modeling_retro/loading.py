@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
+from contextvars import ContextVar
 from typing import Any
 
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
-from yaml.representer import SafeRepresenter
 
 # a child of the library's logger, so that what silences its load report silences the line that takes its place
 logger = logging.get_logger("transformers.models.retro")
@@ -49,8 +49,17 @@ class NameWithRetriever(str):
         return str, (str(self),)
 
 
-for _dumper in (yaml.Dumper, yaml.SafeDumper):  # model cards
-    _dumper.add_representer(NameWithRetriever, SafeRepresenter.represent_str)
+def _represent(dumper: Any, name: NameWithRetriever) -> yaml.Node:
+    return dumper.represent_str(str(name))  # those in C take nothing but `str` itself
+
+
+for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
+    if hasattr(yaml, _name):  # those in C may be left out
+        getattr(yaml, _name).add_representer(NameWithRetriever, _represent)
+
+# The configuration file of the checkpoint that is being opened; None: it has none, or nobody opens one.
+_CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
+_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class LoadingMixin:
@@ -65,13 +74,34 @@ class LoadingMixin:
         Opened by the name in another model's configuration (`config.name_or_path`), a model reads what that one reads, unless
         it is given a `retriever` of its own, or None. Opened by a plain string, it reads only what it is given.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        token = _CHECKPOINT.set(cls._checkpoint_config(pretrained_model_name_or_path, kwargs))
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        finally:
+            _CHECKPOINT.reset(token)
         if isinstance(pretrained_model_name_or_path, NameWithRetriever) and "retriever" not in kwargs:
-            model.set_retriever(pretrained_model_name_or_path.retriever)
+            try:
+                model.set_retriever(pretrained_model_name_or_path.retriever)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} This retriever is that of the model whose configuration the name is from: pass retriever=None to "
+                    "open the model without it."
+                ) from error
         info["missing_keys"] = info["missing_keys"] | model._new_parameters
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _checkpoint_config(cls, name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a checkpoint's own configuration file says, whatever configuration it is opened with."""
+        if name is None:
+            return None
+        place = {argument: kwargs[argument] for argument in _PLACE if argument in kwargs}
+        try:
+            return cls.config_class.get_config_dict(name, **place)[0]
+        except OSError:  # there is no such file; if that is wrong, the library says so
+            return None
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Take new parts out of the library's report, and name them in one line.
@@ -80,14 +110,16 @@ class LoadingMixin:
         report: a weight of the decoder, or one that the checkpoint should have.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
+        checkpoint = _CHECKPOINT.get()
+        if checkpoint is None:
+            return
         missing = loading_info.missing_keys
         expected = Counter(filter(None, map(_part_of, self.state_dict())))
         absent = Counter(filter(None, map(_part_of, missing)))
-        theirs = self.config._readers_of_checkpoint
-        known = {f"layer {layer}" for layer in theirs["cca_layers"] or ()}
+        known = {f"layer {layer}" for layer in checkpoint.get("cca_layers") or ()}
         if known:
             known.add(ENCODER)
-        if theirs["copy_head"]:
+        if checkpoint.get("copy_head"):
             known.add(COPY_HEAD)
         new = {part for part, number in absent.items() if number == expected[part]} - known
         if not new:

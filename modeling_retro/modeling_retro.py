@@ -156,6 +156,10 @@ class RetroModel(RetroPreTrainedModel):
         if name := str(self.config.name_or_path):
             self.config._name_or_path = name if retriever is None else NameWithRetriever(name, retriever)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.set_retriever(self.retriever)  # the name in a pickled configuration has none
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -366,7 +370,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         if config.copy_head:
             self.copy_head = CopyHead(config)
         self.post_init()
-        self.set_retriever(retriever)
+        if retriever is not None:  # or a second model of one configuration would take its name from the first
+            self.set_retriever(retriever)
 
     @property
     def retriever(self) -> Retriever | None:

@@ -18,8 +18,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_searches_once_a_call_and_trains_as_without():
-    model = retrieving_model(**SMALL, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+@pytest.mark.parametrize("reading", [{}, {"copy_head": True, "cca_match": True}], ids=["cross_attention", "all"])
+def test_a_compiled_model_searches_once_a_call_and_trains_as_without(reading):
+    model = retrieving_model(**(SMALL | reading), embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
     compiled = torch.compile(model, backend="aot_eager")
     for seed, length in ((1, 3 * CHUNK + 2), (2, CHUNK - 1)):
         ids = torch.tensor([random_tokens(length, seed)])

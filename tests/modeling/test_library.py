@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 from configuration_retro.configuration_retro import (
     NEWEST_TRANSFORMERS,
+    OLDEST_TORCH,
     OLDEST_TRANSFORMERS,
-    check_transformers_version,
+    check_versions,
 )
 from modeling_retro.library import CACHE
 
@@ -96,15 +97,17 @@ def test_ordinary_calls_warn_of_nothing(caplog):
 def test_versions_outside_the_tested_range_are_refused():
     oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
     for version in (f"{oldest}.0", f"{newest}.0", f"{newest}.7"):
-        check_transformers_version(version)
+        check_versions(version)
     after = f"{NEWEST_TRANSFORMERS[0]}.{NEWEST_TRANSFORMERS[1] + 1}"
     for version in ("4.57.1", "5.9.0", f"{after}.0", f"{after}.0.dev0", "6.0.0"):
         with pytest.raises(ImportError, match=rf"{oldest} to {newest}; {re.escape(version)} is installed"):
-            check_transformers_version(version)
+            check_versions(version)
+    with pytest.raises(ImportError, match="torch 2.8 or newer; 2.7.1 is installed"):
+        check_versions(torch_version="2.7.1")
 
 
 def test_the_package_installs_the_versions_that_its_code_accepts():
     pyproject = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-    (required,) = re.findall(r'^    "(transformers>=.*?)",', pyproject, re.MULTILINE)[:1]
     (major, minor), oldest = NEWEST_TRANSFORMERS, ".".join(map(str, OLDEST_TRANSFORMERS))
-    assert required == f"transformers>={oldest},<{major}.{minor + 1}"
+    assert f'"transformers>={oldest},<{major}.{minor + 1}",' in pyproject
+    assert f'"torch>={".".join(map(str, OLDEST_TORCH))}",' in pyproject
