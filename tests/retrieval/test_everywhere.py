@@ -320,27 +320,38 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.one_of(text, hostile), st.tuples(st.one_of(text, hostile), values), min_size=2, max_size=6))
-def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder, drawn):
-    documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
-    store = place.store(f"{place.name}_h")
-    if store.exists():
-        store.call("drop_collection")
-    ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
-    assert rows_of(store) == expected_rows(documents, tokenizer)
-    stored = {row["doc_id"]: row["metadata"] for row in store.scan(("doc_id", "metadata"))}
-    assert stored == {document.id: document.metadata for document in documents}
-    for document in documents:
-        with_it = {d.id for d in documents if equal(d.metadata["value"], document.metadata["value"])}
-        retriever = MilvusRetriever(
-            store, tokenizer, embedder, num_neighbors=600, filter={"value": document.metadata["value"]}
-        )
-        assert set(retriever.retrieve([[5]]).doc_ids[0]) - {None} == with_it
-        found = retriever.retrieve([[5]], exclude_doc_ids=[{document.id}])
-        assert set(found.doc_ids[0]) - {None} == with_it - {document.id}
-    store.delete_documents([documents[0].id])
-    assert rows_of(store) == expected_rows(documents[1:], tokenizer)
+def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder):
+    # a server takes seconds to make a collection: as many documents in fewer of them
+    examples, most = (25, 6) if place.is_lite else (6, 25)
+    drawn_documents = st.dictionaries(
+        st.one_of(text, hostile), st.tuples(st.one_of(text, hostile), values), min_size=most // 3, max_size=most
+    )
+
+    @settings(
+        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    )
+    @given(drawn_documents)
+    def check(drawn):
+        documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
+        store = place.store(f"{place.name}_h")
+        if store.exists():
+            store.call("drop_collection")
+        ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+        assert rows_of(store) == expected_rows(documents, tokenizer)
+        stored = {row["doc_id"]: row["metadata"] for row in store.scan(("doc_id", "metadata"))}
+        assert stored == {document.id: document.metadata for document in documents}
+        for document in documents:
+            with_it = {d.id for d in documents if equal(d.metadata["value"], document.metadata["value"])}
+            retriever = MilvusRetriever(
+                store, tokenizer, embedder, num_neighbors=600, filter={"value": document.metadata["value"]}
+            )
+            assert set(retriever.retrieve([[5]]).doc_ids[0]) - {None} == with_it
+            found = retriever.retrieve([[5]], exclude_doc_ids=[{document.id}])
+            assert set(found.doc_ids[0]) - {None} == with_it - {document.id}
+        store.delete_documents([documents[0].id])
+        assert rows_of(store) == expected_rows(documents[1:], tokenizer)
+
+    check()
 
 
 def equal(a, b):
