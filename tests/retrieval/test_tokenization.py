@@ -6,6 +6,7 @@ import pydoc_data.topics
 import random
 
 import pytest
+from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
@@ -195,6 +196,18 @@ def with_tokens(hf_tokenizer, *tokens):
 def test_the_fingerprint_is_the_tokenizers_and_not_its_places(tokenizer, tokenizer_folder):
     again = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     assert BulkTokenizer(again).fingerprint == tokenizer.fingerprint
+
+
+def test_two_of_one_tokenizer_are_one_to_caches(tokenizer_folder, monkeypatch):
+    """In every process, and however they were used: `datasets` compares pickles."""
+    hashes = set()
+    for mark in ("first", "second"):
+        monkeypatch.setattr("retrieval.tokenization.MARK", mark)
+        bulk = BulkTokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer_folder))
+        hashes.add(Hasher.hash(bulk))
+        assert bulk.fingerprint and bulk.encode_batch(["a text"])
+        hashes.add(Hasher.hash(bulk))
+    assert len(hashes) == 1
 
 
 class TestAddedTokens:
