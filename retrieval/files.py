@@ -127,9 +127,7 @@ def read_text(path: Path) -> str:
 
 
 def _describes_a_dataset(path: Path) -> bool:
-    return path.name in DATASET_CARDS and any(
-        any(path.parent.glob(pattern)) for pattern in ("*.arrow", "*/*.arrow")
-    )
+    return path.name in DATASET_CARDS and any(any(path.parent.glob(pattern)) for pattern in ("*.arrow", "*/*.arrow"))
 
 
 def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:

@@ -22,7 +22,8 @@ from retrieval.cli import main
 from retrieval.streams import DocumentStream, mix
 
 TEXTS = ["Äpfel und Birnen", "漢字 and\ttabs", 'a "quoted" word,\nand a line', "plain"]
-TABLE_TEXTS = [TEXTS[0], '"Quoted," he said, "', '""', '"whole"']  # in a .tsv file a quote is a character like any other
+# In a .tsv file a quote is a character like any other
+TABLE_TEXTS = [TEXTS[0], '"Quoted," he said, "', '""', '"whole"']
 
 
 def ids_and_texts(path, **settings):

@@ -269,7 +269,7 @@ class TestFormat2:
 
     @staticmethod
     def stored(hf_tokenizer, embedder):
-        """What was stored then."""
+        """The identity as it was stored then."""
         probe = hf_tokenizer([PROBE_TEXT], add_special_tokens=False)["input_ids"][0]
         merges = [list(m) for m in json.loads(hf_tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
         vocabulary = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -280,7 +280,7 @@ class TestFormat2:
         return Identity.from_json(json.dumps(fields), "kb")
 
     def test_the_hash_of_a_known_tokenizer(self, embedder):
-        """As the last version that wrote it computed it."""
+        """The hash is the one that the last version with this format computed."""
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(SPELLED), eos_token="<|endoftext|>")
         assert self.stored(tokenizer, embedder).tokenizer_fingerprint == FORMAT_2_HASH
 

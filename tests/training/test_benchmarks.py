@@ -79,7 +79,9 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
     class Choice(BaseModel):
         answer: Literal["A", "B", "C", "D"]
 
-    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), BenchmarkSettings([], scoring=scoring), {"use_retrieval": False})
+    choice = LikelihoodChoice(
+        model, BulkTokenizer(tokenizer), BenchmarkSettings([], scoring=scoring), {"use_retrieval": False}
+    )
     question, options = split_question(QUESTION)
     for prompt in (QUESTION, "Another text of many more words than the model has positions. " * 5 + QUESTION):
         start = split_question(prompt)[0]
