@@ -63,10 +63,11 @@ def locate(uri: str | os.PathLike | None) -> tuple[str, str | None]:
         raise KnowledgeBaseError("No knowledge base is named: give a uri (a .db file or http://…) or set MILVUS_URI.")
     if re.fullmatch(r"([^:/@]+:[^/]+@)?[\w.-]+:\d+(/\w*)?", text):
         text = f"http://{text}"
-    if "://" in text and not text.lower().startswith("file:"):
+    is_file = text.lower().startswith("file:")
+    if re.match(r"(?i)(https?|tcp):", text) or ("://" in text and not is_file):  # http:/host is no folder
         return _server(text), None
     path = text
-    if text.lower().startswith("file:"):
+    if is_file:
         path = unquote(re.sub(r"(?i)^file:(//)?(localhost(?=/))?", "", text))
     path = os.path.abspath(os.path.expanduser(path))
     if not path.lower().endswith(".db"):

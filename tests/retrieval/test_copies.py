@@ -199,6 +199,17 @@ def test_the_first_call_in_another_process_waits_for_the_server(monkeypatch, con
     assert twin.call("list_collections") == []
 
 
+def test_a_forked_process_that_cannot_connect_is_told_of_spawn(monkeypatch, connected):
+    def away(self):
+        raise KnowledgeBaseError("nothing answers.")
+
+    connection = MilvusConnection("http://host:1", timeout=0.01)
+    connection._process = os.getppid()
+    monkeypatch.setattr(MilvusConnection, "_connect", away)
+    with pytest.raises(KnowledgeBaseError, match=r"nothing answers\. Tried for .* forked.*'spawn' instead"):
+        connection.call("list_collections")
+
+
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
 def test_workers_fetch_neighbors(retriever, start, workers):
     """Whatever starts them, and while the file is open in this process, which serves it to them."""

@@ -28,6 +28,7 @@ from .conftest import CHUNK
         ("root:S3c://ret@127.0.0.1:1", "'127.0.0.1:1'"),
         ("root:S3c@ret@http://h:1", "'http://h:1'"),
         ("http:/root:S3c@ret@h:1", "'h:1'"),
+        ("http:/root:S3c@ret@h/kb.db", "'h/kb.db'"),
         ("http//root:S3c@ret@h:1", "'h:1'"),
         ("file:root:S3c@ret@x", "'x'"),
     ],
