@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from modeling_retro import RetroForCausalLM
 from retrieval import KnowledgeBaseError
 from retrieval.arguments import KnowledgeBaseArguments
-from retrieval.quiet import hide_loading_bars
+from retrieval.quiet import quiet_program
 
 
 @dataclass
@@ -110,7 +110,7 @@ def describe(tokens: list[int], retrieved: list, tokenizer: PreTrainedTokenizerB
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `retro-generate`: print the samples. Ends the program with a message if settings make no sense."""
-    hide_loading_bars()
+    quiet_program()
     parser = HfArgumentParser(GenerateArguments, prog="generate_hf.py", allow_abbrev=False)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(argv)

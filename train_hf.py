@@ -24,7 +24,7 @@ from modeling_retro.loading import ADDED
 from retrieval import BulkTokenizer, KnowledgeBaseError
 from retrieval.collator import RetroDataCollator
 from retrieval.packing import PackedStream
-from retrieval.quiet import hide_loading_bars
+from retrieval.quiet import quiet_program
 from retrieval.streams import mix, sample
 from training_retro import DataArguments, ModelArguments, RetroTrainer, RetroTrainingArguments, parse_arguments
 from training_retro.data import card_of, load_precomputed, pack_streams, precompute, warn_of_own_text
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `retro-train`: train, save the model and its tokenizer in output_dir, and evaluate them."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
-    hide_loading_bars()
+    quiet_program()
     model_arguments, data, training = parse_arguments(argv)
     with tempfile.TemporaryDirectory(prefix="retro-train-") as cache_dir:
         try:

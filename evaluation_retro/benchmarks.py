@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from retrieval import BulkTokenizer
+
 SCORINGS = ("likelihood", "one_token")
 # the last question's answers: lines such as "B. text" or "2. text" before "Answer:" or "A:"
 OPTION = re.compile(r"^\(?([A-Za-z]|\d+)[.)] ?(.*)$")
@@ -104,6 +106,7 @@ def run_benchmarks(
     Raises:
         ValueError: as [`BenchmarkSettings.build`].
     """
+    bulk_tokenizer = BulkTokenizer(tokenizer)
     conditions = {"off": {"use_retrieval": False}}
     if model.retriever is not None:
         conditions = {"on": {}} | conditions
@@ -115,7 +118,7 @@ def run_benchmarks(
             benchmarks = settings.build()  # once: each keeps its dataset
             for condition, arguments in conditions.items():
                 for name, benchmark in benchmarks.items():
-                    llm = _language_model(LikelihoodChoice(model, tokenizer, settings, arguments))
+                    llm = _language_model(LikelihoodChoice(model, bulk_tokenizer, settings, arguments))
                     batched = (
                         {"batch_size": settings.batch_size}
                         if "batch_size" in signature(benchmark.evaluate).parameters
@@ -134,7 +137,7 @@ class LikelihoodChoice:
     def __init__(
         self,
         model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: BulkTokenizer,
         settings: BenchmarkSettings,
         arguments: Mapping,
     ) -> None:
@@ -170,10 +173,7 @@ class LikelihoodChoice:
         end = self.tokenizer.eos_token_id
         rows = []
         for context, continuation in pairs:
-            tokens, answer = (
-                self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-                for text in (context, continuation)
-            )
+            tokens, answer = self.tokenizer.encode_batch([context, continuation])
             rows.append(([end, *tokens, *answer][-most:], min(len(answer), most - 1)))
         scores = []
         for start in range(0, len(rows), self.settings.batch_size):

@@ -137,7 +137,7 @@ def print_sample(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> N
     """Continue a held-out file, beside what was read for its last chunk."""
     model = trainer.model.eval()
     file = sorted((OUTPUT / "held_out").iterdir())[0]
-    tokens = tokenizer(file.read_text(encoding="utf-8"))["input_ids"][640:768]
+    tokens = model.retriever.tokenizer.encode_batch([file.read_text(encoding="utf-8")])[0][640:768]
     prompt = torch.tensor([tokens])
     output = model.generate(
         prompt,

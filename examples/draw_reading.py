@@ -96,9 +96,8 @@ def main() -> None:
         neighbor_length=model.config.neighbor_length,
     )
     size = model.config.chunk_size
-    tokens = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][
-        :, : model.config.n_positions
-    ]
+    ids = retriever.tokenizer.encode_batch([arguments.text.read_text(encoding="utf-8")])
+    tokens = torch.tensor(ids)[:, : model.config.n_positions]
     chunks = tokens[0, : tokens.shape[1] // size * size].view(-1, size)
     found = retriever.retrieve(chunks)
     retriever.close()

@@ -61,25 +61,24 @@ def locate(uri: str | os.PathLike | None) -> tuple[str, str | None]:
     text = (os.environ.get("MILVUS_URI", "") if uri is None else os.fsdecode(uri)).strip()
     if not text:
         raise KnowledgeBaseError("No knowledge base is named: give a uri (a .db file or http://…) or set MILVUS_URI.")
-    if re.fullmatch(r"[\w.-]+:\d+(/\w*)?", text):
+    if re.fullmatch(r"([^:/@]+:[^/]+@)?[\w.-]+:\d+(/\w*)?", text):
         text = f"http://{text}"
-    if "://" in text and not text.lower().startswith("file:"):
+    is_file = text.lower().startswith("file:")
+    if re.match(r"(?i)(https?|tcp):", text) or ("://" in text and not is_file):  # http:/host is no folder
         return _server(text), None
     path = text
-    if text.lower().startswith("file:"):
+    if is_file:
         path = unquote(re.sub(r"(?i)^file:(//)?(localhost(?=/))?", "", text))
     path = os.path.abspath(os.path.expanduser(path))
-    name = os.path.basename(path)
-    if not name.lower().endswith(".db"):
+    if not path.lower().endswith(".db"):
         raise KnowledgeBaseError(
-            f"{text!r} is no server's address (http://host:port), and a Milvus Lite file must end in .db: {name}.db, say."
+            f"{_shown(text)!r} names no knowledge base. Give http://host:port, or a file that ends in .db (kb.db)."
         )
     return text.rstrip("/\\"), os.path.realpath(path)
 
 
 def _server(uri: str) -> str:
-    scheme, _, rest = uri.partition("://")
-    shown = f"{scheme}://{rest.rpartition('@')[2]}"  # errors do not repeat a password
+    scheme, shown = uri.partition("://")[0], _shown(uri)
     if scheme.lower() not in SCHEMES:
         raise KnowledgeBaseError(
             f"{shown!r} does not name a knowledge base: give http://host:port, https://host:port, or a .db file."
@@ -93,6 +92,12 @@ def _server(uri: str) -> str:
             f"{shown!r} is not the address of a server: it must be {scheme}://host:port, with a port from 1 to 65535."
         ) from None
     return uri.rstrip("/")
+
+
+def _shown(uri: str) -> str:
+    """Return an address without user and password, which errors must not repeat."""
+    scheme, place = re.fullmatch(r"(\w+://)?(?:.*@)?(.*)", uri, re.DOTALL).groups(default="")
+    return scheme + place
 
 
 def no_file(uri: str) -> str:

@@ -21,8 +21,8 @@ class Document:
             Up to 32 named strings, finite numbers and truth values.
 
     Raises:
-        ValueError: the id is empty or longer than 4096 bytes, either contains a lone surrogate (half a character, which UTF-8 cannot write), or the
-            metadata cannot be stored.
+        ValueError: the id is empty or longer than 4096 bytes, either contains a lone surrogate (half a character, which
+            UTF-8 cannot write), or the metadata cannot be stored.
         TypeError: either is not a string.
     """
 

@@ -26,7 +26,7 @@ from .exchange import export_knowledge_base, import_knowledge_base, push_knowled
 from .filters import parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
-from .quiet import hide_loading_bars
+from .quiet import quiet_program
 from .retriever import MilvusRetriever
 from .rows import VECTOR_TYPES
 from .sources import at_least_one, read_all
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.set_defaults(run=run_ingest)
 
     find = commands.add_parser("search", parents=[place, models], help="show the neighbors of a text")
-    find.add_argument("query", help="text; searched are its first tokens, as many as a chunk has")
+    find.add_argument("query", help="text to search for; only its first chunk is used")
     find.add_argument("-k", "--num-neighbors", type=int, default=2)
     find.add_argument("--filter", type=_filter, help='of metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}')
     find.set_defaults(run=run_search)
@@ -289,8 +289,7 @@ def _print_table(rows: dict, title: str | None = None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `retro-kb`. A mistake of the user's ends it with one line and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    hide_loading_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of missing kernels, which nothing here uses
+    quiet_program()
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)

@@ -174,31 +174,36 @@ class MilvusConnection:
             raise KnowledgeBaseError(self._why_no_connection(error)) from error
         self.client, self._process = client, os.getpid()
 
-    def _connect_here(self) -> None:
-        """Connect in a process that got this object pickled, or was forked with it."""
+    def _begin_here(self) -> None:
+        """Start without a connection in a process that got this object pickled, or was forked with it.
+
+        Raises:
+            KnowledgeBaseError: the file or the token is not there, so that no attempt could connect.
+        """
         with _OPENING:
             if self._process == os.getpid():
                 return
-            forked = self._process != 0
-            _INHERITED.append(self.client)
+            if self.client is not None:
+                _INHERITED.append(self.client)
             self._begin()
             if self.is_file and not os.path.exists(self._path):
                 raise KnowledgeBaseError(no_file(self._path))
-            self._token = self._token or os.environ.get("MILVUS_TOKEN")
+            if not self.is_file:
+                self._token = self._token or os.environ.get("MILVUS_TOKEN")
             if self._needs_token and not self._token:
                 raise KnowledgeBaseError(
                     f"{self.uri} was opened with a token, and tokens are not pickled: set MILVUS_TOKEN in this process."
                 )
-            try:
-                self._connect()
-            except KnowledgeBaseError as error:
-                self._release_file()
-                if not forked:
+
+    def _connect_again(self) -> None:
+        """Connect unless another thread has done so."""
+        with _OPENING:
+            if self.client is None:
+                try:
+                    self._connect()
+                except BaseException:
+                    self._release_file()
                     raise
-                raise KnowledgeBaseError(
-                    f"{error} This process was forked, which gRPC does not survive while another thread uses it. Start it by "
-                    "'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
-                ) from error
 
     def _serve_or_find(self) -> str:
         """Return the address of the embedded server that has the file open: this process's, or another one's."""
@@ -302,14 +307,15 @@ class MilvusConnection:
 
         def attempt() -> Any:
             if self.client is None:
-                self._connect()
+                self._connect_again()
             with errors_are_raised():
                 return getattr(self.client, method)(*args, timeout=self.timeout, **kwargs)
 
         if self._closed:
             raise KnowledgeBaseError(f"{self.uri} was closed, by this object or a copy of it: open it again.")
+        forked = self._process not in (0, os.getpid())
         if self._process != os.getpid():
-            self._connect_here()
+            self._begin_here()
         started = time.monotonic()
         retrying = Retrying(
             retry=retry_if_exception(self._passes),
@@ -322,12 +328,16 @@ class MilvusConnection:
             return retrying(attempt)
         except KnowledgeBaseError as error:
             waited = time.monotonic() - started
-            raise KnowledgeBaseError(f"{error} Tried for {waited:.0f} s.") from error
+            advice = (
+                " This process was forked, which gRPC does not survive while another thread uses it. Start it by 'spawn' "
+                "instead (multiprocessing_context='spawn' in a DataLoader)."
+            )
+            raise KnowledgeBaseError(f"{error} Tried for {waited:.0f} s.{advice if forked else ''}") from error
         except FAILURES as error:
             raise KnowledgeBaseError(self._explain(method, args, error, time.monotonic() - started)) from error
 
     def _passes(self, error: BaseException) -> bool:
-        """Whether it is worth trying again."""
+        """Return True if another attempt may succeed."""
         if isinstance(error, KnowledgeBaseError):  # no connection: a server that is being started again
             return True
         if isinstance(error, grpc.RpcError):
@@ -425,7 +435,7 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _answers(uri: str) -> bool:
-    """Whether something listens there."""
+    """Return True if something listens there."""
     parts = urlsplit(uri)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 19530)

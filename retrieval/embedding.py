@@ -72,7 +72,7 @@ class Embedder:
                 device=self._device,
                 model_kwargs={} if self._dtype is None else {"dtype": self._dtype},
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise OSError(
                 f"Cannot load the embedding model {self._source!r}: {reason}. Give the name of a sentence-transformers model on "

@@ -21,10 +21,12 @@ import pyarrow.parquet
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
-FILE_ID = "__file_id__"  # what the row of a whole text has, beside its text
-ROW_ID = "__row_id__"  # what a row of a file in a folder has, beside its fields
+# Keys of ids that are made up here; objects, so that no field of a file can be one of them
+FILE_ID = object()  # in the row of a whole text, beside "text"
+ROW_ID = object()  # in a row of a file in a folder, beside its fields
+DATASET_CARDS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` of `datasets` adds
 NAMED = 20  # files left out that are named one by one; the others are counted
 ROWS_AT_ONCE = 256  # of a Parquet or Arrow file
 
@@ -92,6 +94,9 @@ def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
     for file in _files_below(folder, leave_out):
         id_ = f"{name}/{readable(file.relative_to(folder).as_posix())}"
         rows = None
+        if _describes_a_dataset(file):
+            leave_out(file, "it describes the dataset that lies beside it")
+            continue
         if _format(file) in READERS:
             rows = _rows_with(text_field, file) if _format(file) in MAYBE_ROWS else read_file(file, id_)
         if rows is not None:
@@ -121,6 +126,10 @@ def read_text(path: Path) -> str:
     return text
 
 
+def _describes_a_dataset(path: Path) -> bool:
+    return path.name in DATASET_CARDS and any(any(path.parent.glob(pattern)) for pattern in ("*.arrow", "*/*.arrow"))
+
+
 def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
     """Return a file's rows, or None, and say so, if it has no rows with such a field."""
     try:
@@ -130,6 +139,7 @@ def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
         logger.warning("Reading %s as one text: %s", readable(str(path)), error)
         return None
     if first is None:
+        logger.warning("Skipped %s: it has no rows.", readable(str(path)))
         return iter(())
     if text_field not in first:
         logger.warning("Reading %s as one text: its rows have no field %r.", readable(str(path)), text_field)
@@ -246,12 +256,17 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
+def _table(**dialect: Any) -> Callable[[Path], Iterator[Row]]:
     def read(path: Path) -> Iterator[Row]:
         csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
         where = readable(str(path))
+        advice = (
+            "A .tsv file knows no quotes: write it as .csv if there are tabs or line breaks in its cells."
+            if dialect
+            else "Put cells with a comma, a line break or a quote in them into double quotes, and write each quote twice."
+        )
         with _open_text(path) as text, _naming(path):
-            lines = csv.reader(text, delimiter=delimiter, strict=True)
+            lines = csv.reader(text, strict=True, **dialect)
             try:
                 header = next(lines, [])
                 if len(set(header)) < len(header):
@@ -259,13 +274,12 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
                 for cells in lines:
                     if len(cells) != len(header) and cells:
                         raise ValueError(
-                            f"{where}, line {lines.line_num}: {len(cells)} cells, but {len(header)} columns. Put cells with "
-                            "a delimiter or a quote in them into double quotes."
+                            f"{where}, line {lines.line_num}: {len(cells)} cells, but {len(header)} columns. {advice}"
                         )
                     if cells:
                         yield dict(zip(header, cells, strict=True))
             except csv.Error as error:
-                raise ValueError(f"{where}, line {lines.line_num}: {error}.") from error
+                raise ValueError(f"{where}, line {lines.line_num}: {error}. {advice}") from error
 
     return read
 
@@ -307,8 +321,8 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_file,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
+    ".csv": _table(),
+    ".tsv": _table(delimiter="\t", quoting=csv.QUOTE_NONE),
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".feather": _arrow,

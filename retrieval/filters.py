@@ -44,7 +44,7 @@ def tags(metadata: Mapping[str, Scalar]) -> list[int]:
 
 
 def filter_expression(wanted: Filter) -> str:
-    """What Milvus is asked for; empty when everything is wanted.
+    """Return the filter as an expression of Milvus; empty when everything is wanted.
 
     Raises:
         ValueError: a field name, a comparison or a value that no filter can have.

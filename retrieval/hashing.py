@@ -4,10 +4,10 @@ import hashlib
 
 
 def sha256(text: str) -> bytes:
-    """Of the text's UTF-8."""
+    """Return the hash of the text's UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def hash64(text: str) -> int:
-    """64 bits of it, signed, as Milvus stores integers."""
+    """Return 64 bits of that hash, signed, as Milvus stores integers."""
     return int.from_bytes(sha256(text)[:8], "big", signed=True)

@@ -28,7 +28,7 @@ def short_name(name_or_folder: str) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """What ties a collection to those who write and read it. Stored with the collection, checked on opening.
+    """The card that ties a collection to its writers and readers. Stored with it, checked on opening.
 
     Attributes:
         tokenizer: label, for people and as a default to load.
@@ -83,7 +83,8 @@ class Identity:
         except (ValueError, TypeError, KeyError) as error:
             raise KnowledgeBaseError(f"{where} has a damaged identity card: {error!r}.") from error
         raise KnowledgeBaseError(
-            f"{where} has format version {version}; this installation reads {READABLE_VERSIONS}. "
+            f"{where} has format version {version}; this installation reads versions "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. "
             "Ingest it again, or install the version of transformers-retro that wrote it."
         )
 

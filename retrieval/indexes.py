@@ -124,11 +124,11 @@ class IndexSettings:
         return self.build.get("m") or max(1, dimension // 2)
 
     def build_params(self, dimension: int) -> dict[str, int]:
-        """As Milvus takes them."""
+        """Return the parameters of building, as Milvus takes them."""
         return {**self.build, "m": self.parts(dimension)} if self.kind == "IVF_PQ" else dict(self.build)
 
     def search_params(self, limit: int) -> dict[str, dict[str, int]]:
-        """As Milvus takes them, for the `limit` nearest: lists that are walked may not be shorter than that."""
+        """Return the parameters of a search for the `limit` nearest; no list that is walked may be shorter."""
         params = dict(self.search)
         for name in ("ef", "search_list", "itopk_size"):
             if name in params:

@@ -30,7 +30,7 @@ UNWRITTEN = 4  # writes that may wait for Milvus
 
 @dataclass
 class IngestReport:
-    """What an ingestion did: counts, and seconds from start to end."""
+    """The counts of an ingestion, and its seconds from start to end."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -160,7 +160,7 @@ def read_windows(
     there: Callable[[Iterable[str]], dict[str, int]],
     size: int = WINDOW,
 ) -> Iterator[Window]:
-    """What is to be done, window by window: each ends with the documents that bring it to `size` new chunks or documents.
+    """Yield the work window by window. Each ends with the documents that bring it to `size` new chunks or documents.
 
     Args:
         there: document ids → primary key and content hash of the rows that they have.

@@ -1,4 +1,4 @@
-"""Keep other libraries from printing what is no news: errors that are raised as well, progress that nobody asked for."""
+"""Keep other libraries quiet: no errors that are raised as well, no progress bars that nobody asked for."""
 
 import contextlib
 import logging
@@ -40,12 +40,13 @@ def no_dataset_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def hide_loading_bars() -> None:
-    """Show no bars "Loading weights" in this program. Downloads keep theirs."""
+def quiet_program() -> None:
+    """Show no bars "Loading weights" in this program, and no news of missing kernels. Downloads keep their bars."""
     downloads = not huggingface_hub.utils.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     if downloads:
         huggingface_hub.utils.enable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the kernels that it misses are used by nothing here
 
 
 def _is_news(record: logging.LogRecord) -> bool:

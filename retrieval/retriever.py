@@ -33,7 +33,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class Neighbors:
-    """What was found for n chunks: k neighbors each, of r tokens.
+    """The neighbors of n chunks: k for each, of r tokens.
 
     Attributes:
         ids: (n, k, r) int64; a neighbor chunk's tokens, what follows it, and 0 as padding at the end.
@@ -325,7 +325,7 @@ class MilvusRetriever:
         return Neighbors(*map(torch.from_numpy, (ids, mask)), doc_ids, *map(torch.from_numpy, (indices, scores)))
 
     def describe(self) -> dict[str, str | int | list[str]]:
-        """What a model card says of the knowledge base: its names and size, never its address."""
+        """Return what a model card says of the knowledge base: its names and size, never its address."""
         return {
             "embedding model": self.embedding_model,
             "collection": self.collection_name,

@@ -242,6 +242,7 @@ def _without_repeats(placed: Iterable[tuple[str, Document]]) -> Iterator[Documen
 
     Raises:
         ValueError: two have the same id, but another text or metadata; names their places.
+        OSError: there is no room for the hashes.
     """
     repeats = 0
     with closing(sqlite3.connect("", check_same_thread=False)) as seen:
@@ -251,7 +252,14 @@ def _without_repeats(placed: Iterable[tuple[str, Document]]) -> Iterator[Documen
         )
         for place, document in placed:
             id_, content = hash64(document.id), hash64(repr((document.text, sorted(document.metadata.items()))))
-            if seen.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (id_, content, place)).rowcount:
+            try:
+                is_new = seen.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (id_, content, place)).rowcount
+            except sqlite3.OperationalError as error:
+                raise OSError(
+                    f"The ids that were read cannot be kept in a temporary file ({error}). Make room in the temporary "
+                    "folder, or name another one in SQLITE_TMPDIR or TMPDIR."
+                ) from error
+            if is_new:
                 yield document
                 continue
             there, first = seen.execute("SELECT content, place FROM seen WHERE id = ?", (id_,)).fetchone()
@@ -259,7 +267,7 @@ def _without_repeats(placed: Iterable[tuple[str, Document]]) -> Iterator[Documen
                 raise ValueError(
                     f"{first} and {place} have the same id, {reprlib.repr(document.id)}, and differ: "
                     "the later one would replace the earlier one. Give each an id of its own, or leave doc_id_field out. "
-                    "What is meant to replace a document belongs into another ingestion."
+                    "To replace a document, ingest the new version in a second run."
                 )
             repeats += 1
     if repeats:

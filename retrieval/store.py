@@ -87,7 +87,7 @@ class MilvusStore:
 
     @property
     def client(self) -> MilvusClient:
-        """Of the connection, for what this class does not do."""
+        """The underlying `MilvusClient`."""
         return self.connection.client
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class MilvusStore:
         return store
 
     def exists(self) -> bool:
-        """Whether the collection is there; if so, it is loaded, since rows can be read from a loaded one only."""
+        """Return True if the collection is there. It is then loaded, since only a loaded one can be read."""
         if not self.call("has_collection"):
             return False
         if not self.call("list_indexes"):  # killed between making it and its index
@@ -387,7 +387,7 @@ class MilvusStore:
         return found
 
     def _hits(self, vectors: list[np.ndarray], **search: Any) -> list[list[dict[str, Any]]]:
-        """Of a search, when the collection can be read."""
+        """Search, and wait while the collection cannot be read."""
         deadline = time.monotonic() + self.connection.timeout
         while not all(hits := self.call("search", vectors, **search)) and not self._is_readable():
             if time.monotonic() > deadline:
@@ -469,7 +469,7 @@ class MilvusStore:
         return json.loads(self._properties().get(SOURCES, "[]"))
 
     def health(self) -> dict[str, str | int]:
-        """What an operator wants to know: size, index and its state, whether it is loaded, and the server's version."""
+        """Return the size, the index and its state, whether it is loaded, and the server's version."""
         index = self.call("describe_index", "embedding")
         waiting = int(index.get("pending_index_rows") or 0)
         state = self.call("get_load_state")["state"]
@@ -501,5 +501,5 @@ def _without(keys: Iterable[int]) -> str:
 
 
 def _index_card(settings: IndexSettings, automatic: bool) -> str:
-    """What `MilvusStore.index` reads; `automatic` if nobody asked for this index."""
+    """Return the text that `MilvusStore.index` reads; `automatic` if nobody asked for this index."""
     return json.dumps({"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic})

@@ -77,9 +77,9 @@ class DocumentStream:
         row_filter(self.filter, where)
 
     def has_files_for(self, processes: int) -> bool:
-        """Whether as many processes can each read files of their own, and get like documents.
+        """Return True if each of `processes` can read files of its own, and all get like documents.
 
-        Not where rows must be counted, for ids or as settings say, and not with a filter, which may be for what some files hold.
+        It is False where rows must be counted, for ids or by the settings, and with a filter, which may suit some files alone.
         """
         if self.doc_id_field is None or self.filter or (self.num_shards, self.skip, self.take) != (1, 0, None):
             return False
@@ -126,7 +126,7 @@ def sample(streams: Sequence[DocumentStream], count: int) -> dict[str, list[dict
 
 
 def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Callable[[Mapping[str, Any]], bool]:
-    """What `DocumentStream.filter` means, as a function of a row.
+    """Return `DocumentStream.filter` as a function of a row.
 
     Raises:
         ValueError: no such module or function, or a comparison that there is not; from the function, a value that cannot be

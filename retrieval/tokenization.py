@@ -71,6 +71,9 @@ class BulkTokenizer:
         if self._encoding is None:
             logger.info("Tokenizing with %s itself, not with tiktoken: %s", self.name, reason)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.hf_tokenizer,)  # MARK is another one in each process, and caches compare pickles
+
     @property
     def uses_tiktoken(self) -> bool:
         """Return True if tiktoken does the encoding."""

@@ -1,4 +1,4 @@
-"""What forked test processes find imported."""
+"""Modules that forked test processes find imported."""
 
 import torch
 import torch.distributed

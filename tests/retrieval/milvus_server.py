@@ -19,7 +19,7 @@ from ..processes import free_ports
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
 FIXED_PORT = 2380  # of the etcd inside the server, which cannot be chosen
-# One server at a time on a machine, as of that port: whoever holds this lock has it.
+# One server at a time on a machine, because of that port: whoever holds this lock has it.
 TURN = Path(tempfile.gettempdir()) / f"transformers-retro-milvus-{getpass.getuser()}.lock"
 COMPONENTS = [
     "proxy",

@@ -1,10 +1,11 @@
-"""What a person types as a knowledge base works, or gets a sentence that says what to type."""
+"""An address of a knowledge base works as a person types it, or gets a sentence that says what to type."""
 
 import os
 import re
 
 import huggingface_hub
 import pytest
+import torch
 
 from retrieval import Embedder, KnowledgeBaseError, MilvusConnection, MilvusRetriever, MilvusStore, ingest
 from retrieval.addresses import locate
@@ -60,6 +61,7 @@ def test_other_names_of_files(folder):
 
 def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
     assert locate("localhost:19530") == locate("http://localhost:19530/") == ("http://localhost:19530", None)
+    assert locate("root:S3c@ret@localhost:19530/b") == ("http://root:S3c@ret@localhost:19530/b", None)
     assert locate("127.0.0.1:19530/books") == ("http://127.0.0.1:19530/books", None)
     assert locate("tcp://milvus:19530") == ("tcp://milvus:19530", None)
 
@@ -67,7 +69,7 @@ def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
 @pytest.mark.parametrize(
     "uri, words",
     [
-        ("kb", r"must end in \.db: kb\.db, say"),
+        ("kb", r"'kb' names no knowledge base\. Give http://host:port, or a file that ends in \.db \(kb\.db\)"),
         ("", "No knowledge base is named.*MILVUS_URI"),
         (" ", "No knowledge base is named"),
         (None, "No knowledge base is named"),
@@ -135,6 +137,15 @@ def test_embedding_models_and_devices_that_are_not_there(folder, embedding_folde
             Embedder(name)
     with pytest.raises(ValueError, match="There is no device 'gpu' here"):
         Embedder(embedding_folder, device="gpu")
+
+
+def test_too_little_memory_is_not_called_a_wrong_name(embedding_folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", full)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        Embedder(embedding_folder)
 
 
 def test_an_empty_query_is_refused(capsys):

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -145,12 +146,23 @@ def test_another_knowledge_base_in_its_place_is_refused(
     twin.close()
 
 
+@pytest.fixture
+def connected(monkeypatch):
+    """Connect to nothing; the tokens of all attempts, in a list that grows."""
+    tokens = []
+
+    def connect(self):
+        tokens.append(self._token)
+        self.client, self._process = SimpleNamespace(list_collections=lambda timeout: []), os.getpid()
+
+    monkeypatch.setattr(MilvusConnection, "_connect", connect)
+    return tokens
+
+
 @pytest.mark.parametrize(
     "uri, token", [("https://root:S3cret@host:19530/db", None), ("https://host:19530", "root:S3cret")]
 )
-def test_secrets_are_not_pickled(monkeypatch, uri, token):
-    connected = []
-    monkeypatch.setattr(MilvusConnection, "_connect", lambda self: connected.append(self._token))
+def test_secrets_are_not_pickled(monkeypatch, connected, uri, token):
     monkeypatch.delenv("MILVUS_TOKEN", raising=False)
     connection = MilvusConnection(uri, token=token)
     assert copy.deepcopy(connection) is connection
@@ -160,8 +172,42 @@ def test_secrets_are_not_pickled(monkeypatch, uri, token):
     with pytest.raises(KnowledgeBaseError, match="https://host:19530.* tokens are not pickled: set MILVUS_TOKEN"):
         twin.call("list_collections")
     monkeypatch.setenv("MILVUS_TOKEN", "root:other")
-    twin._connect_here()
+    assert twin.call("list_collections") == []
     assert connected == ["root:S3cret", "root:other"]
+
+
+def test_a_file_takes_no_token_in_another_process(tmp_path, monkeypatch, connected):
+    """Milvus Lite knows none; a program may have one for its server."""
+    monkeypatch.setenv("MILVUS_TOKEN", "root:S3cret")
+    pickled = pickle.dumps(MilvusConnection(tmp_path / "kb.db"))
+    (tmp_path / "kb.db").mkdir()
+    pickle.loads(pickled).call("list_collections")
+    assert connected == [None, None]
+
+
+def test_the_first_call_in_another_process_waits_for_the_server(monkeypatch, connected):
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    twin = pickle.loads(pickle.dumps(MilvusConnection("http://host:1")))
+    connect, failures = MilvusConnection._connect, iter(range(5))
+
+    def away(self):
+        if next(failures, None) is not None:
+            raise KnowledgeBaseError("nothing answers")
+        connect(self)
+
+    monkeypatch.setattr(MilvusConnection, "_connect", away)
+    assert twin.call("list_collections") == []
+
+
+def test_a_forked_process_that_cannot_connect_is_told_of_spawn(monkeypatch, connected):
+    def away(self):
+        raise KnowledgeBaseError("nothing answers.")
+
+    connection = MilvusConnection("http://host:1", timeout=0.01)
+    connection._process = os.getppid()
+    monkeypatch.setattr(MilvusConnection, "_connect", away)
+    with pytest.raises(KnowledgeBaseError, match=r"nothing answers\. Tried for .* forked.*'spawn' instead"):
+        connection.call("list_collections")
 
 
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])

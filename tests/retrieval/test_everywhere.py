@@ -1,4 +1,4 @@
-"""What holds on Milvus Lite and on a server alike; the truth is numpy over the same chunks."""
+"""Milvus Lite and a server behave alike; the truth is numpy over the same chunks."""
 
 import threading
 

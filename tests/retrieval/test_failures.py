@@ -1,4 +1,4 @@
-"""What goes wrong between this library and Milvus: it waits where waiting helps, says what happened where not, loses nothing."""
+"""Failures of Milvus: this library waits where that helps, says what happened where not, and loses nothing."""
 
 import contextlib
 import json

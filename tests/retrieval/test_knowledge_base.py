@@ -343,7 +343,7 @@ class TestAddedTokens:
         assert ingest(documents, store, used, embedder, chunk_size=CHUNK).chunks_written == 0
 
     def test_ids_beyond_the_knowledge_bases_can_be_searched(self, uri, documents, tokenizer, padded, embedder):
-        """Of a pad token, and of rows of the embeddings that no token has."""
+        """The id of a pad token, and ids of embeddings that no token has."""
         store, _ = build(uri, documents, tokenizer, embedder)
         retriever = MilvusRetriever(store, padded, embedder)
         words = list(next(chunk_documents(documents, tokenizer, CHUNK)).tokens)

@@ -9,6 +9,9 @@ import grpc
 import pytest
 from pymilvus import MilvusClient, MilvusException
 
+import generate_hf
+import retrieval.cli
+import train_hf
 from retrieval import KnowledgeBaseError, MilvusStore
 
 # without any set-up of logging, as in a user's first script; then each command in the same process
@@ -101,3 +104,12 @@ def test_no_more_pings_than_the_server_permits(place, monkeypatch):
         assert all(options["grpc.keepalive_time_ms"] > 300_000 for options in last)
     else:
         assert all(options["grpc.keepalive_time_ms"] >= 5_000 for options in last)
+
+
+@pytest.mark.parametrize("main", [retrieval.cli.main, train_hf.main, generate_hf.main])
+def test_no_program_tells_of_missing_kernels(main, monkeypatch, capsys):
+    logger = logging.getLogger("bitsandbytes")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert logger.level == logging.ERROR

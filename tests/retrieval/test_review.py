@@ -18,12 +18,25 @@ from .conftest import CHUNK
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://root:S3c@ret@127.0.0.1:1/db", "http://root:S3c@ret@127.0.0.1:x", "ftp://root:S3c@ret@h"]
+    "uri, shown",
+    [
+        ("http://root:S3c@ret@127.0.0.1:1/db", "http://127.0.0.1:1/db"),
+        ("http://root:S3c@ret@127.0.0.1:x", "'http://127.0.0.1:x'"),
+        ("ftp://root:S3c@ret@h", "'ftp://h'"),
+        ("root:S3c@ret@127.0.0.1:1", "http://127.0.0.1:1:"),
+        ("root:S3c@ret@127.0.0.1", "'127.0.0.1'"),
+        ("root:S3c://ret@127.0.0.1:1", "'127.0.0.1:1'"),
+        ("root:S3c@ret@http://h:1", "'http://h:1'"),
+        ("http:/root:S3c@ret@h:1", "'h:1'"),
+        ("http:/root:S3c@ret@h/kb.db", "'h/kb.db'"),
+        ("http//root:S3c@ret@h:1", "'h:1'"),
+        ("file:root:S3c@ret@x", "'x'"),
+    ],
 )
-def test_a_password_in_the_uri_is_never_shown(uri):
+def test_a_password_in_the_uri_is_never_shown(uri, shown):
     with pytest.raises(KnowledgeBaseError) as caught:
-        MilvusStore(uri, "c")
-    assert uri.replace("root:S3c@ret@", "") in str(caught.value) and "ret" not in str(caught.value)
+        MilvusStore(uri, "c", timeout=1)
+    assert shown in str(caught.value) and "S3c" not in str(caught.value) and "ret@" not in str(caught.value)
 
 
 def test_an_exclusion_that_is_a_plain_string_is_refused(tmp_path, tokenizer, embedder):

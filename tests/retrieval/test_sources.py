@@ -3,23 +3,27 @@
 import bz2
 import csv
 import datetime
+import functools
 import gzip
 import json
 import lzma
 import os
+import sqlite3
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from retrieval import Document, documents_from_rows, read_all, read_documents
 from retrieval.cli import main
 from retrieval.streams import DocumentStream, mix
 
 TEXTS = ["Äpfel und Birnen", "漢字 and\ttabs", 'a "quoted" word,\nand a line', "plain"]
+# In a .tsv file a quote is a character like any other
+TABLE_TEXTS = [TEXTS[0], '"Quoted," he said, "', '""', '"whole"']
 
 
 def ids_and_texts(path, **settings):
@@ -114,6 +118,25 @@ class TestIds:
         with pytest.raises(ValueError, match="Row 0 of rows.jsonl: the id"):
             list(mix([DocumentStream(str(path), doc_id_field="key")]))
 
+    def test_names_of_fields_mean_nothing(self, tmp_path):
+        fields = {"__file_id__": "other.txt", "__row_id__": "other#9"}
+        path = write_lines(tmp_path / "rows.jsonl", [{"text": "one", **fields}, {"text": 5, **fields}])
+        for source, name in ((path, "rows.jsonl"), (tmp_path, f"{tmp_path.name}/rows.jsonl")):
+            documents = read_documents(str(source))
+            assert next(documents).id == f"{name}#0"
+            with pytest.raises(ValueError, match=f"Row 1 of {name}: field 'text' is 5, not text"):
+                next(documents)
+
+    def test_a_full_temporary_folder_is_named(self, monkeypatch):
+        class Full(sqlite3.Connection):
+            def executescript(self, script):
+                super().executescript(f"{script} PRAGMA max_page_count = 3;")
+
+        monkeypatch.setattr("retrieval.sources.sqlite3.connect", functools.partial(sqlite3.connect, factory=Full))
+        rows = ({"text": f"text {i}"} for i in range(10_000))
+        with pytest.raises(OSError, match="disk is full.*SQLITE_TMPDIR or TMPDIR"):
+            list(documents_from_rows(rows, "rows"))
+
     def test_an_id_that_is_too_long_is_refused_before_it_is_embedded(self):
         with pytest.raises(ValueError, match="Row 0 of rows: The document id 'xxx.* longer than 4096 bytes"):
             list(documents_from_rows([{"key": "x" * 5000, "text": "a"}], "rows", doc_id_field="key"))
@@ -178,7 +201,7 @@ class TestFiles:
             "c.ndjson": lines,
             "d.json": json.dumps(rows, ensure_ascii=False, indent=1),
             "e.csv": f"key,text\n{table}",
-            "F.TSV": f"key,text\n{table}".replace(",", "\t").replace("word\t", "word,"),
+            "F.TSV": "key\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(TABLE_TEXTS)),
         }
         folder = tmp_path / "texts"
         folder.mkdir()
@@ -187,8 +210,9 @@ class TestFiles:
         expected = {}
         for name in files:
             full = f"{name}{compression}"
+            texts = TABLE_TEXTS if name == "F.TSV" else TEXTS
             expected[full] = (
-                [(full, TEXTS[2])] if name == "a.txt" else [(f"{full}#{i}", t) for i, t in enumerate(TEXTS)]
+                [(full, TEXTS[2])] if name == "a.txt" else [(f"{full}#{i}", t) for i, t in enumerate(texts)]
             )
             assert ids_and_texts(folder / full) == expected[full]
             assert [(d.id, d.text) for d in mix([DocumentStream(str(folder / full))])] == expected[full]
@@ -275,8 +299,8 @@ class TestFiles:
             ("text,text\na,b\n", "two columns have the same name"),
             ("key,text\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
             ("key,text\n1\n", "line 2: 1 cells, but 2 columns"),
-            ('key,text\n1,"a" b\n', "line 2"),
-            ('key,text\n1,"a\n2,b\n', "unexpected end of data"),
+            ('key,text\n1,"a" b\n', "line 2: .* Put cells with .* into double quotes"),
+            ('key,text\n1,"a\n2,b\n', "unexpected end of data.* Put cells with .* into double quotes"),
             ("key;text\n1;a\n", "Row 0 of rows.csv has no field 'text'; it has 'key;text'"),
         ],
     )
@@ -298,7 +322,7 @@ class TestFiles:
             "b.csv": "x,y\n1,2\n",
             "c.json": "// a comment\n{}",
             "d.json": '{"text": "a row"}',
-            "e.tsv": 'prose\t"with" a quote',
+            "e.tsv": 'prose\t"with" a quote\nand\tmore',
         }
         for name, content in contents.items():
             (tmp_path / name).write_text(content)
@@ -357,6 +381,15 @@ class TestFolders:
         assert "pipe: it is not a regular file" in caplog.text
         with pytest.raises(ValueError, match="not a regular file"):
             ids_and_texts(tmp_path / "pipe")
+
+    def test_a_dataset_saved_to_disk_is_its_rows(self, tmp_path, caplog):
+        dataset = Dataset.from_list([{"text": "one"}, {"text": "two"}])
+        DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "train" / "other.json").write_text("{}")
+        (tmp_path / "state.json").write_text("a text like any other")
+        assert [text for _, text in ids_and_texts(tmp_path)] == ["one", "two", "{}", "a text like any other"]
+        for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json"):
+            assert f"Skipped {tmp_path}/saved/{name}: it describes the dataset" in caplog.text
 
     def test_many_files_that_cannot_be_read_are_counted(self, tmp_path, caplog):
         for i in range(50):

@@ -6,6 +6,7 @@ import pydoc_data.topics
 import random
 
 import pytest
+from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
@@ -197,6 +198,18 @@ def test_the_fingerprint_is_the_tokenizers_and_not_its_places(tokenizer, tokeniz
     assert BulkTokenizer(again).fingerprint == tokenizer.fingerprint
 
 
+def test_two_of_one_tokenizer_are_one_to_caches(tokenizer_folder, monkeypatch):
+    """In every process, and however they were used: `datasets` compares pickles."""
+    hashes = set()
+    for mark in ("first", "second"):
+        monkeypatch.setattr("retrieval.tokenization.MARK", mark)
+        bulk = BulkTokenizer(PreTrainedTokenizerFast.from_pretrained(tokenizer_folder))
+        hashes.add(Hasher.hash(bulk))
+        assert bulk.fingerprint and bulk.encode_batch(["a text"])
+        hashes.add(Hasher.hash(bulk))
+    assert len(hashes) == 1
+
+
 class TestAddedTokens:
     """A knowledge base takes every tokenizer that gives all text the same ids, and no other."""
 
@@ -256,7 +269,7 @@ class TestFormat2:
 
     @staticmethod
     def stored(hf_tokenizer, embedder):
-        """What was stored then."""
+        """The identity as it was stored then."""
         probe = hf_tokenizer([PROBE_TEXT], add_special_tokens=False)["input_ids"][0]
         merges = [list(m) for m in json.loads(hf_tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
         vocabulary = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -267,7 +280,7 @@ class TestFormat2:
         return Identity.from_json(json.dumps(fields), "kb")
 
     def test_the_hash_of_a_known_tokenizer(self, embedder):
-        """As the last version that wrote it computed it."""
+        """The hash is the one that the last version with this format computed."""
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(SPELLED), eos_token="<|endoftext|>")
         assert self.stored(tokenizer, embedder).tokenizer_fingerprint == FORMAT_2_HASH
 

@@ -5,6 +5,8 @@ import socket
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from evaluation_retro.benchmarks import BenchmarkSettings, LikelihoodChoice, run_benchmarks, split_question
 from modeling_retro import RetroForCausalLM
@@ -77,7 +79,9 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
     class Choice(BaseModel):
         answer: Literal["A", "B", "C", "D"]
 
-    choice = LikelihoodChoice(model, tokenizer, BenchmarkSettings([], scoring=scoring), {"use_retrieval": False})
+    choice = LikelihoodChoice(
+        model, BulkTokenizer(tokenizer), BenchmarkSettings([], scoring=scoring), {"use_retrieval": False}
+    )
     question, options = split_question(QUESTION)
     for prompt in (QUESTION, "Another text of many more words than the model has positions. " * 5 + QUESTION):
         start = split_question(prompt)[0]
@@ -90,7 +94,7 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
 
 
 def test_a_question_that_spells_a_special_token_is_text(model, tokenizer):
-    choice = LikelihoodChoice(model, tokenizer, BenchmarkSettings([]), {"use_retrieval": False})
+    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), BenchmarkSettings([]), {"use_retrieval": False})
     question, answer = "<|endoftext|> is", " a token"
     (ids,) = BulkTokenizer(tokenizer).encode_batch([question])
     tokens, expected = [tokenizer.eos_token_id, *ids], 0.0
@@ -99,6 +103,16 @@ def test_a_question_that_spells_a_special_token_is_text(model, tokenizer):
         expected += float(logits[0, -1].log_softmax(-1)[token])
         tokens.append(token)
     assert choice.log_likelihoods([(question, answer)]) == [pytest.approx(expected, abs=1e-4)]
+
+
+def test_a_special_token_that_is_a_word_of_its_own_is_text(model):
+    """Whole-word tokenizers find it in their vocabulary, also if special tokens are not to be parsed."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<end>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>"))
+    choice = LikelihoodChoice(model, tokenizer, BenchmarkSettings([]), {"use_retrieval": False})
+    special, other = choice.log_likelihoods([("a <end>", " b"), ("a word", " b")])
+    assert special == pytest.approx(other)
 
 
 def test_hellaswag_is_run_with_and_without_neighbors_and_reports_to_nobody(

@@ -18,7 +18,7 @@ from .runs import flags, knowledge_base, losses, train
 
 
 def look_up(tokens, i, neighbors):
-    """What followed tokens[i - 1], tokens[i] in the neighbors, or else tokens[i]: a list of tokens."""
+    """List the tokens that followed tokens[i - 1], tokens[i] in the neighbors, or else tokens[i]."""
     for context in (tokens[i - 1 : i + 1], tokens[i : i + 1]):
         n = len(context)
         found = [

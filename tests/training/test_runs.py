@@ -148,7 +148,7 @@ class TestRegimes:
             assert rates[name] == (0.25 if added else 5e-3, 0.1 if parameter.ndim > 1 else 0.0), name
 
     def test_adapters_train_with_what_is_new(self, world, tokenizer_folder, tmp_path):
-        """What of RETRO has learned nothing yet ends in zeros, through which adapters would get no gradient."""
+        """New parts of RETRO end in zeros, through which adapters would get no gradient."""
         settings = {"lora": "{r: 2, target_modules: [c_attn, q_attn]}", **knowledge_base(world)}
         settings["config_overrides"] = OVERRIDES.replace("}", ", copy_head: true}")
         trainer = train(flags(world, tokenizer_folder, tmp_path / "run", **settings), tmp_path / "c")

@@ -54,7 +54,7 @@ def arguments_of(world, tokenizer_folder, folder, **changes):
 
 @pytest.fixture(scope="module")
 def truth(world, tokenizer_folder, tmp_path_factory):
-    """What one process gets."""
+    """The result of a run in one process."""
     folder = tmp_path_factory.mktemp("one")
     process = Forked(folder / "log", train_hf.main, arguments_of(world, tokenizer_folder, folder / "run"))
     assert process.wait() == 0, process.output[-3000:]
