@@ -20,7 +20,7 @@ from retrieval.quiet import quiet_program
 
 @dataclass
 class GenerateArguments(KnowledgeBaseArguments):
-    """What to sample, from which model, with which knowledge base."""
+    """The settings: what to sample, from which model, with which knowledge base."""
 
     model: str = field(
         kw_only=True, metadata={"help": "RETRO or GPT-2 weights, a hub name or folder, with their tokenizer."}

@@ -221,7 +221,7 @@ def build_trainer(
 
 
 def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
-    """What `precompute_to` asks for, instead of training."""
+    """Store the neighbors of all sequences in the folder `precompute_to`, instead of training."""
     parts = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset

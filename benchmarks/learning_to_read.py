@@ -1,4 +1,4 @@
-"""What RETROfitting a small decoder gains on three kinds of real text within minutes, against what copying alone gains.
+"""Measure what RETROfitting a small decoder gains within minutes on three kinds of text, against copying alone.
 
     python benchmarks/learning_to_read.py runs/reading            # about two hours on 2 cores; goes on where it was stopped
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: real text that is on every machine, a tokenizer, a knowledge base, and a description of the machine."""
+"""Shared parts of the benchmarks: real text, a tokenizer, a knowledge base, and a description of the machine."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What retrieval costs a training step: fetched in the step, fetched ahead, and read from a precomputed folder.
+"""Measure what retrieval costs a training step: fetched in the step, fetched ahead, and read from a precomputed folder.
 
     python benchmarks/prefetch.py
 

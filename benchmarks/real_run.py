@@ -74,7 +74,7 @@ def fit(folder: Path) -> list[dict[str, float]]:
 
 
 def field(name: str) -> str:
-    """Of a log, the held-out bits per byte of one of the curves."""
+    """Return one curve of a log: held-out bits per byte."""
     return "_".join(filter(None, ("eval", name, "bits_per_byte_in_reach")))
 
 

@@ -213,7 +213,7 @@ def split_question(prompt: str) -> tuple[str, dict[str, str]]:
 
 
 def _language_model(choice: LikelihoodChoice) -> Any:
-    """As DeepEval wants one; the class can only be made when DeepEval is imported."""
+    """Return the model as DeepEval wants it; the class can only be made when DeepEval is imported."""
     from deepeval.models import DeepEvalBaseLLM
 
     class RetroLLM(DeepEvalBaseLLM):

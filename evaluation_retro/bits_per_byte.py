@@ -124,7 +124,7 @@ def sequence_nats(
 
 @dataclass
 class Evaluation:
-    """What was measured, sequence by sequence (N of them).
+    """The measurements of N sequences, one by one.
 
     Attributes:
         nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Conditions as CONDITIONS, the last of which may be

@@ -102,7 +102,7 @@ def train(name: str, steps: int, *flags: str) -> RetroTrainer:
 
 
 def measure(model: RetroForCausalLM, data: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
-    """Of a model on the held-out files, with the neighbors that this trainer finds; the copier's weight is that of training data."""
+    """Evaluate a model on the held-out files with this trainer's neighbors; training data chooses the copier's weight."""
     some = data.train_dataset.shuffle(seed=0).select(range(8 * BATCH))
     training, held_out = (
         DataLoader(dataset, batch_size=BATCH, collate_fn=data.data_collator) for dataset in (some, data.eval_dataset)

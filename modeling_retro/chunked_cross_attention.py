@@ -75,7 +75,7 @@ class ChunkedCrossAttention(GPT2Attention):
         return known["keys"].flatten(0, 1), known["values"].flatten(0, 1)
 
     def _match_bias(self, reading: Reading, dtype: torch.dtype) -> torch.Tensor:
-        """What matches add to the scores, and what no neighbor token takes away: (B·G, heads, w, k·r)."""
+        """Return the bias (B·G, heads, w, k·r) by matches; the lowest number where there is no neighbor token."""
         # embeddings are not moved by it: learned is whether to look where they match
         matches = reading.matches.detach()
         bias = (SCALE * self.match.float() @ matches.flatten(1)).unflatten(1, matches.shape[1:]).transpose(0, 1)

@@ -26,7 +26,7 @@ FEATURES = 4 + CONTEXT  # of what is copied, that the gate sees beside the hidde
 
 @dataclass
 class Copying(Movable):
-    """What the copy head reads in one call.
+    """The copy head's inputs in one call.
 
     reading:    who reads which chunk, and how well the last tokens match there.
     token_ids:  (B, G, k·r) of the groups' neighbors.
@@ -126,7 +126,7 @@ class CopyHead(nn.Module):
         return (hidden_states.float() * self.gate_hidden.float()).sum(-1) + SCALE * learned
 
     def attend(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
-        """What would be copied.
+        """Compute the copy distribution and the gate's features.
 
         Returns:
             mass (B, T, k·r) float32: probability of each token that is copied, where it first occurs; 0 elsewhere, and

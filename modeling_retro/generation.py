@@ -172,7 +172,7 @@ class RetroGenerationMixin(GenerationMixin):
     def _retrieved(
         self, sequences: torch.LongTensor, log: RetrievalLog, eos_token_id: int | list[int] | None
     ) -> list[list[RetrievedChunk]]:
-        """What each returned row (rows, L) has read, up to the end of its text."""
+        """Return the chunks of each returned row (rows, L) and what they read, up to the end of its text."""
         if log.prompt_mask is None:  # retrieval was off
             return [[] for _ in sequences]
         eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])

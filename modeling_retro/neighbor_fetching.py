@@ -15,7 +15,7 @@ FetchedNeighbors = tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]
 
 
 class Retriever(Protocol):
-    """What the model needs of a knowledge base; `retrieval.MilvusRetriever` is one.
+    """The interface that a model needs of a knowledge base; `retrieval.MilvusRetriever` has it.
 
     `retrieve(chunks)` takes (n, m) token ids and returns an object with `ids` (n, k, r) int64, `attention_mask`
     (n, k, r) bool, `doc_ids` (n lists of k names or None), `chunk_indices` (n, k) int64 and `scores` (n, k) float.
@@ -33,7 +33,7 @@ class Retriever(Protocol):
 
 @dataclass
 class RetrievedChunk:
-    """What was read for one chunk: for each of its k neighbors the document, the chunk of it, and the similarity.
+    """The neighbors that one chunk read: for each of the k, its document, its chunk there, and the similarity.
 
     A missing neighbor has document None, chunk index -1 and score nan.
     """
@@ -78,7 +78,7 @@ class RetrievalLog:
         return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row].nan_to_num(0.0)
 
     def read_by(self, tokens: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
-        """What was retrieved for the chunks of a row of content tokens, in order."""
+        """Return the neighbors retrieved for the chunks of a row of content tokens, in order."""
         read = []
         for number in range(len(tokens) // chunk_size):
             chunk = tuple(tokens[number * chunk_size : (number + 1) * chunk_size])
@@ -142,7 +142,7 @@ def given_neighbors(
     mask: torch.Tensor | None,
     scores: torch.Tensor | None,
 ) -> FetchedNeighbors:
-    """Of neighbors given for a whole prompt, those of the chunks that this call completes.
+    """Select the given neighbors of the chunks completed in this call.
 
     Args:
         first_chunk: (B, 1) the chunk that slot 0 stands for.

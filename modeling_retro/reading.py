@@ -14,7 +14,7 @@ from .neighbor_encoder import open_if_empty
 
 @dataclass
 class Reading(Movable):
-    """What the cross-attention layers of one call share: who reads which chunk, and which neighbor tokens exist.
+    """The part of a call that its cross-attention layers share: who reads which chunk, and which neighbor tokens exist.
 
     readers:        this call's columns, grouped by the chunk that they read (G groups).
     group_chunks:   (B, G) where group g's chunk stands in the cache; None without a cache: group g is slot g.
@@ -112,7 +112,7 @@ def attention_implementation(config: RetroConfig) -> str:
 
 
 def remember_chunks(reading: Reading, reader: int | str, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the groups read of each state, (B, G, …): with a cache, of its memory, after adding this call's states to it.
+    """Return each state of the chunks that the groups read, (B, G, …); a cache is first extended by this call's states.
 
     Args:
         reader: whose memory it is: a layer, or a name.

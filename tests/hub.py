@@ -21,7 +21,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of a process that takes this for the hub, and keeps what it loads in `home`."""
+        """Return the environment of a process that takes this for the hub, and keeps what it loads in `home`."""
         return {**os.environ, "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
 
     def write(self, name: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests build instead of downloading: a trained BPE tokenizer, one of letters, and a fast embedding model."""
+"""Models that tests build instead of downloading: a trained BPE tokenizer, one of letters, and a fast embedding model."""
 
 import string
 

@@ -106,7 +106,7 @@ class DataArguments(KnowledgeBaseArguments):
 
     @property
     def has_neighbors(self) -> bool:
-        """Whether what is trained reads neighbors."""
+        """True if the model that is trained reads neighbors."""
         return self.knowledge_base is not None or self.precomputed is not None
 
     def streams(self, part: str) -> list[DocumentStream]:
@@ -221,7 +221,7 @@ class RetroTrainingArguments(TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
     def benchmark_settings(self) -> BenchmarkSettings | None:
-        """What is run at each evaluation; raises ValueError where that cannot be."""
+        """Return the benchmarks that run at each evaluation. Raises ValueError if one cannot run."""
         if not self.benchmarks:
             return None
         settings = BenchmarkSettings(
@@ -305,7 +305,7 @@ def _unknown(where: str, unknown: list[str], known: set[str]) -> str:
 
 
 def _check_arguments(model: ModelArguments, data: DataArguments, training: RetroTrainingArguments) -> None:
-    """What can be said to be wrong before anything is loaded."""
+    """Check the settings before anything is loaded."""
     retrieves = data.has_neighbors
     data.streams("validation_data")
     if data.streams("train_data") and data.precomputed:

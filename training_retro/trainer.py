@@ -102,7 +102,7 @@ class RetroTrainer(Trainer):
 
     @property
     def was_stopped(self) -> bool:
-        """Whether SIGTERM ended the training, with a checkpoint to go on from."""
+        """True if SIGTERM ended the training, with a checkpoint to go on from."""
         return self._stopper.stopped
 
     def get_train_dataloader(self) -> DataLoader:
@@ -302,7 +302,7 @@ def check_batch_size(args: RetroTrainingArguments, config: RetroConfig) -> None:
 
 
 class _Progress:
-    """What was done since the last log, by this process. Counts are tensors: nothing waits for the device."""
+    """This process's counts since the last log. They are tensors, so that nothing waits for the device."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()

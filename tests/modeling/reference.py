@@ -79,7 +79,7 @@ def match(wte, tokens, i, neighbor, j, length):
 
 
 def copy_probabilities(model, tokens, i, neighbors, scores):
-    """What the copy head predicts after tokens[: i + 1]: (V,), and what the gate knows of it but the decoder's opinion."""
+    """Return the copy distribution after tokens[: i + 1], (V,), and the gate's features that come from it."""
     head, wte = model.copy_head, model.transformer.wte.weight
     places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbor; token
     for number, neighbor in enumerate(neighbors):

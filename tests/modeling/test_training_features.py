@@ -130,7 +130,7 @@ def test_sdpa_has_eager_attentions_gradients():
 
 
 def flash_kernel(calls):
-    """What flash attention computes, for the arguments that transformers gives it; keeps note of them."""
+    """Compute what flash attention does with the arguments that transformers gives it, and note them."""
 
     def kernel(query, key, value, attention_mask, query_length, is_causal, dropout=0.0, softmax_scale=None, **_):
         calls.append((query, key, attention_mask, query_length, is_causal))
