@@ -1,8 +1,8 @@
 """Run the tests of the model, generation, conformance and remote code under several versions of transformers.
 
-    python tests/versions.py                  the oldest and the newest that are supported, and the installed one
-    python tests/versions.py oldest newest    CI: the installed one has run every test before
-    python tests/versions.py 5.16.0           any others
+    python -m tests.versions                  the oldest and the newest that are supported, and the installed one
+    python -m tests.versions oldest newest    CI: the installed one has run every test before
+    python -m tests.versions 5.16.0           any others
 
 Each version has an environment of its own, `.venv-VERSION`, which shares torch and all else with the environment of the
 Python that runs this: it holds transformers, and what that version needs newer or older.
@@ -18,12 +18,11 @@ import venv
 from importlib.metadata import version
 from pathlib import Path
 
+from configuration_retro.configuration_retro import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+
+from .once import made_once
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from configuration_retro.configuration_retro import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS  # noqa: E402
-from tests.once import made_once  # noqa: E402
-
 TESTS = ["tests/modeling", "tests/conformance", "tests/programs"]
 # what these tests and the project import, each of which may want other versions beside this transformers
 OTHERS = ["accelerate", "datasets", "lm-eval", "peft", "sentence-transformers", "trl"]
