@@ -263,7 +263,7 @@ class TestBadInput:
         monkeypatch.delenv("MILVUS_URI", raising=False)
         with pytest.raises(KnowledgeBaseError, match="MILVUS_URI"):
             MilvusStore(None, "retro")
-        with pytest.raises(KnowledgeBaseError, match=r"must end in \.db"):
+        with pytest.raises(KnowledgeBaseError, match=r"that ends in \.db"):
             MilvusStore("knowledge", "retro")
 
     def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder, tmp_path):
