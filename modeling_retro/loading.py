@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import yaml
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 # a child of the library's logger, so that what silences its load report silences the line that takes its place
@@ -18,14 +17,6 @@ ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to 
 def is_added(name: str) -> bool:
     """Return True for the name of a parameter that RETRO adds to GPT-2's."""
     return any(f"{module}." in name for module in ADDED)
-
-
-def register_causal_lm(model_type: str, class_name: str) -> None:
-    """Add a model to the library's list of causal language models, which only names those of its own.
-
-    Trainer shifts the labels of these alone when it smooths them. Its model cards and lm-eval go by the list, too.
-    """
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = class_name
 
 
 class NameWithRetriever(str):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -25,7 +26,7 @@ from .chunked_cross_attention import ChunkedCrossAttention
 from .copy_head import CopyHead, Copying, build_copying
 from .generation import RetroGenerationMixin
 from .library import CACHE, LOSS_ARGUMENTS, check_arguments, either_cache
-from .loading import LoadingMixin, NameWithRetriever, is_added, register_causal_lm
+from .loading import LoadingMixin, NameWithRetriever, is_added
 from .matching import match_context
 from .neighbor_encoder import NeighborEncoder
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
@@ -439,7 +440,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             neighbor_scores=neighbor_scores,
             use_retrieval=use_retrieval,
             use_cache=use_cache,
-            cache=either_cache(past_key_values, cache),
+            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -460,4 +462,6 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         )
 
 
-register_causal_lm(RetroConfig.model_type, RetroForCausalLM.__name__)
+# The library's list of causal language models names only its own. Trainer shifts the labels of these alone when it smooths
+# them; its model cards and lm-eval go by the list, too.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RetroConfig.model_type] = RetroForCausalLM.__name__

@@ -56,7 +56,7 @@ class BulkTokenizer:
         self.name = short_name(hf_tokenizer.name_or_path or type(hf_tokenizer).__name__)
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
         backend = _backend_json(hf_tokenizer)
-        self._reserved = reserved_tokens(hf_tokenizer)
+        self._reserved = reserved_tokens(hf_tokenizer, backend)
         self._unknown_id = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
         ids = {*self._ordinary_vocabulary().values(), self._unknown_id} - {None}
         self.vocab_size = 1 + max(ids)
@@ -172,13 +172,12 @@ class BulkTokenizer:
         return batch
 
 
-def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the special tokens that no text may become, by their ids.
+def reserved_tokens(tokenizer: PreTrainedTokenizerBase, backend: dict) -> dict[int, str]:
+    """Return the special tokens that no text may become, by their ids. `backend` is empty for a slow tokenizer.
 
     An ordinary token that was declared special, such as a letter that pads, is not among them: nothing else could stand
     for its text.
     """
-    backend = _backend_json(tokenizer)
     vocabulary = _vocabulary(backend) if backend else {}
     merged = {left + right for left, right in _merges(backend)}
 

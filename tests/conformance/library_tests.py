@@ -77,6 +77,5 @@ training = importlib.import_module(f"{PACKAGE}.test_training_mixin")
 tensor_parallel = importlib.import_module(f"{PACKAGE}.test_tensor_parallel_mixin")
 fsdp = importlib.import_module(f"{PACKAGE}.test_fsdp_mixin")
 
-# the tests tell a model's kind by the name of its class
+# the tests tell a model's kind by the name of its class; RetroForCausalLM registers itself
 modeling_auto.MODEL_MAPPING_NAMES["retro"] = "RetroModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["retro"] = "RetroForCausalLM"
