@@ -36,7 +36,7 @@ test:
 # the tests of the model under other versions of transformers, in environments that share .venv's other packages
 versions:
 	@$(LOCKED) .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.versions $(VERSIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.versions $(VERSIONS)
 
 lint:
 	@$(LOCKED) .venv/dev

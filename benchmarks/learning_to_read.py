@@ -24,9 +24,9 @@ from machine import MINILM, build_knowledge_base, machine
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from data_retro.collator import RetroDataCollator
 from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, weight_nats
 from modeling_retro import RetroForCausalLM
-from retrieval.collator import RetroDataCollator
 from retrieval.retriever import runs
 
 ROOT = Path(__file__).parents[1]

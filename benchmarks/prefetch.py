@@ -18,8 +18,8 @@ from datasets import Dataset
 from machine import machine, source_files, source_tokenizer, spread
 
 from configuration_retro import RetroConfig
+from data_retro.collator import RetroDataCollator
 from modeling_retro import RetroForCausalLM
-from retrieval.collator import RetroDataCollator
 from training_retro import RetroTrainer, RetroTrainingArguments
 
 CHUNK = 64

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrieval.collator import NEIGHBOR_FIELDS
+from data_retro.collator import NEIGHBOR_FIELDS
 
 from .copy_baseline import copied_probability, mixture_nats
 

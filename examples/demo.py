@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from evaluation_retro import Evaluation, best_weight, byte_lengths, evaluate, weight_nats
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
-from train_hf import RetroTrainer, build_trainer, parse_arguments
+from training_retro import RetroTrainer, build_trainer, parse_arguments
 
 OUTPUT = Path("demo_output")
 VOCABULARY, BLOCK, BATCH = 8192, 256, 8

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .identity import short_name
+from .labels import short_name
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -5,25 +5,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
-
-if TYPE_CHECKING:
-    from .embedding import Embedder
-    from .tokenization import BulkTokenizer
+from .tokenization import BulkTokenizer
 
 FORMAT_VERSION = 3  # 2: metadata; 3: special tokens do not count in tokenizer_fingerprint and vocab_size
 READABLE_VERSIONS = (2, 3)
 
 # Cosine of two probes of the same model. Half precision and other hardware stay above 0.9999; other models are far off.
 PROBE_SIMILARITY = 0.999
-
-
-def short_name(name_or_folder: str) -> str:
-    """The last two parts of a hub name or a folder, "owner/name": a label that tells nothing about a machine."""
-    parts = [part for part in str(name_or_folder).replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return "/".join(parts[-2:])
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,7 @@ class Identity:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, tokenizer: "BulkTokenizer", embedder: "Embedder", chunk_size: int) -> "Identity":
+    def of(cls, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> "Identity":
         """The identity that these three give a collection."""
         return cls(
             tokenizer=tokenizer.name,
@@ -101,7 +92,7 @@ class Identity:
             )
         return different
 
-    def fits(self, tokenizer: "BulkTokenizer") -> bool:
+    def fits(self, tokenizer: BulkTokenizer) -> bool:
         """Return True if the tokenizer gives every text the ids that it has in this collection.
 
         Special tokens may differ, since no text becomes one. Format 2 knows the hash of all special tokens alone; there,
@@ -115,8 +106,8 @@ class Identity:
         self,
         where: str,
         *,
-        tokenizer: "BulkTokenizer | None" = None,
-        embedder: "Embedder | None" = None,
+        tokenizer: BulkTokenizer | None = None,
+        embedder: Embedder | None = None,
         chunk_size: int | None = None,
     ) -> None:
         """Compare this identity, a collection's, with what a caller brings; None is not compared.

@@ -12,7 +12,7 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .identity import short_name
+from .labels import short_name
 
 logger = logging.getLogger(__name__)
 

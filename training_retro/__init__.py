@@ -1,6 +1,7 @@
-"""Training of RETRO models: settings, data and the trainer; `train_hf.py` puts them together."""
+"""Training of RETRO models: settings, data and the trainer; `train_hf.py` is its door."""
 
 from .arguments import Arguments, DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
+from .assembly import build_trainer, store_neighbors
 from .trainer import RetroTrainer
 
 __all__ = [
@@ -9,5 +10,7 @@ __all__ = [
     "ModelArguments",
     "RetroTrainer",
     "RetroTrainingArguments",
+    "build_trainer",
     "parse_arguments",
+    "store_neighbors",
 ]

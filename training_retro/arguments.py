@@ -15,9 +15,9 @@ import yaml
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from configuration_retro import RetroConfig
+from data_retro.mixtures import DocumentStream, check_mixture
 from evaluation_retro.benchmarks import BenchmarkSettings
 from retrieval.arguments import KnowledgeBaseArguments
-from retrieval.streams import DocumentStream, check_mixture
 
 
 @dataclass
@@ -62,7 +62,7 @@ class DataArguments(KnowledgeBaseArguments):
         default_factory=list,
         metadata={
             "help": "Text files, folders, JSONL or Parquet files or `datasets` names to train on; in YAML an entry may be a "
-            "mapping with the fields of retrieval.streams.DocumentStream: dataset, weight, filter, shuffle_buffer …"
+            "mapping with the fields of data_retro.mixtures.DocumentStream: dataset, weight, filter, shuffle_buffer …"
         },
     )
     streaming: bool = field(

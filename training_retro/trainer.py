@@ -1,11 +1,9 @@
 """RetroTrainer: Trainer that retrieves ahead, drops neighbors, resumes streams exactly, and measures on, off and shuffled."""
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,26 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from configuration_retro import RetroConfig
-from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, shuffle_neighbors, weight_nats
-from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
+from data_retro.packing import PackedStream
+from data_retro.prefetch import Prefetcher
+from evaluation_retro import Evaluation, best_weight, byte_lengths, sequence_nats, weight_nats
 from modeling_retro.loading import is_added
 from modeling_retro.sharing import write_code
-from retrieval.collator import NEIGHBOR_FIELDS
-from retrieval.packing import PackedStream
-from retrieval.prefetch import Prefetcher
 
 from .arguments import RetroTrainingArguments
+from .callbacks import BenchmarkCallback, StopOnSignal
 from .flops import step_flops
+from .neighbor_corruption import check_batch_size, corrupt_neighbors
+from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
 RECENT_BATCHES = 8  # of training, on which the copy baseline's weight is chosen
-BAD_NEIGHBORS = 0.2  # share of chunks that a copy head sees with another sequence's neighbors
 WAITING = 0.1  # share of the time from which on waiting for neighbors is worth a word
 
 
@@ -43,7 +39,7 @@ class RetroTrainer(Trainer):
     Args:
         args: [`RetroTrainingArguments`].
         processing_class: the tokenizer.
-        data_collator: a [`retrieval.collator.RetroDataCollator`].
+        data_collator: a [`data_retro.collator.RetroDataCollator`].
         train_dataset: packed sequences, or a [`PackedStream`] of this process' own documents.
         prefetch_batches: batches made ahead of the model, at least those of one update; 0: none.
         **kwargs: as for `Trainer`.
@@ -68,7 +64,7 @@ class RetroTrainer(Trainer):
         self._source: Iterator | None = None  # what `_batches` reads
         self._sequences = 0  # that this process has trained on
         self._place: list[int] = []  # of a stream, after them
-        self._since = _Progress()  # the last log
+        self._since = Progress()  # the last log
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight: float | None = None
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
@@ -92,7 +88,7 @@ class RetroTrainer(Trainer):
             self.args.ignore_data_skip = True
             if resume_from_checkpoint is not None:
                 self.train_dataset.load_state(self._load_place(resume_from_checkpoint))
-        self._since = _Progress()
+        self._since = Progress()
         self._recent.clear()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -135,7 +131,7 @@ class RetroTrainer(Trainer):
             samples = super().get_batch_samples(self._batches, num_batches, device)
             self._since.waited += self._batches.seconds_waited - before
         if not self._recent:
-            self._since = _Progress()  # the clock starts when the first batches are there
+            self._since = Progress()  # the clock starts when the first batches are there
         self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
@@ -153,20 +149,7 @@ class RetroTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         # drawn here and not where batches are made ahead, so that checkpoints hold the state of the draws
-        mask = inputs.get("neighbor_attention_mask")
-        share = share_shuffled(self.args, self.model.config)
-        if mask is not None and share and len(mask) > 1:
-            neighbors = {name: inputs[name] for name in NEIGHBOR_FIELDS if name in inputs}
-            others = shuffle_neighbors(neighbors, seed=int(torch.randint(2**31, ())))
-            bad = (torch.rand(mask.shape[:2]) < share).to(mask.device)
-            inputs = inputs | {
-                name: torch.where(bad.view(*bad.shape, *[1] * (own.ndim - 2)), others[name], own)
-                for name, own in neighbors.items()
-            }
-            mask = inputs["neighbor_attention_mask"]
-        if mask is not None and self.args.neighbor_dropout:
-            kept = torch.rand(len(mask)) >= self.args.neighbor_dropout
-            inputs = inputs | {"neighbor_attention_mask": mask & kept.to(mask.device)[:, None, None, None]}
+        inputs = corrupt_neighbors(inputs, self.args, self.model.config)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -191,7 +174,7 @@ class RetroTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._since.numbers(self.args) | self._counts
-            self._since, self._counts = _Progress(), {}
+            self._since, self._counts = Progress(), {}
             if logs["retrieval_wait"] > WAITING and self.is_world_process_zero():
                 logger.info(
                     "Retrieval is the limit: %.0f %% of the time goes to waiting for batches. A faster embedding model or "
@@ -283,110 +266,3 @@ class RetroTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-
-
-def share_shuffled(args: RetroTrainingArguments, config: RetroConfig) -> float:
-    """Share of chunks trained with another sequence's neighbors: `neighbor_shuffle`, or its default."""
-    if args.neighbor_shuffle is None:
-        return BAD_NEIGHBORS if config.copy_head else 0.0
-    return args.neighbor_shuffle
-
-
-def check_batch_size(args: RetroTrainingArguments, config: RetroConfig) -> None:
-    """Raises ValueError where a batch of one sequence is to hold another one's neighbors."""
-    if share_shuffled(args, config) and args.per_device_train_batch_size < 2:
-        raise ValueError(
-            "per_device_train_batch_size is 1: bad neighbors (neighbor_shuffle, a fifth with a copy head) come from another "
-            "sequence of the batch. Set it to 2 or more, or neighbor_shuffle to 0."
-        )
-
-
-class _Progress:
-    """This process's counts since the last log. They are tensors, so that nothing waits for the device."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited, self.flops = 0.0, 0.0
-        self.tokens: torch.Tensor | int = 0
-        self.chunks: torch.Tensor | int = 0
-        self.chunks_with_neighbors: torch.Tensor | int = 0
-        self.neighbors: torch.Tensor | int = 0
-        self.similarity: torch.Tensor | float = 0.0  # summed over neighbors
-
-    def add(self, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
-        """A batch that is trained on."""
-        tokens = (batch["labels"] != -100).sum(-1)
-        self.tokens += tokens.sum()
-        if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
-            there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
-            self.chunks += (tokens // chunk_size).sum()
-            self.chunks_with_neighbors += there.any(-1).sum()
-            self.neighbors += there.sum()
-            self.similarity += (batch["neighbor_scores"] * there).sum()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The clock of training stands still: for evaluations and checkpoints."""
-        before = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.started += time.perf_counter() - before
-
-    def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
-        """tokens_per_second of all processes; retrieval_wait, a share of the time; of chunks, the share that has a neighbor, and
-        the mean similarity of these; utilization, if the peak is known.
-        """
-        seconds = time.perf_counter() - self.started
-        numbers = {
-            "tokens_per_second": args.world_size * int(self.tokens) / seconds,
-            "retrieval_wait": self.waited / seconds,
-        }
-        if self.chunks:
-            numbers["chunks_with_neighbors"] = int(self.chunks_with_neighbors) / int(self.chunks)
-            numbers["mean_similarity"] = float(self.similarity) / max(int(self.neighbors), 1)
-        if args.device_peak_tflops is not None:
-            numbers["model_flops_utilization"] = self.flops / seconds / (1e12 * args.device_peak_tflops)
-        return numbers
-
-
-class BenchmarkCallback(TrainerCallback):
-    """DeepEval's benchmarks at each evaluation, with neighbors and without, as further numbers of that evaluation."""
-
-    def __init__(self, trainer: Trainer, settings: BenchmarkSettings) -> None:
-        self.trainer, self.settings = trainer, settings
-
-    def on_evaluate(self, args, state, control, *, metrics: dict[str, float], **kwargs) -> None:
-        # by every process: the weights may be spread over all
-        scores = run_benchmarks(self.trainer.model, self.trainer.processing_class, self.settings)
-        scores = {f"eval_{name}": score for name, score in scores.items()}
-        metrics.update(scores)
-        self.trainer.log(dict(scores))
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM, as a cluster sends it before it takes a machine away: finish the step, save a checkpoint, end."""
-
-    def __init__(self) -> None:
-        self.asked = self.stopped = False
-        self._before: Any = None
-
-    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.asked = self.stopped = False
-        self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        asked = self.asked
-        if dist.is_initialized():  # all stop after the same step
-            votes = torch.tensor(float(asked), device=args.device)
-            dist.all_reduce(votes)
-            asked = bool(votes > 0)
-        if asked:
-            logger.info(
-                "Asked to end: saving a checkpoint after step %d; --resume_from_checkpoint true goes on.",
-                state.global_step,
-            )
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        signal.signal(signal.SIGTERM, self._before)

@@ -6,7 +6,7 @@ import torch
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
 
-from .library_tests import common, configuration, fsdp, tensor_parallel, training
+from ..support.library_tests import common, configuration, fsdp, tensor_parallel, training
 
 
 class RetroModelTester:
@@ -58,7 +58,7 @@ class RetroModelTester:
 
 class Conformance(
     common.ModelTesterMixin,
-    common.GenerationTesterMixin,  # empty where the source distribution leaves it out; see tests/modeling for generation
+    common.GenerationTesterMixin,  # empty where the source distribution leaves it out; see tests/modeling_retro for generation
     training.TrainingTesterMixin,
     tensor_parallel.TensorParallelTesterMixin,
     fsdp.FSDPTesterMixin,

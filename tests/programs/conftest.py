@@ -2,9 +2,9 @@
 
 import pytest
 
-from ..modeling.by_hand import retrieving_model
-from ..modeling.conftest import VOCAB, random_tokens
-from ..small_models import letter_tokenizer
+from ..support.by_hand import retrieving_model
+from ..support.retro_models import VOCAB, random_tokens
+from ..support.small_models import letter_tokenizer
 
 
 @pytest.fixture(scope="session")

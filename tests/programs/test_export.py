@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from ..modeling.conftest import CHUNK, VOCAB, RowNeighbors, neighbor_tensors, small_model
+from ..support.retro_models import CHUNK, VOCAB, RowNeighbors, neighbor_tensors, small_model
 
 
 def inputs(batch_size, length, seed):

@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from ..modeling.by_hand import HashRetriever, retrieving_model
-from ..modeling.conftest import CHUNK, random_tokens
+from ..support.by_hand import HashRetriever, retrieving_model
+from ..support.retro_models import CHUNK, random_tokens
 
 TASK = """
 task: local_choices

@@ -6,9 +6,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
 from modeling_retro import RetroForCausalLM
 
-from ..modeling.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded
-from ..modeling.conftest import VOCAB, small_model
-from ..modeling.test_training_features import training_batch
+from ..modeling_retro.test_training_features import training_batch
+from ..support.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded
+from ..support.retro_models import VOCAB, small_model
 
 # PEFT reads the name that transformers 5.24 renames
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

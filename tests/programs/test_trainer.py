@@ -11,11 +11,11 @@ from transformers.modelcard import TrainingSummary
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_loss, find_labels
 
+from data_retro.collator import RetroDataCollator
 from modeling_retro import RetroForCausalLM
-from retrieval.collator import RetroDataCollator
 
-from ..modeling.by_hand import HashRetriever
-from ..modeling.conftest import CHUNK, VOCAB, random_tokens, small_model
+from ..support.by_hand import HashRetriever
+from ..support.retro_models import CHUNK, VOCAB, random_tokens, small_model
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 

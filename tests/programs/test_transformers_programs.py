@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
 
-from ..modeling.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, retrieving_model
-from ..modeling.conftest import CHUNK, VOCAB
+from ..support.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, retrieving_model
+from ..support.retro_models import CHUNK, VOCAB
 
 GREEDY = {"max_new_tokens": 2 * CHUNK + 1, "do_sample": False, "eos_token_id": None, "pad_token_id": VOCAB - 1}
 

@@ -20,8 +20,8 @@ from trl import (
 
 from modeling_retro import RetroForCausalLM
 
-from ..modeling.by_hand import HashRetriever
-from ..modeling.conftest import CHUNK
+from ..support.by_hand import HashRetriever
+from ..support.retro_models import CHUNK
 
 # TRL and PEFT use the names that transformers 5.24 renames
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")

@@ -5,12 +5,11 @@ import uuid
 
 import pytest
 
-from retrieval import BulkTokenizer, Document, Embedder, MilvusStore, chunk_documents
+from retrieval import BulkTokenizer, Document, Embedder
 
-from ..small_models import save_static_embedding, train_tokenizer
-from .milvus_server import MilvusServer
-
-CHUNK = 8
+from ..support.milvus_server import MilvusServer
+from ..support.places import Place
+from ..support.small_models import save_static_embedding, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -69,18 +68,6 @@ def server(server_process):
     return server_process
 
 
-class Place:
-    """Where a test has its collection: Milvus Lite or a server."""
-
-    def __init__(self, uri, name, is_lite):
-        self.uri, self.name, self.is_lite = uri, name, is_lite
-        self.opened = []
-
-    def store(self, name=None, **kwargs):
-        self.opened.append(MilvusStore(self.uri, name or self.name, **kwargs))
-        return self.opened[-1]
-
-
 @pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
 def place(request, tmp_path):
     is_lite = request.param == "lite"
@@ -92,16 +79,3 @@ def place(request, tmp_path):
             for name in store.client.list_collections():
                 store.client.drop_collection(name)
         store.close()
-
-
-def rows_of(store):
-    """All rows, without their keys and vectors."""
-    fields = ("doc_id", "chunk_index", "tokens", "continuation")
-    return sorted(
-        (r["doc_id"], r["chunk_index"], list(r["tokens"]), list(r["continuation"])) for r in store.scan(fields)
-    )
-
-
-def expected_rows(documents, tokenizer):
-    chunks = chunk_documents(documents, tokenizer, CHUNK)
-    return sorted((c.doc_id, c.index, list(c.tokens), list(c.continuation)) for c in chunks)

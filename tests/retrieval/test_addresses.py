@@ -11,7 +11,7 @@ from retrieval import Embedder, KnowledgeBaseError, MilvusConnection, MilvusRetr
 from retrieval.addresses import locate
 from retrieval.cli import main
 
-from .conftest import CHUNK
+from ..support.places import CHUNK
 
 
 @pytest.fixture

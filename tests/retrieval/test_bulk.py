@@ -9,8 +9,8 @@ from pymilvus import connections, utility
 from retrieval import BulkTokenizer, Document, Identity, IdentityMismatch, MilvusStore, bulk, chunking, ingest
 from retrieval.bulk import write_bulk_files
 
-from ..small_models import train_tokenizer
-from .conftest import CHUNK, expected_rows, rows_of
+from ..support.places import CHUNK, expected_rows, rows_of
+from ..support.small_models import train_tokenizer
 
 
 def write(documents, folder, tokenizer, embedder, **kwargs):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configuration_retro import RetroConfig
+from data_retro.collator import RetroDataCollator
 from modeling_retro import RetroForCausalLM
 from retrieval import (
     BulkTokenizer,
@@ -22,9 +23,8 @@ from retrieval import (
     MilvusStore,
     ingest,
 )
-from retrieval.collator import RetroDataCollator
 
-from .conftest import CHUNK
+from ..support.places import CHUNK
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*multi-threaded, use of fork",  # Python's, of any process with threads

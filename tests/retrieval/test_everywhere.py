@@ -21,8 +21,8 @@ from retrieval import (
     ingest,
 )
 
-from ..small_models import train_tokenizer
-from .conftest import CHUNK, expected_rows, rows_of
+from ..support.places import CHUNK, expected_rows, rows_of
+from ..support.small_models import train_tokenizer
 
 
 def build(place, documents, tokenizer, embedder, **kwargs):

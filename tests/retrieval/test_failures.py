@@ -32,10 +32,9 @@ from retrieval import (
     ingest,
 )
 
-from ..processes import Forked
-from ..two_processes import ACCELERATE
-from .conftest import CHUNK, expected_rows, rows_of
-from .milvus_server import MilvusServer
+from ..support.milvus_server import MilvusServer
+from ..support.places import CHUNK, expected_rows, rows_of
+from ..support.processes import ACCELERATE, Forked
 
 
 @pytest.mark.server

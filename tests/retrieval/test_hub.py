@@ -5,8 +5,8 @@ import sys
 
 from retrieval import MilvusStore, export_knowledge_base, import_knowledge_base, ingest
 
-from ..hub import Hub
-from .conftest import CHUNK, rows_of
+from ..support.hub import Hub
+from ..support.places import CHUNK, rows_of
 
 PUSH = "import sys; from retrieval import push_knowledge_base; push_knowledge_base(sys.argv[1], 'owner/knowledge')"
 

@@ -32,9 +32,9 @@ from retrieval import (
     ingest,
 )
 
-from ..processes import Forked
-from ..small_models import train_tokenizer
-from .conftest import CHUNK, expected_rows, rows_of
+from ..support.places import CHUNK, expected_rows, rows_of
+from ..support.processes import Forked
+from ..support.small_models import train_tokenizer
 
 
 @pytest.fixture

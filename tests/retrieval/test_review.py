@@ -14,7 +14,7 @@ from retrieval import (
 from retrieval.cli import main
 from retrieval.store import IDENTITY
 
-from .conftest import CHUNK
+from ..support.places import CHUNK
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import pyarrow.feather
 import pytest
 from datasets import Dataset, DatasetDict
 
+from data_retro.mixtures import DocumentStream, mix
 from retrieval import Document, documents_from_rows, read_all, read_documents
 from retrieval.cli import main
-from retrieval.streams import DocumentStream, mix
 
 TEXTS = ["Äpfel und Birnen", "漢字 and\ttabs", 'a "quoted" word,\nand a line', "plain"]
 # In a .tsv file a quote is a character like any other

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, PythonBackend
 from retrieval import BulkTokenizer, Identity, IdentityMismatch
 from retrieval.tokenization import PROBE_TEXT
 
-from .conftest import CHUNK
+from ..support.places import CHUNK
 
 HARD = [
     "",

@@ -1,0 +1,20 @@
+"""Training data: documents → mixtures → packed sequences → batches with their neighbors."""
+
+from .collator import NEIGHBOR_FIELDS, RetroDataCollator
+from .mixtures import DocumentStream, mix
+from .packing import PackedStream, pack, packed_dataset
+from .precomputed import load_precomputed, precompute
+from .prefetch import Prefetcher
+
+__all__ = [
+    "NEIGHBOR_FIELDS",
+    "DocumentStream",
+    "PackedStream",
+    "Prefetcher",
+    "RetroDataCollator",
+    "load_precomputed",
+    "mix",
+    "pack",
+    "packed_dataset",
+    "precompute",
+]

@@ -1,0 +1,87 @@
+"""Precomputed neighbors: sequences stored with their neighbors, and loaded again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+
+from configuration_retro import RetroConfig
+from retrieval import BulkTokenizer, MilvusRetriever
+
+from .collator import NEIGHBOR_FIELDS, RetroDataCollator
+from .packing import FEATURES
+
+CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
+FORMAT = 3  # of the folder: from 2 on, with the neighbors' similarities; from 3 on, with a slot for every sequence
+
+
+def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
+    """Describe what sequences with neighbors are made for, and can be used with.
+
+    They have special tokens in them, so that the whole tokenizer counts, unlike in a knowledge base.
+    """
+    sizes = {name: getattr(config, name) for name in ("chunk_size", "num_neighbors", "neighbor_length")}
+    fingerprint = tokenizer.whole_fingerprint(len(tokenizer.hf_tokenizer))
+    return {"format": FORMAT, "tokenizer": fingerprint, "block_size": block_size, **sizes}
+
+
+def precompute(
+    parts: dict[str, Dataset], retriever: MilvusRetriever, card: dict[str, Any], folder: str | os.PathLike
+) -> None:
+    """Store sequences with their chunks' neighbors, as Arrow files; the folder appears when all is there.
+
+    Raises:
+        FileExistsError: there is such a folder already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: precompute into a new folder, or delete it.")
+    collator = RetroDataCollator(retriever)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    draft.mkdir(parents=True)  # before all the retrieval: a folder that cannot be written would lose it
+
+    def find(batch: dict[str, list]) -> dict[str, list]:
+        rows = [
+            {"input_ids": ids, "doc_ids": docs} for ids, docs in zip(batch["input_ids"], batch["doc_ids"], strict=True)
+        ]
+        found = collator.neighbors_of(rows)
+        return {name: [row[name].tolist() for row in found] for name in NEIGHBOR_FIELDS}
+
+    ids, mask, scores = List(List(List(Value("int32")))), List(List(List(Value("bool")))), List(List(Value("float32")))
+    features = Features({**FEATURES, **dict(zip(NEIGHBOR_FIELDS, (ids, mask, scores), strict=True))})
+    try:
+        stored = DatasetDict(
+            {
+                name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
+                for name, part in parts.items()
+            }
+        )
+        stored.save_to_disk(str(draft))
+        card = card | {"embedding_model": retriever.embedding_model, "collection_name": retriever.collection_name}
+        (draft / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[DatasetDict, dict[str, Any]]:
+    """The sequences that `precompute` stored, and what they were found with.
+
+    Raises:
+        FileNotFoundError: it is no such folder.
+        ValueError: they were made for another tokenizer, block size or chunk grid; names both sides.
+    """
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {CARD}).")
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in card.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{folder} was precomputed with {name} {theirs.get(name)}, this run has {value}: use the same, or precompute again."
+            )
+    return load_from_disk(str(folder)), theirs

@@ -1,0 +1,224 @@
+"""Mixtures of document streams: what each setting does, against plain Python over the same rows."""
+
+import json
+from collections import Counter
+
+import httpx
+import pytest
+from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+
+from data_retro.mixtures import DocumentStream, mix, patiently, row_filter
+from retrieval import read_documents
+
+
+@pytest.fixture
+def rows(tmp_path):
+    rows = [{"text": f"text {i}", "key": f"k{i}", "lang": "en" if i % 3 else "de", "score": i / 10} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+def ids(stream, **kwargs):
+    return [document.id for document in mix([stream], **kwargs)]
+
+
+def test_ids_and_texts_are_those_of_an_ingestion(rows, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    expected = [(document.id, document.text) for document in read_documents(path)]
+    assert [(document.id, document.text) for document in mix([DocumentStream(path)])] == expected
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    parquet = DocumentStream(str(tmp_path / "rows.parquet"), doc_id_field="key")
+    assert [(document.id, document.text) for document in mix([parquet])] == [(row["key"], row["text"]) for row in rows]
+
+
+def test_a_folder_of_rows_is_its_files_one_after_the_other(rows, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    Dataset.from_list(rows[:10]).to_parquet(folder / "a.parquet")
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows[10:])))
+    (folder / "c.txt").write_text("a text of its own")
+    read = [(document.id, document.text) for document in mix([DocumentStream(str(folder))])]
+    expected = [(f"shards/a.parquet#{i}", row["text"]) for i, row in enumerate(rows[:10])]
+    expected += [(f"shards/b.jsonl#{i}", row["text"]) for i, row in enumerate(rows[10:])]
+    assert read == [*expected, ("shards/c.txt", "a text of its own")]
+    by_key = list(mix([DocumentStream(str(folder), doc_id_field="key", filter={"lang": "de"})]))
+    assert [document.id for document in by_key] == [row["key"] for row in rows if row["lang"] == "de"]
+    with pytest.raises(ValueError, match="Row 0 of shards/a.parquet has no field 'body'; it has 'text', 'key'"):
+        list(mix([DocumentStream(str(folder), text_field="body")]))
+
+
+def high_and_english(row):
+    return row["lang"] == "en" and row["score"] > 2
+
+
+@pytest.mark.parametrize(
+    "condition, keeps",
+    [
+        ({"lang": "de"}, lambda row: row["lang"] == "de"),
+        ({"lang": ["de", "fr"], "score": {">=": 1, "<": 2}}, lambda row: row["lang"] == "de" and 1 <= row["score"] < 2),
+        ({"score": {"!=": 0.5}}, lambda row: row["score"] != 0.5),
+        ({"none": 1}, lambda row: False),
+        (f"{__name__}:high_and_english", high_and_english),
+    ],
+)
+def test_filter_shard_skip_and_take_in_this_order(rows, tmp_path, condition, keeps):
+    settings = {"num_shards": 2, "shard_index": 1, "skip": 1, "take": 5, "filter": condition, "doc_id_field": "key"}
+    kept = [row["key"] for row in rows[1::2] if keeps(row)][1:6]
+    assert ids(DocumentStream(str(tmp_path / "rows.jsonl"), **settings)) == kept
+
+
+def test_a_shuffle_is_another_one_in_each_epoch_and_the_same_when_repeated(rows, tmp_path):
+    stream = DocumentStream(str(tmp_path / "rows.jsonl"), shuffle_buffer=16, seed=3)
+    first, second = ids(stream), ids(stream, epoch=1)
+    assert first != second and sorted(first) == sorted(second) and len(set(first)) == len(rows)
+    assert ids(stream) == first and ids(stream, epoch=1) == second
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("weights", [(None, None), (3, 1)])
+def test_processes_share_the_documents(tmp_path, weights, processes):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(200)))
+    streams = [DocumentStream(str(tmp_path / f"{name}.jsonl"), weight=w) for name, w in zip("ab", weights, strict=True)]
+    whole = [document.text for document in mix(streams)]
+    ranks = range(processes)
+    shares = [[document.text for document in mix(streams, rank=rank, processes=processes)] for rank in ranks]
+    assert Counter(whole) == sum(map(Counter, shares), Counter())
+    assert shares == [whole[rank::processes] for rank in ranks]
+    if weights[0]:  # until both are used up: the second one, drawn less often, ends it
+        early = Counter(text[0] for text in whole[:200])
+        assert 120 < early["a"] < 180 and set(whole) == {f"{name}{i}" for name in "ab" for i in range(200)}
+    else:
+        assert whole == [f"{name}{i}" for name in "ab" for i in range(200)]
+
+
+@pytest.mark.parametrize("weight, shuffle", [(None, 0), (1, 0), (1, 5)])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, shuffle, processes):
+    """Where they can be shared evenly: nobody then opens what another one reads."""
+    opened = []
+
+    def generate(shards):
+        for shard in shards:
+            opened.append(shard)
+            yield from ({"key": f"{shard}-{i}", "text": f"text {i}"} for i in range(7))
+
+    dataset = IterableDataset.from_generator(generate, gen_kwargs={"shards": [0, 1, 2, 3]})
+    monkeypatch.setattr("retrieval.sources.load_dataset", lambda *args, **kwargs: dataset)
+    settings = {"weight": weight, "shuffle_buffer": shuffle}
+    stream = DocumentStream("org/data", doc_id_field="key", **settings)
+    shares, files = [], []
+    for rank in range(processes):
+        opened.clear()
+        shares.append(ids(stream, rank=rank, processes=processes))
+        files.append(set(opened))
+        assert ids(stream, rank=rank, processes=processes) == shares[-1]
+    assert Counter(sum(shares, [])) == Counter(f"{shard}-{i}" for shard in range(4) for i in range(7))
+    assert [len(own) for own in files] == ([2, 2] if processes == 2 else [4, 4, 4])
+    # a filter may be for what only some files hold: every process gets of what passes
+    english = DocumentStream("org/data", doc_id_field="key", filter={"key": ["0-0", "0-1", "0-2"]}, **settings)
+    kept = [ids(english, rank=rank, processes=processes) for rank in range(processes)]
+    assert all(kept) and len(sum(kept, [])) == 3
+    # numbers of rows need all of them to be counted
+    numbered = DocumentStream("org/data", **settings)
+    assert {id_ for rank in range(2) for id_ in ids(numbered, rank=rank, processes=2)} == {
+        f"org/data#{i}" for i in range(28)
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"weight": -1}, "weight is -1"),
+        ({"shuffle_buffer": 1.5}, "shuffle_buffer is 1.5"),
+        ({"num_shards": 2, "shard_index": 2}, "shard_index is 2, but there are 2 shards"),
+        ({"filter": "no.such:thing"}, "no function that can be imported"),
+        ({"filter": {"score": {"~": 1}}}, r"\['~'\]; there are >,"),
+        ({"filter": 7}, "not 7"),
+        ({"dataset": ""}, "needs the name"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentStream(**{"dataset": "rows", **settings})
+
+
+def test_mixtures_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="sum to nothing"):
+        list(mix([DocumentStream("a", weight=0), DocumentStream("b", weight=0)]))
+    with pytest.raises(ValueError, match=r"\['b'\] have none"):
+        list(mix([DocumentStream("a", weight=1), DocumentStream("b")]))
+    (tmp_path / "rows.jsonl").write_text('{"content": "x"}')
+    with pytest.raises(ValueError, match="has no field 'text'; it has 'content'"):
+        list(mix([DocumentStream(str(tmp_path / "rows.jsonl"))]))
+    assert row_filter(None)({})
+
+
+class TestNetwork:
+    """A source that breaks off now and then, as a line does."""
+
+    @pytest.fixture(autouse=True)
+    def no_pauses(self, monkeypatch):
+        monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+
+    def source(self, failures, streaming):
+        left = list(failures)
+
+        def generate():
+            for i in range(30):
+                if left and i == left[0]:
+                    raise ConnectionError(f"gone after {left.pop(0)} rows")
+                yield {"i": i}
+
+        return (lambda: IterableDataset.from_generator(generate)) if streaming else generate
+
+    @pytest.mark.parametrize("streaming", [True, False])
+    def test_goes_on_at_the_same_row(self, streaming):
+        rows = patiently(self.source([3, 3, 10, 29], streaming))
+        assert [row["i"] for row in rows] == list(range(30))
+
+    def test_gives_up_in_the_end(self):
+        with pytest.raises(ConnectionError, match="gone after 4 rows"):
+            list(patiently(self.source([4] * 50, streaming=False), attempts=3))
+
+    @pytest.mark.parametrize("status, again", [(503, True), (429, True), (404, False), (401, False)])
+    def test_a_hub_that_is_busy_is_asked_again_and_one_that_knows_no_such_dataset_is_not(
+        self, monkeypatch, status, again
+    ):
+        """`datasets` says of both that there is no such dataset; what is behind it tells."""
+        calls = []
+
+        def load(*args, **kwargs):
+            calls.append(1)
+            response = httpx.Response(status, request=httpx.Request("GET", "http://hub"))
+            raise DatasetNotFoundError("no such dataset") from HfHubHTTPError("says the hub", response=response)
+
+        monkeypatch.setattr("retrieval.sources.load_dataset", load)
+        with pytest.raises(FileNotFoundError):
+            list(DocumentStream("org/data").documents())
+        assert len(calls) == (6 if again else 1)
+
+    def test_another_error_after_one_of_the_network_is_told_at_once(self):
+        errors = [ConnectionError("gone"), ValueError("row 1 is not JSON")]
+
+        def broken():
+            yield {"i": 0}
+            raise errors.pop(0)
+
+        rows = patiently(broken)
+        assert next(rows) == {"i": 0}
+        with pytest.raises(ValueError, match="row 1"):
+            next(rows)
+        assert not errors
+
+    def test_other_errors_are_told_at_once(self):
+        def broken():
+            yield {"i": 0}
+            raise ValueError("row 1 is not JSON")
+
+        rows = patiently(broken)
+        assert next(rows) == {"i": 0}
+        with pytest.raises(ValueError, match="row 1"):
+            next(rows)

@@ -1,0 +1,58 @@
+"""Packing agrees with a slow reference, one token at a time, and keeps every token."""
+
+import random
+
+import pytest
+
+from data_retro.packing import pack, packed_dataset
+
+END = 0
+
+
+def reference(documents, block_size, chunk_size):
+    stream = [(token, doc_id) for doc_id, ids in documents if ids for token in [*ids, END]]
+    for start in range(0, len(stream), block_size):
+        row = stream[start : start + block_size]
+        if len(row) == 1:
+            continue
+        chunks = [row[i : i + chunk_size] for i in range(0, len(row), chunk_size)]
+        yield {
+            "input_ids": [token for token, _ in row],
+            "doc_ids": [list(dict.fromkeys(doc_id for _, doc_id in chunk)) for chunk in chunks],
+        }
+
+
+@pytest.mark.parametrize("block_size, chunk_size", [(16, 4), (16, 16), (17, 4), (3, 4), (64, 8), (2, 1)])
+def test_equals_the_reference_on_random_documents(block_size, chunk_size):
+    dice = random.Random(block_size * 100 + chunk_size)
+    for _ in range(30):
+        documents = [
+            (f"doc {dice.randrange(6)}", [dice.randrange(1, 50) for _ in range(dice.choice([0, 1, 3, 4, 15, 40]))])
+            for _ in range(dice.randrange(8))
+        ]
+        assert list(pack(documents, block_size, chunk_size, END)) == list(reference(documents, block_size, chunk_size))
+
+
+def test_reads_documents_only_as_far_as_needed():
+    def endless():
+        while True:
+            yield "d", [1, 2, 3]
+
+    assert next(pack(endless(), 8, 4, END))["input_ids"] == [1, 2, 3, END, 1, 2, 3, END]
+
+
+def test_dataset_holds_the_same_rows(tmp_path):
+    documents = [('"quoted"\n', [1, 2, 3, 4, 5]), ("数学", [6] * 20)]
+    dataset = packed_dataset(lambda: pack(documents, 8, 4, END), tmp_path)
+    assert dataset.to_list() == list(pack(documents, 8, 4, END))
+
+
+def test_changed_text_is_not_served_from_an_old_file(tmp_path):
+    for token in (1, 2):
+        dataset = packed_dataset(lambda token=token: pack([("d", [token] * 8)], 8, 4, END), tmp_path)
+        assert dataset[0]["input_ids"] == [token] * 8
+
+
+def test_no_text_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no text"):
+        packed_dataset(lambda: pack([("empty", [])], 8, 4, END), tmp_path)

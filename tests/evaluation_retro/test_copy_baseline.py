@@ -1,0 +1,114 @@
+"""The copy baseline looks up what a reader with a finger on the page would find, and its weight is the best on training data."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train_hf
+from data_retro.collator import RetroDataCollator
+from data_retro.packing import pack
+from evaluation_retro import best_weight, byte_lengths, evaluate, weight_nats
+from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
+from modeling_retro import RetroForCausalLM
+
+from ..support.runs import flags, knowledge_base, losses, train
+from ..support.training_world import CHUNK
+
+
+def look_up(tokens, i, neighbors):
+    """List the tokens that followed tokens[i - 1], tokens[i] in the neighbors, or else tokens[i]."""
+    for context in (tokens[i - 1 : i + 1], tokens[i : i + 1]):
+        n = len(context)
+        found = [
+            neighbor[j + n]
+            for neighbor in neighbors
+            for j in range(len(neighbor) - n)
+            if neighbor[j : j + n] == context
+        ]
+        if found and (n == 1 or i > 0):
+            return found
+    return []
+
+
+def test_it_finds_what_a_slow_search_finds():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 5, (3, 4 * CHUNK + 3))  # so few that much occurs again
+    ids = torch.randint(0, 5, (3, 4, 2, 12))
+    mask = torch.arange(12) < torch.randint(0, 13, (3, 4, 2, 1))
+    copied, found = copied_probability(tokens, ids, mask, CHUNK)
+    for row in range(3):
+        for i in range(tokens.shape[1] - 1):
+            chunk, expected = (i + 1) // CHUNK - 1, []
+            if chunk >= 0:
+                neighbors = [ids[row, chunk, k][mask[row, chunk, k]].tolist() for k in range(2)]
+                expected = look_up(tokens[row].tolist(), i, neighbors)
+            assert bool(found[row, i]) == bool(expected)
+            share = expected.count(int(tokens[row, i + 1])) / len(expected) if expected else 0
+            assert float(copied[row, i]) == pytest.approx(share)
+
+
+def test_the_weight_is_the_best_on_the_data_that_it_is_chosen_on(config, tokenizer, retriever, texts):
+    documents = [(str(n), tokenizer(text)["input_ids"]) for n, text in enumerate(texts)]
+    batches = [RetroDataCollator(retriever)(list(pack(documents, 44, CHUNK, tokenizer.eos_token_id)))]
+    # neighbors that hold the text itself, where the retriever's are other tokens: something to find
+    batches[0]["neighbor_ids"] = (batches[0]["neighbor_ids"] - 1) % len(tokenizer)
+    model = RetroForCausalLM(config).train()
+    weight = best_weight(weight_nats(model, batches, CHUNK, torch.device("cpu")))
+    assert model.training and 0 < weight < 1
+    losses = [evaluate(model, batches, byte_lengths(tokenizer), w).loss("copy_baseline") for w in WEIGHTS.tolist()]
+    assert weight == pytest.approx(float(WEIGHTS[losses.index(min(losses))]))
+    off = evaluate(model, batches, byte_lengths(tokenizer), 0.0)
+    assert off.loss("copy_baseline") == pytest.approx(off.loss("off"))
+    assert best_weight(weight_nats(model, [], CHUNK, torch.device("cpu"))) is None
+
+
+def test_the_mixture_is_one_of_probabilities():
+    nats, copied = torch.rand(50, dtype=torch.float64) * 30, torch.rand(50, dtype=torch.float64)
+    copied[:10] = 0
+    found = torch.rand(50) < 0.8
+    for weight in (0.0, 0.3, 0.98):
+        expected = torch.where(found, -((1 - weight) * (-nats).exp() + weight * copied).log(), nats)
+        torch.testing.assert_close(mixture_nats(nats.float(), copied.float(), found, weight), expected.float())
+
+
+def test_where_no_row_has_a_whole_chunk_nothing_is_copied():
+    none = torch.zeros(2, 0, 2, 12, dtype=torch.long)
+    copied, found = copied_probability(torch.ones(2, 5, dtype=torch.long), none, none.bool(), CHUNK)
+    assert copied.shape == found.shape == (2, 4) and not copied.any() and not found.any()
+
+
+def test_training_prints_it_and_a_copy_head_learns_beside_it(world, tokenizer_folder, tmp_path):
+    overrides = "{n_layer: 2, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, cca_layers: [1], copy_head: true}"
+    settings = {"max_steps": 12, "config_overrides": overrides, **knowledge_base(world)}
+    train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **settings))
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    for name in ("bits_per_byte", "off_bits_per_byte", "shuffled_bits_per_byte", "copy_baseline_bits_per_byte"):
+        assert math.isfinite(metrics[f"eval_{name}"])
+    assert "eval_gain_over_copy_baseline_stderr" in metrics
+    assert float(RetroForCausalLM.from_pretrained(tmp_path / "run").copy_head.valve.detach()) > 0
+
+
+def test_of_a_copy_head_matrices_alone_decay_too(world, tokenizer_folder, tmp_path):
+    overrides = "{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, copy_head: true, cca_match: true}"
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", config_overrides=overrides, max_steps=1)
+    trainer = train(arguments, tmp_path / "cache")
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    for name, parameter in trainer.model.named_parameters():
+        assert (name in decayed) == (parameter.ndim > 1 and not name.endswith("cca.match")), name
+
+
+def test_batches_of_one_have_no_bad_neighbors_to_read_and_are_fine_without_any(world, tokenizer_folder, tmp_path):
+    overrides = "{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, cca_layers: [], copy_head: true}"
+    settings = {"config_overrides": overrides, "max_steps": 1, "per_device_train_batch_size": 1}
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", **settings)
+    assert len(losses(train(arguments, tmp_path / "cache"))) == 1
+    place = [word for name, value in knowledge_base(world).items() for word in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit, match="Set it to 2 or more, or neighbor_shuffle to 0"):
+        train_hf.main([*arguments, *place])
+    train_hf.main([*arguments, *place, "--precompute_to", str(tmp_path / "neighbors")])
+    without_text = {"train_data": None, "validation_data": None, "precomputed": tmp_path / "neighbors"}
+    stored = flags(world, tokenizer_folder, tmp_path / "run", **settings, **without_text)
+    with pytest.raises(SystemExit, match="Set it to 2 or more"):
+        train_hf.main(stored)
