@@ -37,7 +37,7 @@ def main() -> None:
     for _ in range(arguments.rounds + 1):  # the first warms up
         for name, model in models.items():
             if model.config.copy_head:
-                torch.nn.init.constant_(model.copy_head.valve, 0.5)
+                torch.nn.init.constant_(model.copy_head.gate_scale, 0.5)
             lengths = {"max_new_tokens": arguments.new, "min_new_tokens": arguments.new, "do_sample": False}
             started = time.perf_counter()
             model.generate(tokens, neighbor_ids=ids, attention_mask=torch.ones_like(tokens), pad_token_id=0, **lengths)

@@ -1,4 +1,4 @@
-"""RETRO's configuration, registered with `AutoConfig` on import."""
+"""RETRO's configuration. Importing it registers `RetroConfig` with `AutoConfig`."""
 
 from transformers import AutoConfig
 

@@ -1,7 +1,8 @@
-"""RetroConfig: a GPT2Config, and what retrieval adds to it."""
+"""RetroConfig: a GPT2Config with the settings of retrieval."""
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,24 +12,28 @@ from transformers import GPT2Config
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 16), (5, 24)  # (major, minor); all between are supported
 OLDEST_TORCH = (2, 8)
 
+# the initial weights of matches of 1, 2, … tokens; those of longer matches are as the last
+INITIAL_MATCH_WEIGHTS = (8.0, 6.0, 4.0, 3.0, 2.0)
+
 
 def check_versions(
     transformers_version: str = transformers.__version__, torch_version: str = torch.__version__
 ) -> None:
-    """Refuse versions that RETRO was not tested with: they could change results without an error.
+    """Refuse versions that RETRO was not tested with, since they could silently change results.
 
     This runs on import, also from the code that is saved beside a model's weights.
 
     Raises:
-        ImportError: names the version that is installed and those that are supported.
+        ImportError: names the installed version and the supported ones.
     """
     oldest, newest, torch_oldest = (
         ".".join(map(str, bound)) for bound in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS, OLDEST_TORCH)
     )
     if not OLDEST_TRANSFORMERS <= _major_minor(transformers_version) <= NEWEST_TRANSFORMERS:
         raise ImportError(
-            f"This RETRO code supports transformers {oldest} to {newest}; {transformers_version} is installed. Install a "
-            f"supported one (pip install 'transformers=={newest}.*'), or a version of transformers-retro that supports yours."
+            f"This RETRO code supports transformers {oldest} to {newest}; {transformers_version} is installed. Install "
+            f"a supported one (pip install 'transformers=={newest}.*'), or a version of transformers-retro that "
+            "supports yours."
         )
     if _major_minor(torch_version) < OLDEST_TORCH:
         raise ImportError(
@@ -46,42 +51,65 @@ check_versions()
 
 @strict
 class RetroConfig(GPT2Config):
-    r"""Configuration of a RETRO model (Borgeaud et al., 2022, https://arxiv.org/abs/2112.04426) on a GPT-2 decoder.
+    r"""The configuration of a RETRO model on GPT-2.
 
-    Every argument of [`GPT2Config`] keeps its meaning and its default. Further arguments:
+    RETRO is Borgeaud et al., 2022, https://arxiv.org/abs/2112.04426. Every argument of
+    [`GPT2Config`] keeps its meaning and its default. Further arguments:
 
     Args:
         chunk_size (`int`, defaults to 64):
             Tokens in a chunk, the paper's m.
         num_neighbors (`int`, defaults to 2):
-            Neighbors read for each chunk, the paper's k.
+            Neighbors of each chunk, the paper's k.
         neighbor_length (`int`, *optional*, defaults to `2 * chunk_size`):
-            Tokens of one neighbor, the paper's r: the neighbor chunk, then what follows it in its document.
+            Tokens of one neighbor, the paper's r: the neighbor chunk and its continuation in its
+            document.
         cca_layers (`list[int]`, *optional*):
-            Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every third layer from the
-            sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with fewer than six. `[]` leaves it, and the
-            neighbor encoder, out of a model with a copy head.
+            Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every
+            third layer from the sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with
+            fewer than six. `[]` leaves it, and the neighbor encoder, out of a model with a copy
+            head.
         encoder_num_layers (`int`, defaults to 2):
             Layers of the neighbor encoder.
         encoder_cca_layers (`list[int]`, defaults to `[0]`):
             Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
         copy_head (`bool`, defaults to `False`):
-            Whether the model may also copy tokens from its neighbors, with a pointer-generator (See et al., 2017,
-            https://arxiv.org/abs/1704.04368). It learns to read within minutes.
+            Adds a pointer-generator (See et al., 2017, https://arxiv.org/abs/1704.04368) that
+            copies tokens from the neighbors. It learns to use them within minutes.
         cca_match (`bool`, defaults to `False`):
-            Whether cross-attention, too, goes by how well the last tokens match those before each token of a neighbor. Not
-            in the paper, whose cross-attention has to find that out by itself and takes far longer.
+            Adds to the scores of cross-attention how well the last tokens match those before each
+            neighbor token. The paper's cross-attention lacks this and takes far longer to learn it.
+        match_length (`int`, defaults to 6):
+            The most tokens that the copy head and `cca_match` compare: the last one and those
+            before it.
+        match_scale (`float`, defaults to 30.0):
+            Factor on the weights of matches and of the copy gate's features. They are stored
+            divided by it.
+        initial_match_weights (`list[float]`, *optional*):
+            Initial weights of matches of 1, 2, … `match_length` tokens, times `match_scale`.
+            Default: 8, 6, 4, 3, then 2 for all longer ones. The same last token then outweighs
+            hundreds of other places.
+        cca_match_output_scale (`float`, defaults to 4.0):
+            Factor on the output of cross-attention with `cca_match`. A larger one makes it learn
+            faster.
+        gate_log_prob_scale (`float`, defaults to 10.0):
+            Divisor of a feature of the copy gate, the decoder's expected log-probability of the
+            copied token.
         use_retrieval (`bool`, defaults to `True`):
             `False` switches neighbors off: the model is then its GPT-2 decoder.
         base_model (`str`, *optional*):
             Name of the GPT-2 checkpoint on the hub that the model was built on.
         embedding_model (`str`, *optional*):
-            Name of the embedding model of the knowledge base that the model was trained with ("owner/name").
+            Name of the embedding model of the knowledge base that the model was trained with
+            ("owner/name").
         collection_name (`str`, *optional*):
-            Name of that knowledge base's collection. Its address and credentials are never part of the configuration.
+            Name of that knowledge base's collection. Its address and credentials are never part of
+            the configuration.
 
     Raises:
-        ValueError (as `StrictDataclassClassValidationError`): a size below 1, or a layer outside its stack.
+        ValueError (as `StrictDataclassClassValidationError`): a size below 1, a scale of 0 or
+            below, a layer outside its stack, or another number of match weights than
+            `match_length`.
     """
 
     model_type = "retro"
@@ -94,24 +122,41 @@ class RetroConfig(GPT2Config):
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
     copy_head: bool = False
     cca_match: bool = False
+    match_length: int = 6
+    match_scale: float = 30.0
+    initial_match_weights: list[float] | tuple[float, ...] | None = None
+    cca_match_output_scale: float = 4.0
+    gate_log_prob_scale: float = 10.0
     use_retrieval: bool = True
     base_model: str | None = None
     embedding_model: str | None = None
     collection_name: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.neighbor_length is None:
             self.neighbor_length = 2 * self.chunk_size
         if self.cca_layers is None:
             self.cca_layers = list(range(5, self.n_layer, 3)) or [self.n_layer - 1]
-        # lists, sorted: a configuration reads the same before and after JSON
+        if self.initial_match_weights is None:
+            longer = (INITIAL_MATCH_WEIGHTS[-1],) * self.match_length
+            self.initial_match_weights = (INITIAL_MATCH_WEIGHTS + longer)[: self.match_length]
+        # sorted lists: a configuration is the same before and after JSON
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cca_layers = sorted(self.encoder_cca_layers)
+        self.initial_match_weights = list(map(float, self.initial_match_weights))
         super().__post_init__(**kwargs)
 
+    @property
+    def stored_match_weights(self) -> list[float]:
+        """The initial match weights as parameters hold them, divided by `match_scale`."""
+        assert self.initial_match_weights is not None, "set when the configuration is built"
+        return [weight / self.match_scale for weight in self.initial_match_weights]
+
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """A GPT-2 checkpoint's configuration is a RETRO configuration that says nothing of retrieval yet.
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a checkpoint's configuration. A GPT-2 checkpoint gets the defaults of retrieval.
 
         Raises:
             ValueError: the checkpoint is of another architecture.
@@ -120,46 +165,63 @@ class RetroConfig(GPT2Config):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in ("gpt2", cls.model_type):
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint; RETRO is built on GPT-2 ones (or "
-                "loaded from RETRO ones)."
+                f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint. Give a GPT-2 checkpoint to build "
+                "RETRO on, or a RETRO one."
             )
-        # a name of the hub, that is: a path is nobody else's business
+        # record hub names only; local paths are private
         if model_type == "gpt2" and not Path(pretrained_model_name_or_path).exists():
             config_dict["base_model"] = str(pretrained_model_name_or_path)
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        # Merged before the configuration is built, so that what depends on a value (neighbor_length, checks) follows it.
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from a dictionary; arguments of the same names win."""
+        # merged before the configuration is built, so that derived values (neighbor_length) and
+        # checks see them
         own = {field.name for field in fields(cls)} & set(kwargs)
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
 
-    def validate_retrieval(self):
-        """Check the sizes and the places of cross-attention, naming the value that does not fit."""
-        for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers"):
+    def validate_retrieval(self) -> None:
+        """Check the sizes, the scales and the layers with cross-attention.
+
+        Raises:
+            ValueError: names the value that does not fit.
+        """
+        for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers", "match_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+                raise ValueError(f"{name} is {getattr(self, name)}. Give at least 1.")
+        for name in ("match_scale", "cca_match_output_scale", "gate_log_prob_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}. Give a number above 0.")
+        if len(self.initial_match_weights or ()) != self.match_length:
+            raise ValueError(
+                f"initial_match_weights={self.initial_match_weights} does not have match_length ({self.match_length}) "
+                "numbers. Give as many, or leave it out."
+            )
         if self.add_cross_attention:
             raise ValueError(
-                "add_cross_attention is True: a RETRO model attends to its neighbors (cca_layers) and to no other encoder. Set "
-                "add_cross_attention=False to leave that part of the checkpoint out."
+                "add_cross_attention is True, but a RETRO model attends to its neighbors (cca_layers) and to no other "
+                "encoder. Set add_cross_attention=False to leave that part of the checkpoint out."
             )
         if not self.cca_layers and not self.copy_head:
             raise ValueError(
-                "cca_layers is empty and copy_head is False: nothing would read the neighbors. Name at least one decoder "
-                "layer, set copy_head=True, or use GPT2LMHeadModel (use_retrieval=False switches neighbors off)."
+                "cca_layers is empty and copy_head is False, so nothing would use the neighbors. Name at least one "
+                "decoder layer, set copy_head=True, or use GPT2LMHeadModel. (use_retrieval=False switches neighbors "
+                "off.)"
             )
-        for name, layers, depth in (
-            ("cca_layers", self.cca_layers, self.n_layer),
-            ("encoder_cca_layers", self.encoder_cca_layers, self.encoder_num_layers),
-        ):
-            outside = [layer for layer in layers if not 0 <= layer < depth]
-            if outside:
-                raise ValueError(
-                    f"{name}={list(layers)}: layer {outside[0]} does not exist; there are {depth} layers, 0 to {depth - 1}."
-                )
-            if len(set(layers)) < len(layers):
-                raise ValueError(f"{name}={list(layers)} names a layer twice.")
+        self._check_layers("cca_layers", self.n_layer)
+        self._check_layers("encoder_cca_layers", self.encoder_num_layers)
+
+    def _check_layers(self, name: str, depth: int) -> None:
+        """Refuse layers outside a stack of `depth` layers, and layers that are named twice."""
+        layers = getattr(self, name)
+        outside = [layer for layer in layers if not 0 <= layer < depth]
+        if outside:
+            raise ValueError(
+                f"{name}={layers}: layer {outside[0]} does not exist. There are {depth} layers, 0 to {depth - 1}."
+            )
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{name}={layers} names a layer twice. Name each once.")
 
 
 __all__ = ["RetroConfig"]

@@ -106,10 +106,10 @@ def main() -> None:
             tokens,
             neighbor_ids=found.ids[None],
             neighbor_attention_mask=found.attention_mask[None],
-            neighbor_scores=found.scores.nan_to_num(0.0)[None],
+            neighbor_scores=found.scores[None],
         )
-        looks = model.copy_head.looks(
-            model.lm_head(outputs.last_hidden_state), outputs.last_hidden_state, outputs.copying
+        looks = model.copy_head.gate_and_attention(
+            model.lm_head(outputs.last_hidden_state), outputs.last_hidden_state, outputs.copy_candidates
         )
     gates, places = looks[0][0], looks[1][0].argmax(-1)
     # position i predicts token i + 1; those of chunk u + 1 read the neighbors of chunk u

@@ -1,4 +1,4 @@
-"""RETRO models, registered with `AutoModel` and `AutoModelForCausalLM` on import."""
+"""RETRO models. Importing them registers them with `AutoModel` and `AutoModelForCausalLM`."""
 
 from transformers import AutoModel, AutoModelForCausalLM
 

@@ -1,11 +1,12 @@
-"""The copy head: where a neighbor goes on from tokens like the last ones here, the token that followed there is predicted.
+"""The copy head: a pointer-generator (Vinyals et al., 2015; See et al., 2017) over the neighbors.
 
-A pointer-generator (Vinyals et al., 2015; See et al., 2017) over the neighbors that chunked cross-attention reads. It needs
-few steps to learn, since what the paper's cross-attention must first find, that a token of a neighbor says what may follow
-its like, is built in.
+Where the text goes on as a passage of a neighbor does, the token that followed there is a good
+prediction. The paper's cross-attention must first find that out; the copy head has it built in, and
+so learns within few steps.
 
-Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see
-`Readers`); k neighbors a chunk, r tokens a neighbor, V vocabulary.
+Shapes: B rows, T tokens of this call, T' tokens whose logits are computed, d hidden size, V
+vocabulary; G groups of w queries (see `QueryGroups`); k neighbors of a chunk, r tokens of a
+neighbor; n = `match_length`.
 """
 
 from dataclasses import dataclass
@@ -17,57 +18,70 @@ from transformers import initialization as init
 
 from configuration_retro import RetroConfig
 
+from .attention_plan import AttentionPlan
 from .chunk_grid import Movable
-from .matching import CONTEXT, MATCH_WEIGHTS, SCALE
-from .reading import Reading, remember_chunks
+from .neighbor_inputs import NeighborInputs
 
-FEATURES = 4 + CONTEXT  # of what is copied, that the gate sees beside the hidden state
+# what the gate sees beside the hidden state and the matches: peakedness, agreement, similarity,
+# expected log-probability
+GATE_STATISTICS = 4
+CLOSED_GATE_LIMIT = 8.0  # the largest log-evidence that the gradient of a closed gate goes by
+RENAMED_PARAMETERS = {"valve": "gate_scale"}  # names in checkpoints of earlier versions -> present names
 
 
 @dataclass
-class Copying(Movable):
-    """The copy head's inputs in one call.
+class CopyCandidates(Movable):
+    """The neighbor tokens that the columns of one call may copy.
 
-    reading:    who reads which chunk, and how well the last tokens match there.
-    token_ids:  (B, G, k·r) of the groups' neighbors.
-    first:      (B, G, k·r) where the same token first occurs in the group's neighbors.
-    first_own:  (B, G, k·r) where it first occurs in the same neighbor.
-    scores:     (B, G, k) retrieval similarity.
+    Attributes:
+        plan: which columns attend to which neighbors.
+        matches: (n, B·G, w, k·r) how well the last 1, 2, … n tokens match those before each place.
+        token_ids: (B, G, k·r) int64.
+        first_places: (B, G, k·r) int64, where the same token first occurs in the group's neighbors.
+        first_places_in_neighbor: (B, G, k·r) int64, where it first occurs in the same neighbor.
+        scores: (B, G, k) the similarity that each neighbor was retrieved with.
     """
 
-    reading: Reading
-    token_ids: torch.LongTensor
-    first: torch.LongTensor
-    first_own: torch.LongTensor
+    plan: AttentionPlan
+    matches: torch.Tensor
+    token_ids: torch.Tensor
+    first_places: torch.Tensor
+    first_places_in_neighbor: torch.Tensor
     scores: torch.Tensor
 
 
-def build_copying(
-    reading: Reading,
-    neighbor_ids: torch.LongTensor | None,
-    neighbor_mask: torch.BoolTensor | None,
-    neighbor_scores: torch.Tensor | None,
-) -> Copying:
-    """Prepare a call's copying; with a cache, each chunk once.
+def find_candidates(
+    config: RetroConfig,
+    plan: AttentionPlan | None,
+    matches: torch.Tensor | None,
+    neighbors: NeighborInputs | None,
+) -> CopyCandidates | None:
+    """Return what the copy head may copy; None without one, or without neighbors so far.
+
+    With a cache, each chunk's candidates are prepared once.
 
     Args:
-        neighbor_ids, neighbor_mask, neighbor_scores: (B, C, k, r), (B, C, k, r) and (B, C, k) of the chunks that complete in
-            this call; all None if none does.
+        neighbors: those of the chunks that this call completes, if any.
     """
+    if not config.copy_head or plan is None or matches is None:
+        return None
     new = {}
-    if neighbor_ids is not None:
-        flat = neighbor_ids.flatten(2)
+    if neighbors is not None:
+        ids, mask = neighbors.ids, neighbors.mask
         new = {
-            "token_ids": flat,
-            "first": _first_occurrences(flat.unsqueeze(2), neighbor_mask.flatten(2).unsqueeze(2)),
-            "first_own": _first_occurrences(neighbor_ids, neighbor_mask),
-            "scores": neighbor_scores,
+            "token_ids": ids.flatten(2),
+            "first_places": _first_places(ids.flatten(2).unsqueeze(2), mask.flatten(2).unsqueeze(2)),
+            "first_places_in_neighbor": _first_places(ids, mask),
+            "scores": neighbors.scores,
         }
-    return Copying(reading, **remember_chunks(reading, "copy", new))
+    return CopyCandidates(plan, matches, **plan.recall("copy", new))
 
 
-def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.LongTensor:
-    """(B, C, n, t) -> (B, C, n·t): for each token the place, in the n·t, where it first occurs among its t."""
+def _first_places(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return where each token of ids (B, C, s, t) first occurs among its t, as a place in s·t.
+
+    The result has shape (B, C, s·t).
+    """
     same = (ids.unsqueeze(-1) == ids.unsqueeze(-2)) & mask.unsqueeze(-2)
     first = same.byte().argmax(-1)
     starts = torch.arange(0, ids.shape[2] * ids.shape[3], ids.shape[3], device=ids.device)
@@ -75,120 +89,153 @@ def _first_occurrences(ids: torch.LongTensor, mask: torch.BoolTensor) -> torch.L
 
 
 class CopyHead(nn.Module):
-    """Mixes the decoder's prediction with copying: p = (1 − g) · p_decoder + g · p_copy.
+    """Mixes the decoder's and the copy distribution: p = (1 − g) · p_decoder + g · p_copy.
 
-    p_copy is attention over the k·r neighbor tokens that the position may read. A token's score is a weighted sum of how well
-    the last 1, 2, … CONTEXT tokens here match those before it (see `match_context`) and of the similarity with which its
-    neighbor was retrieved.
+    The gate g is the probability of copying; 1 − g is See et al.'s generation probability. p_copy
+    sums an attention distribution over the k·r neighbor tokens by token. A place's attention score
+    is a weighted sum of how well the last 1, 2, … n tokens match those before it (see
+    `match_tokens`) and of the similarity that its neighbor was found with.
 
-    The odds g / (1 − g) are those of a logistic regression on the decoder's last hidden state and on what tells good neighbors
-    from bad (see `attend`), times a valve that starts at zero: until trained, the logits are GPT-2's.
+    The gate's odds g / (1 − g) are a logistic regression on the decoder's last hidden state and on
+    features that tell good neighbors from bad (see `copy_distribution`), times `gate_scale`. It
+    starts at zero: until trained, the logits are GPT-2's.
+
+    The weights of matches, similarity and features are stored divided by `match_scale`: a few
+    numbers must go far in few steps, at the learning rates of matrices.
     """
 
     def __init__(self, config: RetroConfig):
         super().__init__()
-        self.match = nn.Parameter(torch.empty(CONTEXT))
+        self.config = config
+        self.match = nn.Parameter(torch.empty(config.match_length))
         self.similarity = nn.Parameter(torch.empty(1))
         self.gate_hidden = nn.Parameter(torch.empty(config.n_embd))
-        self.gate_features = nn.Parameter(torch.empty(FEATURES))
+        self.gate_features = nn.Parameter(torch.empty(GATE_STATISTICS + config.match_length))
         self.gate_bias = nn.Parameter(torch.empty(1))
-        self.valve = nn.Parameter(torch.empty(1))
+        self.gate_scale = nn.Parameter(torch.empty(1))
+        self.register_load_state_dict_pre_hook(_rename_old_parameters)
 
     def init_weights(self) -> None:
-        init.copy_(self.match, torch.tensor(MATCH_WEIGHTS))
-        for parameter in (self.similarity, self.gate_hidden, self.gate_features, self.gate_bias, self.valve):
+        """Set the match weights to the configuration's, and all others to zero."""
+        init.copy_(self.match, torch.tensor(self.config.stored_match_weights))
+        for parameter in (self.similarity, self.gate_hidden, self.gate_features, self.gate_bias, self.gate_scale):
             init.zeros_(parameter)
 
     def forward(
         self,
-        logits: torch.Tensor,  # (B, T', V), of the columns alone
+        logits: torch.Tensor,  # (B, T', V)
         hidden_states: torch.Tensor,  # (B, T', d)
-        copying: Copying,
-        columns: slice | torch.Tensor,  # of the call's T
+        candidates: CopyCandidates,
+        columns: slice | torch.Tensor,  # the T' of the call's T columns
     ) -> torch.Tensor:  # (B, T', V)
-        mass, features, token_ids = (states[:, columns] for states in self.attend(copying))
-        # in log space, and float32 whatever the model's type
-        log_probs = logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
-        log_odds = self.log_odds(hidden_states, features, mass, log_probs)
-        copied = mass > 0
-        evidence = log_odds.unsqueeze(-1) + mass.masked_fill(~copied, 1.0).log() - log_probs
-        # logits may be shifted by a constant: (1 − g) · p + g · c is p · (1 + odds · c / p), up to normalization
-        boost = torch.where(copied, _log1p_exp(evidence, self.valve.float()), 0.0)
+        """Return the logits of the mixture."""
+        copy_probs, features, token_ids = (states[:, columns] for states in self.copy_distribution(candidates))
+        # in log space, and in float32 whatever the model's type
+        log_probs = _log_probs(logits, token_ids)
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, log_probs)
+        is_copied = copy_probs > 0
+        log_evidence = log_odds.unsqueeze(-1) + copy_probs.masked_fill(~is_copied, 1.0).log() - log_probs
+        # logits may be shifted by a constant: (1 − g) · p + g · c is p · (1 + odds · c / p), up to
+        # normalization
+        boost = torch.where(is_copied, _log1p_scaled_exp(log_evidence, self.gate_scale.float()), 0.0)
         return logits.scatter_add(-1, token_ids, boost.to(logits.dtype))
 
-    def log_odds(
-        self, hidden_states: torch.Tensor, features: torch.Tensor, mass: torch.Tensor, log_probs: torch.Tensor
-    ) -> torch.Tensor:
-        """log g / (1 − g), but for the valve, (B, T'); mass and the decoder's log_probs (B, T', k·r) of the copied tokens."""
-        plausibility = (mass * log_probs).sum(-1, keepdim=True) / 10  # of what is copied, to the decoder
-        known = torch.cat([features, plausibility], dim=-1)
-        learned = (known * self.gate_features.float()).sum(-1) + self.gate_bias.float()
-        return (hidden_states.float() * self.gate_hidden.float()).sum(-1) + SCALE * learned
+    def attention_distribution(self, candidates: CopyCandidates) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the attention over the neighbor tokens of each group.
 
-    def attend(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+        Returns:
+            attention (B·G, w, k·r) float32; similarity (B·G, 1, k·r) of each place's neighbor.
+        """
+        plan, scale = candidates.plan, self.config.match_scale
+        neighbor_length = candidates.token_ids.shape[-1] // candidates.scores.shape[-1]
+        similarity = candidates.scores.float().flatten(0, 1).repeat_interleave(neighbor_length, dim=-1).unsqueeze(1)
+        scores = (scale * self.match.float().view(-1, 1, 1, 1) * candidates.matches).sum(0)
+        scores = scores + scale * self.similarity.float() * similarity
+        scores = scores.masked_fill(plan.is_masked.unsqueeze(1), torch.finfo(scores.dtype).min)
+        return scores.softmax(-1), similarity
+
+    def copy_distribution(self, candidates: CopyCandidates) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the copy distribution and the gate's features.
 
         Returns:
-            mass (B, T, k·r) float32: probability of each token that is copied, where it first occurs; 0 elsewhere, and
-            where a column reads nothing. features (B, T, FEATURES - 1) for the gate: how well the last 1, 2, … tokens match
-            where it looks, the sharpness of the mass, how much of it the neighbors say alike, and their retrieval
-            similarity. token_ids (B, T, k·r).
+            copy_probs (B, T, k·r) float32: the probability of copying each token, at the place
+            where it first occurs.
+                0 at other places, and for columns that attend to nothing.
+            features (B, T, n + 3) for the gate: the attended matches of 1, 2, … n tokens; how
+                peaked the copy distribution is; how much of that the neighbors agree on; the
+                attended similarity.
+            token_ids (B, T, k·r) int64.
         """
-        readers = copying.reading.readers
-        weights, scores = self.weights(copying)
-        mass = _sum_at(weights, copying.first.flatten(0, 1))
-        by_neighbor = _sum_at(weights, copying.first_own.flatten(0, 1))
-        sharpness = mass.square().sum(-1)
-        alike = sharpness - by_neighbor.square().sum(-1)
-        similarity = (weights * scores).sum(-1)
-        features = [*(weights * copying.reading.matches).sum(-1), sharpness, alike, similarity]
-        token_ids = copying.token_ids.flatten(0, 1).unsqueeze(1).expand(-1, readers.width, -1)
-        readable = copying.reading.readable.unsqueeze(-1)
+        plan = candidates.plan
+        attention, similarity = self.attention_distribution(candidates)
+        copy_probs = _sum_at(attention, candidates.first_places.flatten(0, 1))
+        by_neighbor = _sum_at(attention, candidates.first_places_in_neighbor.flatten(0, 1))
+        peakedness = copy_probs.square().sum(-1)
+        agreement = peakedness - by_neighbor.square().sum(-1)
+        matches = (attention * candidates.matches).sum(-1)  # (n, B·G, w)
+        features = torch.stack([*matches, peakedness, agreement, (attention * similarity).sum(-1)], dim=-1)
+        token_ids = candidates.token_ids.flatten(0, 1).unsqueeze(1).expand(-1, plan.queries.width, -1)
+        can_attend = plan.can_attend.unsqueeze(-1)
         return (
-            torch.where(readable, readers.ungroup(mass), 0.0),
-            torch.where(readable, readers.ungroup(torch.stack(features, dim=-1)), 0.0),
-            readers.ungroup(token_ids),
+            torch.where(can_attend, plan.queries.ungroup(copy_probs), 0.0),
+            torch.where(can_attend, plan.queries.ungroup(features), 0.0),
+            plan.queries.ungroup(token_ids),
         )
 
-    def looks(
-        self, logits: torch.Tensor, hidden_states: torch.Tensor, copying: Copying
+    def _gate_log_odds(
+        self, hidden_states: torch.Tensor, features: torch.Tensor, copy_probs: torch.Tensor, log_probs: torch.Tensor
+    ) -> torch.Tensor:
+        """Return log(g / (1 − g)) without `gate_scale`, (B, T'), given the decoder's log_probs."""
+        expected_log_prob = (copy_probs * log_probs).sum(-1, keepdim=True) / self.config.gate_log_prob_scale
+        features = torch.cat([features, expected_log_prob], dim=-1)
+        from_features = (features * self.gate_features.float()).sum(-1) + self.gate_bias.float()
+        return (hidden_states.float() * self.gate_hidden.float()).sum(-1) + self.config.match_scale * from_features
+
+    def gate_and_attention(
+        self, logits: torch.Tensor, hidden_states: torch.Tensor, candidates: CopyCandidates
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a trained model looks, of all columns of a call.
+        """Compute the gate and the attention distribution of all columns, to show what is copied.
+
+        Args:
+            logits: (B, T, V) of the decoder.
+            hidden_states: (B, T, d) the decoder's last.
 
         Returns:
-            the gate g (B, T), 0 where a column reads nothing, and the attention (B, T, k·r) over the tokens to copy.
+            gate (B, T), 0 for columns that attend to nothing; attention (B, T, k·r) over the
+            neighbor tokens.
         """
-        mass, features, token_ids = self.attend(copying)
-        log_probs = logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
-        log_odds = self.log_odds(hidden_states, features, mass, log_probs) + self.valve.float().clamp(min=0.0).log()
-        gate = torch.where(copying.reading.readable, log_odds.sigmoid(), 0.0)
-        return gate, copying.reading.readers.ungroup(self.weights(copying)[0])
-
-    def weights(self, copying: Copying) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over the neighbor tokens of each group, the token to copy being the one looked at.
-
-        Returns:
-            weights (B·G, w, k·r) float32; the retrieval similarity of each place's neighbor (B·G, 1, k·r).
-        """
-        places = copying.token_ids.shape[-1] // copying.scores.shape[-1]  # of a neighbor
-        scores = copying.scores.float().flatten(0, 1).repeat_interleave(places, dim=-1).unsqueeze(1)
-        fit = (SCALE * self.match.float().view(-1, 1, 1, 1) * copying.reading.matches).sum(0)
-        fit = fit + SCALE * self.similarity.float() * scores
-        return fit.masked_fill(copying.reading.hidden.unsqueeze(1), torch.finfo(fit.dtype).min).softmax(-1), scores
+        plan = candidates.plan
+        copy_probs, features, token_ids = self.copy_distribution(candidates)
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, _log_probs(logits, token_ids))
+        log_odds = log_odds + self.gate_scale.float().clamp(min=0.0).log()
+        gate = torch.where(plan.can_attend, log_odds.sigmoid(), 0.0)
+        return gate, plan.queries.ungroup(self.attention_distribution(candidates)[0])
 
 
-def _sum_at(weights: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:
-    """weights (N, w, t) summed where `places` (N, t) says, the same for all w."""
-    return torch.zeros_like(weights).scatter_add(-1, places.unsqueeze(1).expand_as(weights), weights)
+def _log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the float32 log-probabilities of token_ids (…, N) under logits (…, V)."""
+    return logits.gather(-1, token_ids).float() - logits.float().logsumexp(-1, keepdim=True)
 
 
-def _log1p_exp(evidence: torch.Tensor, valve: torch.Tensor) -> torch.Tensor:
-    """log(1 + valve · exp(evidence)); a valve of zero, or one that training has pushed below, lets nothing through.
+def _sum_at(attention: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return attention (N, w, t) summed at the places (N, t), which are the same for all w."""
+    return torch.zeros_like(attention).scatter_add(-1, places.unsqueeze(1).expand_as(attention), attention)
 
-    Its gradient is that of an open valve, so that it can open, and open again.
+
+def _log1p_scaled_exp(log_evidence: torch.Tensor, gate_scale: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + gate_scale · exp(log_evidence)), or 0 if the scale is zero or below.
+
+    A closed gate has the gradient of an open one, so that it can open, and open again.
     """
-    valve = valve + (valve.clamp(min=0.0) - valve).detach()
-    is_open = valve > 0
-    through = F.softplus(evidence + torch.where(is_open, valve, 1.0).log())
-    closed = valve * evidence.clamp(max=8.0).exp()  # 0, with the gradient there
-    return torch.where(is_open, through, closed)
+    gate_scale = gate_scale + (gate_scale.clamp(min=0.0) - gate_scale).detach()
+    is_open = gate_scale > 0
+    opened = F.softplus(log_evidence + torch.where(is_open, gate_scale, 1.0).log())
+    closed = gate_scale * log_evidence.clamp(max=CLOSED_GATE_LIMIT).exp()  # 0, with the gradient there
+    return torch.where(is_open, opened, closed)
+
+
+def _rename_old_parameters(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Give the parameters of a state dict that is about to be loaded their present names."""
+    for old, new in RENAMED_PARAMETERS.items():
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)

@@ -1,4 +1,4 @@
-"""The names that the installed transformers uses: the key/value cache, and the arguments that all its models take."""
+"""Names that depend on the installed transformers: of the cache and of common arguments."""
 
 import inspect
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from transformers.utils import TransformersKwargs
 
 # transformers 5.24 renamed `past_key_values` in forwards, mask functions, generate() and outputs.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-LOSS_ARGUMENTS = {"shift_labels", "ignore_index"}  # of the library's loss, beside num_items_in_batch
+LOSS_ARGUMENTS = {"shift_labels", "ignore_index"}  # arguments of the library's loss, beside num_items_in_batch
 
 
 def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -24,10 +24,13 @@ def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | 
 
 
 def check_arguments(function: str, given: Iterable[str], known: Iterable[str] = ()) -> None:
-    """Refuse keyword arguments that no model of the library takes, as a function without `**kwargs` does.
+    """Refuse keyword arguments that no model of the library takes.
+
+    A function with `**kwargs` would silently ignore them, and a misspelled cache would give wrong
+    results.
 
     Raises:
-        TypeError: names them. An argument that is silently ignored, such as a renamed cache, gives wrong results.
+        TypeError: names them.
     """
     unknown = set(given) - TransformersKwargs.__optional_keys__ - set(known)
     if unknown:

@@ -1,4 +1,4 @@
-"""Opening a model: which of its parts are new, and what a second model opened by the name of a first one reads."""
+"""Opening a model: its new parts, its renamed parameters and its retriever."""
 
 import re
 from collections import Counter
@@ -6,12 +6,19 @@ from contextvars import ContextVar
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-# a child of the library's logger, so that what silences its load report silences the line that takes its place
+from .copy_head import RENAMED_PARAMETERS
+
+# a child of the library's logger: whoever silences its load report silences the line that replaces
+# it
 logger = logging.get_logger("transformers.models.retro")
 
 ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to GPT-2
+ENCODER, COPY_HEAD = "neighbor encoder", "copy head"
+# regular expression for a name in checkpoints of earlier versions -> present name
+RENAMED = {rf"copy_head\.{old}$": f"copy_head.{new}" for old, new in RENAMED_PARAMETERS.items()}
 
 
 def is_added(name: str) -> bool:
@@ -20,10 +27,10 @@ def is_added(name: str) -> bool:
 
 
 class NameWithRetriever(str):
-    """The name or path of a model whose retriever is set: a string, and the retriever.
+    """The name or path of a model, with the retriever that is set on it.
 
-    TRL opens a reference model by the name in the policy's configuration, and the two must read the same. The retriever is
-    never written anywhere: JSON, YAML, pickle and `str()` see the name alone.
+    TRL opens a reference model by the name in the policy's configuration, and the two must read the
+    same. The retriever is never written anywhere: JSON, YAML, pickle and `str()` see only the name.
     """
 
     retriever: Any
@@ -41,64 +48,81 @@ class NameWithRetriever(str):
 
 
 def _represent(dumper: Any, name: NameWithRetriever) -> yaml.Node:
-    return dumper.represent_str(str(name))  # those in C take nothing but `str` itself
+    return dumper.represent_str(str(name))  # YAML's C code takes nothing but `str` itself
 
 
 for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
-    if hasattr(yaml, _name):  # those in C may be left out
+    if hasattr(yaml, _name):  # YAML may be built without its C code
         getattr(yaml, _name).add_representer(NameWithRetriever, _represent)
 
-# The configuration file of the checkpoint that is being opened; None: it has none, or nobody opens one.
+# The configuration file of the checkpoint that is being opened. None: it has none, or none is being
+# opened.
 _CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
-_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class LoadingMixin:
+class LoadingMixin(PreTrainedModel):
     """`from_pretrained` of RETRO models."""
 
     _new_parameters: frozenset[str] = frozenset()  # named in one line, and not in the library's load report
+    _checkpoint_conversion_mapping = RENAMED  # PEFT applies it to the names in an adapter
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """`PreTrainedModel.from_pretrained`. Parts that are new are named in one line.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Open a model as `PreTrainedModel.from_pretrained` does. New parts are named in one line.
 
-        Opened by the name in another model's configuration (`config.name_or_path`), a model reads what that one reads, unless
-        it is given a `retriever` of its own, or None. Opened by a plain string, it reads only what it is given.
+        Opened by the name in another model's configuration (`config.name_or_path`), a model gets
+        that one's retriever, unless it is given a `retriever` of its own, or None. Opened by a
+        plain string, it has only what it is given.
         """
         token = _CHECKPOINT.set(cls._checkpoint_config(pretrained_model_name_or_path, kwargs))
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                key_mapping=RENAMED | (key_mapping or {}),
+                **kwargs,
             )
         finally:
             _CHECKPOINT.reset(token)
+        model, info = loaded
         if isinstance(pretrained_model_name_or_path, NameWithRetriever) and "retriever" not in kwargs:
             try:
                 model.set_retriever(pretrained_model_name_or_path.retriever)
             except ValueError as error:
                 raise ValueError(
-                    f"{error} This retriever is that of the model whose configuration the name is from: pass retriever=None to "
-                    "open the model without it."
+                    f"{error} This retriever is set on the model whose configuration the name is from. Pass "
+                    "retriever=None to open the model without it."
                 ) from error
         info["missing_keys"] = info["missing_keys"] | model._new_parameters
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _checkpoint_config(cls, name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what a checkpoint's own configuration file says, whatever configuration it is opened with."""
+        """Return the checkpoint's own configuration, whatever configuration it is opened with."""
         if name is None:
             return None
-        place = {argument: kwargs[argument] for argument in _PLACE if argument in kwargs}
+        location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
+        assert cls.config_class is not None
         try:
-            return cls.config_class.get_config_dict(name, **place)[0]
+            return cls.config_class.get_config_dict(name, **location)[0]
         except OSError:  # there is no such file; if that is wrong, the library says so
             return None
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Take new parts out of the library's report, and name them in one line.
 
-        A part is new if neither the checkpoint's configuration nor its weights know it. Whatever else is missing stays in the
-        report: a weight of the decoder, or one that the checkpoint should have.
+        A part is new if neither the checkpoint's configuration nor its weights know it. Any other
+        missing weight stays in the report: one of the decoder, or one that the checkpoint should
+        have.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         checkpoint = _CHECKPOINT.get()
@@ -118,21 +142,25 @@ class LoadingMixin:
         self._new_parameters = frozenset(name for name in missing if _part_of(name) in new)
         loading_info.missing_keys = missing - self._new_parameters
         size = sum(self.get_parameter(name).numel() for name in self._new_parameters)
-        layers = sorted(int(part.removeprefix("layer ")) for part in new if part.startswith("layer "))
-        parts = [ENCODER] * (ENCODER in new)
-        if layers:
-            parts.append(f"cross-attention in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}")
-        parts += [COPY_HEAD] * (COPY_HEAD in new)
-        logger.warning("New, and a no-op until trained: %s (%s parameters).", ", ".join(parts), f"{size:,}")
-
-
-ENCODER, COPY_HEAD = "neighbor encoder", "copy head"
+        logger.warning("New, and a no-op until trained: %s (%s parameters).", _list_parts(new), f"{size:,}")
 
 
 def _part_of(name: str) -> str | None:
-    """The part of a RETRO model that a parameter belongs to: "layer 5" for its cross-attention; None: the decoder."""
+    """Return the part of a RETRO model that a parameter belongs to; None for the decoder.
+
+    The cross-attention of a decoder layer is "layer 5".
+    """
     if not is_added(name):
         return None
     if layer := re.search(r"\bh\.(\d+)\.", name):
         return f"layer {layer[1]}"
     return COPY_HEAD if "copy_head." in name else ENCODER
+
+
+def _list_parts(parts: set[str]) -> str:
+    """Return the names of parts as one phrase."""
+    layers = sorted(int(part.removeprefix("layer ")) for part in parts if part.startswith("layer "))
+    names = [ENCODER] * (ENCODER in parts)
+    if layers:
+        names.append(f"cross-attention in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}")
+    return ", ".join(names + [COPY_HEAD] * (COPY_HEAD in parts))

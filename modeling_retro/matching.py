@@ -1,68 +1,82 @@
-"""How well the last tokens of a text match those before each place of the neighbors that it reads.
+"""Token matching: how well a text's last tokens match those before each place of a neighbor.
 
-What the copy head and, with `cca_match`, cross-attention go by: a place is a token of a neighbor that could come next.
+The copy head and, with `cca_match`, cross-attention use it: where the last tokens occur in a
+neighbor, the token that follows them there may come next here.
 
-Shapes: B rows, T tokens of this call, d hidden size; G groups of at most w readers of one chunk (see `Readers`); k neighbors
-a chunk, r tokens a neighbor.
+Shapes: B rows, T tokens of this call, d hidden size, n = `match_length`; G groups of w queries (see
+`QueryGroups`); k neighbors of a chunk, r tokens of a neighbor.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from configuration_retro import RetroConfig
 
+from .attention_plan import AttentionPlan
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, take_rows
-from .reading import Reading, remember_chunks
-
-CONTEXT = 6  # tokens that are compared: the last one and those before it
-# A few numbers decide all, and must go far in few steps at the learning rates of matrices: they are kept divided by this.
-SCALE = 30.0
-# What a match of 1, 2, … tokens counts to begin with: the same last token lifts a place above hundreds that have another,
-# one before it above those as well.
-MATCH_WEIGHTS = tuple(weight / SCALE for weight in (8.0, 6.0, 4.0, 3.0, 2.0, 2.0))
+from .chunk_grid import ChunkGrid, QueryGroups, take_columns
+from .neighbor_inputs import NeighborInputs
 
 
-def match_context(
+def match_tokens(
     config: RetroConfig,
     grid: ChunkGrid,
-    reading: Reading | None,
-    token_embeds: torch.Tensor,
-    neighbor_embeds: torch.Tensor | None,
-    neighbor_mask: torch.BoolTensor | None,
+    plan: AttentionPlan | None,
+    token_embeds: torch.Tensor,  # (B, T, d)
+    neighbors: NeighborInputs | None,
+    embed: nn.Module,
     cache: RetroCache | None,
-) -> torch.Tensor | None:
-    """How well the last 1, 2, … CONTEXT tokens of each reader match the ones before each place.
+) -> torch.Tensor | None:  # (n, B·G, w, k·r)
+    """Return how well each query's last 1, 2, … n tokens match those before each place, in float32.
 
-    A match of n tokens is the product c_1 · … · c_n of cosine similarities (of token embeddings, those below 0 counted as 0):
-    c_1 of x_i and n_{j−1}, c_2 of x_{i−1} and n_{j−2} …, for token x_i of the text and place j of a neighbor. With a
-    cache, a chunk's neighbors are prepared once.
+    The match of s tokens x_i, x_{i−1}, … of the text with place j of a neighbor y is the product
+    c_1 · … · c_s of cosine similarities of token embeddings, negative ones counted as 0: c_1 of x_i
+    and y_{j−1}, c_2 of x_{i−1} and y_{j−2}, and so on. With a cache, a chunk's neighbors are
+    prepared once.
 
     Args:
-        token_embeds: (B, T, d) of this call's tokens, without positions.
-        neighbor_embeds, neighbor_mask: (B, C, k, r, d) and (B, C, k, r) of the chunks that complete in this call; None if
-            none does. A token that is masked matches nothing.
+        token_embeds: embeddings of this call's tokens, without positions.
+        neighbors: those of the chunks that this call completes. Masked tokens match nothing.
+        embed: the token embeddings.
+        cache: it is extended by this call's embeddings.
 
     Returns:
-        (CONTEXT, B·G, w, k·r) float32; None if nothing is read.
+        None if there are no neighbors so far, or nothing uses matches.
     """
-    token_embeds = F.normalize(token_embeds, dim=-1)
-    if cache is not None:
-        token_embeds = cache.append_token_embeds(token_embeds)
-    if reading is None:
+    if not (config.copy_head or config.cca_match) or (plan is None and cache is None):
         return None
-    new = {}
-    if neighbor_embeds is not None:
-        new["keys"] = (F.normalize(neighbor_embeds, dim=-1) * neighbor_mask.unsqueeze(-1)).flatten(2, 3)
-    keys = remember_chunks(reading, "match", new)["keys"].flatten(0, 1)
-    columns, exists = grid.columns_before(CONTEXT, token_embeds.shape[1])
-    context = torch.where(exists.flatten(1).unsqueeze(-1), take_rows(token_embeds, columns.flatten(1)), 0.0)
-    readers = reading.readers
-    queries = readers.group(context.view(*columns.shape[:2], -1)).view(-1, readers.width * CONTEXT, keys.shape[-1])
-    cosines = (queries @ keys.transpose(1, 2)).float().clamp(min=0.0)
-    cosines = cosines.view(queries.shape[0], readers.width, CONTEXT, -1, config.neighbor_length)
+    # Cross-attention's matches have no gradient. The copy head's does not go through the encoder's
+    # embeddings, since gradient checkpointing may have gone through them by itself.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.copy_head):
+        token_embeds = F.normalize(token_embeds, dim=-1)
+        if cache is not None:
+            token_embeds = cache.append_token_embeds(token_embeds)  # (B, L, d)
+        if plan is None:
+            return None
+        new = {}
+        if neighbors is not None:
+            neighbor_embeds = F.normalize(embed(neighbors.ids), dim=-1)  # (B, C, k, r, d)
+            new["keys"] = (neighbor_embeds * neighbors.mask.unsqueeze(-1)).flatten(2, 3)
+        keys = plan.recall("match", new)["keys"].flatten(0, 1)  # (B·G, k·r, d)
+        queries = _last_tokens(config.match_length, grid, plan.queries, token_embeds)  # (B·G, w·n, d)
+        cosines = (queries @ keys.transpose(1, 2)).float().clamp(min=0.0)  # (B·G, w·n, k·r)
+        return _multiply_along(cosines, config.match_length, config.num_neighbors)
+
+
+def _last_tokens(number: int, grid: ChunkGrid, queries: QueryGroups, token_embeds: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of each query's last tokens, its own first, (B·G, w·number, d)."""
+    columns, exists = grid.columns_before(number, token_embeds.shape[1])  # (B, T, number)
+    context = torch.where(exists.flatten(1).unsqueeze(-1), take_columns(token_embeds, columns.flatten(1)), 0.0)
+    grouped = queries.group(context.view(*columns.shape[:2], -1))  # (B·G, w, number·d)
+    return grouped.view(-1, queries.width * number, token_embeds.shape[-1])
+
+
+def _multiply_along(cosines: torch.Tensor, match_length: int, num_neighbors: int) -> torch.Tensor:
+    """Return the products of cosines (B·G, w·n, k·r) along matching tokens, (n, B·G, w, k·r)."""
+    cosines = cosines.view(cosines.shape[0], -1, match_length, num_neighbors, cosines.shape[-1] // num_neighbors)
     matches: list[torch.Tensor] = []
-    for distance in range(CONTEXT):  # a place is one token further than the last token's like
+    for distance in range(match_length):  # a place comes right after the tokens that match
         shifted = F.pad(cosines[:, :, distance], (distance + 1, 0))[..., : cosines.shape[-1]].flatten(2)
         matches.append(shifted * matches[-1] if matches else shifted)
     return torch.stack(matches)

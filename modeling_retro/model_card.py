@@ -1,6 +1,7 @@
-"""The model card of a RETRO model: what it is, what it was trained to read, how good it is, and how to use it."""
+"""The model card of a RETRO model: its base, its knowledge base, its evaluation and its use."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -12,17 +13,18 @@ TAGS = ["retro", "gpt2", "retrieval-augmented"]
 def model_card(
     config: RetroConfig,
     repo_id: str,
-    knowledge_base: Mapping[str, str | int] | None = None,
+    knowledge_base: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, float] | None = None,
 ) -> ModelCard:
-    """A card for the hub. It names the knowledge base, never its address.
+    """Build a card for the hub. It names the knowledge base, never its address.
 
     Args:
-        repo_id: where the model will be found.
-        knowledge_base: what the retriever tells of itself, `retriever.describe()`; its "sources" are named datasets.
+        repo_id: the model's name on the hub.
+        knowledge_base: the retriever's description of itself, `retriever.describe()`. Its "sources"
+            are datasets.
         evaluation: held-out measurements by name.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "embedding model": config.embedding_model,
         "collection": config.collection_name,
         "chunk size": f"{config.chunk_size} tokens",
@@ -46,7 +48,8 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
         f"RETRO ([Borgeaud et al., 2022](https://arxiv.org/abs/2112.04426)) on {base}: a language model of "
-        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through {_readers(config)}. With `use_retrieval=False` it is its decoder alone.",
+        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through {_ways_to_read(config)}. "
+        "With `use_retrieval=False` it is its decoder alone.",
         "## Knowledge base",
         _table(("", ""), {name: value for name, value in facts.items() if value is not None}),
         "## Use",
@@ -71,11 +74,11 @@ Without the packages `modeling_retro` and `retrieval`, `AutoModelForCausalLM.fro
 trust_remote_code=True)` opens the model; neighbors are then given as `neighbor_ids`."""
 
 
-def _readers(config: RetroConfig) -> str:
-    layers = ", ".join(map(str, config.cca_layers))
+def _ways_to_read(config: RetroConfig) -> str:
+    layers = ", ".join(map(str, config.cca_layers or ()))
     by = ", by matching tokens" if config.cca_match else ""
-    readers = [f"chunked cross-attention (layers {layers}{by})"] if layers else []
-    return " and ".join(readers + ["a copy head"] * config.copy_head)
+    ways = [f"chunked cross-attention (layers {layers}{by})"] if layers else []
+    return " and ".join(ways + ["a copy head"] * config.copy_head)
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:

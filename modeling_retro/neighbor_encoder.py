@@ -1,4 +1,6 @@
-"""The neighbor encoder: a small bidirectional transformer that reads each neighbor in the light of its chunk."""
+"""The neighbor encoder: a small bidirectional transformer, conditioned on the neighbors' chunk."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,9 +11,14 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from configuration_retro import RetroConfig
 
+from .chunk_grid import Movable, take_columns
+
 
 class RetroEncoderLayer(GradientCheckpointingLayer):
-    """Self-attention in both directions; in `encoder_cca_layers`, attention to the chunk's decoder states; MLP."""
+    """One layer of the encoder: self-attention in both directions, cross-attention, MLP.
+
+    In `encoder_cca_layers` it attends to the decoder's states of the chunk.
+    """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__()
@@ -25,7 +32,8 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
         if config.activation_function == "gelu_new":
-            # the same function in one kernel: the encoder has no GPT-2 weights to be equal to, to the last bit
+            # the same function in one kernel; the encoder has no GPT-2 weights to agree with to the
+            # last bit
             self.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
     def forward(
@@ -34,11 +42,13 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         chunk_states: torch.Tensor,  # (N, m, d)
         attention_mask: torch.Tensor | None = None,  # prepared for the attention implementation
     ) -> torch.Tensor:  # (N·k, r, d)
+        """Return the next hidden states."""
         attn_output, _ = self.self_attention(self.ln_1(hidden_states), attention_mask=attention_mask)
         hidden_states = hidden_states + attn_output
 
         if hasattr(self, "cross_attention"):
-            # A token attends to all of the chunk and to nothing else, so the k neighbors can share one set of keys.
+            # each token attends to all of the chunk and to nothing else, so the k neighbors share
+            # one set of keys
             queries = self.ln_cross(hidden_states).view(chunk_states.shape[0], -1, chunk_states.shape[-1])
             attn_output, _ = self.cross_attention(queries, encoder_hidden_states=self.ln_chunk(chunk_states))
             hidden_states = hidden_states + attn_output.view_as(hidden_states)
@@ -47,11 +57,12 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 
 
 class NeighborEncoder(nn.Module):
-    """Neighbor tokens and the chunk's decoder states to encoded neighbors (paper, section 2.3 and algorithm 1)."""
+    """The encoder of the paper's section 2.3 and algorithm 1."""
 
     def __init__(self, config: RetroConfig):
         super().__init__()
         self.config = config
+        assert config.neighbor_length is not None, "set when the configuration is built"
         self.wpe = nn.Embedding(config.neighbor_length, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList([RetroEncoderLayer(config, layer_idx=i) for i in range(config.encoder_num_layers)])
@@ -60,9 +71,10 @@ class NeighborEncoder(nn.Module):
     def forward(
         self,
         token_embeds: torch.Tensor,  # (B, C, k, r, d), the decoder's token embeddings
-        attention_mask: torch.BoolTensor,  # (B, C, k, r)
+        attention_mask: torch.Tensor,  # (B, C, k, r) bool
         chunk_states: torch.Tensor,  # (B, C, m, d)
     ) -> torch.Tensor:  # (B, C, k·r, d)
+        """Encode neighbors from their token embeddings and the decoder's states of their chunks."""
         batch_size, num_chunks, num_neighbors, neighbor_length, dim = token_embeds.shape
         positions = torch.arange(neighbor_length, device=token_embeds.device)
         hidden_states = self.drop(token_embeds + self.wpe(positions).to(token_embeds.device))
@@ -78,6 +90,34 @@ class NeighborEncoder(nn.Module):
         return self.ln_f(hidden_states).view(batch_size, num_chunks, num_neighbors * neighbor_length, dim)
 
 
-def open_if_empty(mask: torch.BoolTensor) -> torch.BoolTensor:
-    """A mask (…, keys) in which rows without any key are opened, so that softmax stays finite; nothing reads them."""
+@dataclass
+class UnencodedNeighbors(Movable):
+    """The neighbors of a call before they are encoded.
+
+    The first cross-attention layer encodes them, since it has the decoder's states.
+
+    Attributes:
+        encoder: the model's neighbor encoder.
+        token_embeds: (B, C, k, r, d) embeddings of the neighbors' tokens.
+        attention_mask: (B, C, k, r) bool.
+        chunk_columns: (B, C·m) int64, the columns of the chunks, from the start of the cache.
+    """
+
+    encoder: NeighborEncoder
+    token_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    chunk_columns: torch.Tensor
+
+    def encode(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the encoded neighbors (B, C, k·r, d), given the decoder's states (B, L, d)."""
+        num_chunks = self.token_embeds.shape[1]
+        chunk_states = take_columns(states, self.chunk_columns).unflatten(1, (num_chunks, -1))
+        return self.encoder(self.token_embeds, self.attention_mask, chunk_states).to(states.device)
+
+
+def open_if_empty(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask (…, keys) with the rows that allow no key opened, so that softmax stays finite.
+
+    The results for such rows are never used.
+    """
     return mask | ~mask.any(-1, keepdim=True)

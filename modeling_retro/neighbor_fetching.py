@@ -1,90 +1,134 @@
-"""Asking a retriever for the neighbors of the chunks that a call completes, each chunk once."""
+"""Fetching: ask a retriever for the neighbors of each chunk that a call completes, once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from configuration_retro import RetroConfig
 
-from .chunk_grid import ChunkGrid, take_chunks
+from .chunk_grid import ChunkGrid
+from .neighbor_inputs import NeighborInputs
 
-# neighbor_ids and neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k)
-FetchedNeighbors = tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]
+Chunk = tuple[int, ...]  # a chunk's token ids
+
+
+class Neighbors(Protocol):
+    """The neighbors of n chunks, as a retriever returns them."""
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(n, k, r) int64 token ids."""
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """(n, k, r) bool, False for padding and for missing neighbors."""
+
+    @property
+    def doc_ids(self) -> list[list[str | None]]:
+        """The documents' names: n lists of k, None for missing neighbors."""
+
+    @property
+    def chunk_indices(self) -> torch.Tensor:
+        """(n, k) int64, the neighbor's number in its document, -1 for missing neighbors."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """(n, k) float similarities, nan for missing neighbors."""
 
 
 class Retriever(Protocol):
-    """The interface that a model needs of a knowledge base; `retrieval.MilvusRetriever` has it.
+    """The interface that a model needs of a knowledge base; see `retrieval.MilvusRetriever`.
 
-    `retrieve(chunks)` takes (n, m) token ids and returns an object with `ids` (n, k, r) int64, `attention_mask`
-    (n, k, r) bool, `doc_ids` (n lists of k names or None), `chunk_indices` (n, k) int64 and `scores` (n, k) float.
-    If it has `describe()`, the model card shows the names and values that this returns.
+    If there is a method `describe()`, the model card shows the names and values that it returns.
     """
 
-    chunk_size: int
-    num_neighbors: int
-    neighbor_length: int
-    vocab_size: int
-    embedding_model: str
+    @property
+    def chunk_size(self) -> int:
+        """Tokens in a chunk."""
 
-    def retrieve(self, chunks: torch.LongTensor, exclude_doc_ids: Sequence | None = None) -> Any: ...
+    @property
+    def num_neighbors(self) -> int:
+        """Neighbors of each chunk."""
+
+    @property
+    def neighbor_length(self) -> int:
+        """Tokens of one neighbor."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the knowledge base's tokenizer."""
+
+    @property
+    def embedding_model(self) -> str:
+        """Name of the embedding model."""
+
+    def retrieve(self, chunks: torch.Tensor, exclude_doc_ids: Sequence[Collection[str]] | None = None) -> Neighbors:
+        """Return the nearest neighbors of chunks (n, m), without those from excluded documents."""
 
 
 @dataclass
 class RetrievedChunk:
-    """The neighbors that one chunk read: for each of the k, its document, its chunk there, and the similarity.
+    """The neighbors that were retrieved for one chunk of a row.
 
     A missing neighbor has document None, chunk index -1 and score nan.
+
+    Attributes:
+        chunk: the chunk's number in its row.
+        doc_ids: for each of the k neighbors, its document.
+        chunk_indices: for each, its number in its document.
+        scores: for each, its similarity.
     """
 
-    chunk: int  # the chunk's number in its row
+    chunk: int
     doc_ids: list[str | None]
     chunk_indices: list[int]
     scores: list[float]
 
 
 class RetrievalLog:
-    """All that one `generate()` has retrieved, by the chunk's tokens: beams that share a chunk share its neighbors.
+    """All neighbors that one `generate()` has retrieved. Beams that share a chunk share them.
 
-    Attributes (set while it runs):
+    Attributes (set by the first steps of `generate()`):
         prompt_mask: (rows, prompt tokens), 0 for padding.
-        first_chunk: (rows, 1) the chunk that slot 0 of neighbors given to `generate()` stands for.
-        cross_attentions: of each forward pass that read neighbors, if attention weights are asked for.
+        first_chunk: (rows, 1) the chunk in slot 0 of the neighbors given to `generate()`.
+        cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
+            asked for.
     """
 
-    def __init__(self):
-        self._neighbors: dict[tuple[int, ...], tuple[Any, int]] = {}  # chunk -> (a retrieve() result, row in it)
+    def __init__(self) -> None:
+        self._neighbors: dict[Chunk, tuple[Neighbors, int]] = {}  # chunk -> (a retriever's answer, row in it)
         self.prompt_mask: torch.Tensor | None = None
-        self.first_chunk: torch.LongTensor | None = None
+        self.first_chunk: torch.Tensor | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
         return len(self._neighbors)
 
-    def __contains__(self, chunk: tuple[int, ...]) -> bool:
+    def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self._neighbors
 
-    def retrieve(self, retriever: Retriever, chunks: Sequence[tuple[int, ...]]) -> None:
-        """Fetch those of `chunks` that are not here yet, in one call."""
+    def retrieve(self, retriever: Retriever, chunks: Sequence[Chunk]) -> None:
+        """Fetch the neighbors of those chunks that are not here yet, in one search."""
         missing = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self]
         if missing:
             neighbors = retriever.retrieve(torch.tensor(missing))
             self._neighbors.update({chunk: (neighbors, row) for row, chunk in enumerate(missing)})
 
-    def tensors(self, chunk: tuple[int, ...]) -> tuple[torch.LongTensor, torch.BoolTensor, torch.FloatTensor]:
-        """The neighbors of a chunk: ids (k, r), mask (k, r) and scores (k), 0 where there is none."""
+    def tensors(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a chunk's neighbors: ids (k, r), mask (k, r) and scores (k)."""
         neighbors, row = self._neighbors[chunk]
-        return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row].nan_to_num(0.0)
+        return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row]
 
-    def read_by(self, tokens: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
-        """Return the neighbors retrieved for the chunks of a row of content tokens, in order."""
-        read = []
+    def retrieved(self, tokens: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
+        """Return the neighbors retrieved for the chunks of a row without padding, in order."""
+        found = []
         for number in range(len(tokens) // chunk_size):
             chunk = tuple(tokens[number * chunk_size : (number + 1) * chunk_size])
             if chunk in self:
                 neighbors, row = self._neighbors[chunk]
-                read.append(
+                found.append(
                     RetrievedChunk(
                         number,
                         list(neighbors.doc_ids[row]),
@@ -92,7 +136,7 @@ class RetrievalLog:
                         neighbors.scores[row].tolist(),
                     )
                 )
-        return read
+        return found
 
 
 # a compiled model's graph ends before the search, and another one begins after it
@@ -100,20 +144,16 @@ class RetrievalLog:
     reason="a knowledge base cannot be searched inside a graph. Give the neighbors to the model (neighbor_ids, "
     "neighbor_attention_mask, neighbor_scores; RetroDataCollator and generate() do), or compile without fullgraph=True"
 )
-def fetch_neighbors(
-    retriever: Retriever, grid: ChunkGrid, tokens: torch.LongTensor, log: RetrievalLog
-) -> FetchedNeighbors:
-    """Neighbors of every chunk that this call completes, searched in one batch.
+def fetch_neighbors(retriever: Retriever, grid: ChunkGrid, tokens: torch.Tensor, log: RetrievalLog) -> NeighborInputs:
+    """Fetch the neighbors of every chunk that this call completes, in one search.
 
     Args:
-        tokens: (B, L) all columns so far, those of the cache first; -1 where a token is unknown. A chunk with an
-            unknown token cannot be searched and gets no neighbors.
+        tokens: (B, L) int64, all columns so far, those in the cache first; -1 where a token is
+            unknown. A chunk with an unknown token cannot be searched for and gets no neighbors.
 
     Returns:
-        neighbor_ids, neighbor_attention_mask (B, C, k, r) and neighbor_scores (B, C, k) on the tokens' device; C = 0 if
-        no row completes a chunk.
+        The neighbors, on the tokens' device. They have no slot (C = 0) if no row completes a chunk.
     """
-    size = grid.chunk_size
     counts = grid.num_completed.squeeze(1).tolist()
     num_slots = max(counts)
     shape = (len(counts), num_slots, retriever.num_neighbors, retriever.neighbor_length)
@@ -122,7 +162,7 @@ def fetch_neighbors(
     scores = torch.zeros(shape[:3])
     if num_slots:
         columns = grid.chunk_columns(num_slots, tokens.shape[1])
-        chunk_tokens = tokens.gather(1, columns).unflatten(1, (num_slots, size)).tolist()
+        chunk_tokens = tokens.gather(1, columns).unflatten(1, (num_slots, -1)).tolist()
         chunks = {
             (row, slot): tuple(chunk_tokens[row][slot])
             for row, count in enumerate(counts)
@@ -132,35 +172,17 @@ def fetch_neighbors(
         log.retrieve(retriever, list(chunks.values()))
         for place, chunk in chunks.items():
             ids[place], mask[place], scores[place] = log.tensors(chunk)
-    return ids.to(tokens.device), mask.to(tokens.device), scores.to(tokens.device)
+    return NeighborInputs(ids, mask, scores).to(tokens.device)
 
 
-def given_neighbors(
-    grid: ChunkGrid,
-    first_chunk: torch.LongTensor,
-    neighbor_ids: torch.LongTensor,
-    mask: torch.Tensor | None,
-    scores: torch.Tensor | None,
-) -> FetchedNeighbors:
-    """Select the given neighbors of the chunks completed in this call.
+def select_given(grid: ChunkGrid, first_chunk: torch.Tensor, given: NeighborInputs) -> NeighborInputs:
+    """Select the given neighbors of the chunks that this call completes. Later chunks have none.
 
     Args:
-        first_chunk: (B, 1) the chunk that slot 0 stands for.
-        neighbor_ids, mask: (B, C, k, r); mask None: all are there.
-        scores: (B, C, k); None: 0.
-
-    Returns:
-        neighbor_ids, neighbor_attention_mask (B, C', k, r) and neighbor_scores (B, C', k); chunks beyond the given ones
-        have no neighbors.
+        first_chunk: (B, 1) the chunk that slot 0 of the given neighbors stands for.
     """
-    mask = torch.ones_like(neighbor_ids, dtype=torch.bool) if mask is None else mask.bool()
-    scores = torch.zeros(neighbor_ids.shape[:3], device=neighbor_ids.device) if scores is None else scores
-    num_slots = int(grid.num_completed.max()) if neighbor_ids.shape[1] else 0
-    slots = grid.first_chunk - first_chunk + torch.arange(num_slots, device=first_chunk.device)
-    is_given = slots < neighbor_ids.shape[1]
-    slots = slots.clamp(max=neighbor_ids.shape[1] - 1)
-    mask = take_chunks(mask, slots) & is_given[..., None, None]
-    return take_chunks(neighbor_ids, slots), mask, take_chunks(scores, slots)
+    num_slots = int(grid.num_completed.max()) if given.num_slots else 0
+    return given.take_slots(grid.first_chunk - first_chunk + torch.arange(num_slots, device=first_chunk.device))
 
 
 def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
@@ -179,16 +201,17 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
     ):
         if getattr(retriever, name) != getattr(config, name):
             raise ValueError(
-                f"{name} is {getattr(config, name)} in the model and {getattr(retriever, name)} in the retriever. {remedy}"
+                f"{name} is {getattr(config, name)} in the model and {getattr(retriever, name)} in the retriever. "
+                f"{remedy}"
             )
     if retriever.vocab_size > config.vocab_size:
         raise ValueError(
-            f"The knowledge base has {retriever.vocab_size} token ids, the model's vocabulary only {config.vocab_size}. Build it "
-            "with the model's tokenizer."
+            f"The knowledge base has {retriever.vocab_size} token ids, the model's vocabulary only "
+            f"{config.vocab_size}. Build it with the model's tokenizer."
         )
     if config.embedding_model is not None and retriever.embedding_model != config.embedding_model:
         raise ValueError(
-            f"The model was trained with neighbors found by embedding model {config.embedding_model!r}, the knowledge "
-            f"base is built with {retriever.embedding_model!r}. Use a knowledge base built with the former, or set "
-            "config.embedding_model to the latter if you mean to change it."
+            f"The model was trained with neighbors found by embedding model {config.embedding_model!r}, but the "
+            f"knowledge base was built with {retriever.embedding_model!r}. Use a knowledge base built with the former, "
+            "or set config.embedding_model to the latter to change it."
         )

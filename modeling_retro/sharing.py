@@ -1,11 +1,14 @@
-"""Saving a model so that it opens anywhere: its code beside its weights, and a model card on the hub."""
+"""Sharing a model: its code is saved beside its weights, and a model card goes to the hub."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from configuration_retro import RetroConfig
 
 from .model_card import TAGS, model_card
 
@@ -16,24 +19,35 @@ AUTO_CLASSES = {
 }
 
 
-class SharingMixin:
-    """`save_pretrained` and `push_to_hub` of RETRO models. Neither a retriever nor its address is ever written."""
+class SharingMixin(PreTrainedModel):
+    """`save_pretrained` and `push_to_hub` of RETRO models. They never write a retriever."""
 
+    config: RetroConfig
     evaluation: dict[str, float] | None = None  # held-out measurements, for the model card
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """`PreTrainedModel.save_pretrained`, and the code that opens the model with `trust_remote_code=True`."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, is_main_process: bool = True, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does, with the code that opens the model.
+
+        Parameters are saved under their present names, unless `save_original_format` asks for those
+        of the checkpoint that the model was opened from.
+        """
         self.config.auto_map = AUTO_CLASSES
         if is_main_process:
             write_code(self, save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, save_original_format=save_original_format, **kwargs
+        )
 
     def model_card(self, repo_id: str) -> ModelCard:
-        """The card that `push_to_hub` writes: see [`model_card.model_card`]."""
-        describe = getattr(self.retriever, "describe", dict)  # without a retriever there is nothing to tell
+        """Return the card that `push_to_hub` writes (see [`model_card.model_card`])."""
+        describe = getattr(self.retriever, "describe", dict)  # without a retriever there is nothing to describe
         return model_card(self.config, repo_id, describe(), self.evaluation)
 
-    def _upload_modified_files(self, working_dir, repo_id: str, files_timestamps: dict[str, float], **kwargs):
+    def _upload_modified_files(  # type: ignore[override]
+        self, working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
         # where push_to_hub() and save_pretrained(push_to_hub=True) meet
         readme = Path(working_dir, "README.md")
         if not readme.exists() or not set(TAGS) <= set(ModelCard.load(readme).data.tags or []):  # not one of ours
@@ -44,17 +58,17 @@ class SharingMixin:
 
 
 def write_code(model: PreTrainedModel, folder: str | Path) -> None:
-    """Put a model's code into a folder, for `trust_remote_code=True`."""
+    """Write a model's code into a folder, for `trust_remote_code=True`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for source in code_files(model):
         code = source.read_text(encoding="utf-8")
-        # what is shared is one folder, where the packages of this project are modules side by side
+        # in the shared folder, the packages of this project are modules side by side
         code = code.replace("from configuration_retro import", "from .configuration_retro import")
         Path(folder, source.name).write_text(code, encoding="utf-8")
 
 
 def code_files(model: PreTrainedModel) -> list[Path]:
-    """The modules that define a model and its configuration, and all that they import of this project."""
+    """Return the modules that define a model, with all project modules that they import."""
     modeling = str(Path(__file__).with_name("modeling_retro.py"))
-    configuration = sys.modules[type(model.config).__module__].__file__
+    configuration = str(sys.modules[type(model.config).__module__].__file__)
     return [Path(file) for file in sorted({modeling, configuration, *get_relative_import_files(modeling)})]

@@ -2,8 +2,6 @@
 
 import torch
 
-from modeling_retro.matching import CONTEXT
-
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     """Multiplications and additions of forward and backward of one batch, recomputation aside.
@@ -37,5 +35,7 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
         12 * len(config.cca_layers) * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
     )
     if config.copy_head or config.cca_match:  # cosines of the last tokens with those of the neighbors
-        total += 6 * CONTEXT * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
+        total += (
+            6 * config.match_length * width * (tokens if read else 0) * config.num_neighbors * config.neighbor_length
+        )
     return total

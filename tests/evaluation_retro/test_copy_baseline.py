@@ -87,7 +87,7 @@ def test_training_prints_it_and_a_copy_head_learns_beside_it(world, tokenizer_fo
     for name in ("bits_per_byte", "off_bits_per_byte", "shuffled_bits_per_byte", "copy_baseline_bits_per_byte"):
         assert math.isfinite(metrics[f"eval_{name}"])
     assert "eval_gain_over_copy_baseline_stderr" in metrics
-    assert float(RetroForCausalLM.from_pretrained(tmp_path / "run").copy_head.valve.detach()) > 0
+    assert float(RetroForCausalLM.from_pretrained(tmp_path / "run").copy_head.gate_scale.detach()) > 0
 
 
 def test_of_a_copy_head_matrices_alone_decay_too(world, tokenizer_folder, tmp_path):

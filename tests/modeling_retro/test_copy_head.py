@@ -55,11 +55,11 @@ def test_an_unlikely_token_can_be_copied_and_nothing_overflows():
     with torch.no_grad():
         for parameter in (model.copy_head.gate_hidden, model.copy_head.gate_features, model.copy_head.gate_bias):
             parameter.zero_()
-        model.copy_head.valve.fill_(1.0)  # a gate of one half
-        mass, _, token_ids = model.copy_head.attend(outputs.copying)
+        model.copy_head.gate_scale.fill_(1.0)  # a gate of one half
+        copy_probs, _, token_ids = model.copy_head.copy_distribution(outputs.copy_candidates)
     decoder.requires_grad_()
-    mixed = model.copy_head(decoder, hidden, outputs.copying, slice(None)).softmax(-1)
-    copied = torch.zeros_like(mixed).scatter_add(-1, token_ids, mass)
+    mixed = model.copy_head(decoder, hidden, outputs.copy_candidates, slice(None)).softmax(-1)
+    copied = torch.zeros_like(mixed).scatter_add(-1, token_ids, copy_probs)
     reads = torch.arange(2 * CHUNK) >= CHUNK - 1
     expected = 0.5 * decoder.softmax(-1) + 0.5 * copied
     torch.testing.assert_close(mixed[:, reads], expected[:, reads], atol=1e-5, rtol=1e-5)
@@ -73,14 +73,14 @@ def test_a_valve_that_training_has_shut_can_open_again():
     tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1).chunks
     ids, mask = neighbor_tensors([neighbors], 3)
     with torch.no_grad():
-        model.copy_head.valve.fill_(-0.1)
+        model.copy_head.gate_scale.fill_(-0.1)
     inputs = {"neighbor_ids": ids, "neighbor_attention_mask": mask}
     shut = model(torch.tensor([tokens]), **inputs)
     plain = small_model(copy_head=False)
     plain.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(shut.logits, plain(torch.tensor([tokens]), **inputs).logits)
     shut.logits.log_softmax(-1)[0, CHUNK, neighbors[0][0][0]].backward()
-    assert model.copy_head.valve.grad.abs() > 0
+    assert model.copy_head.gate_scale.grad.abs() > 0
 
 
 def test_a_checkpoint_without_a_copy_head_loads_as_before_and_can_be_given_one(tmp_path):
@@ -115,7 +115,7 @@ def test_where_it_looks_is_what_it_predicts_by():
     outputs = model.transformer(torch.tensor([tokens]), **inputs)
     hidden = outputs.last_hidden_state
     decoder = model.lm_head(hidden)
-    gate, places = model.copy_head.looks(decoder, hidden, outputs.copying)
+    gate, places = model.copy_head.gate_and_attention(decoder, hidden, outputs.copy_candidates)
     mixed = model(torch.tensor([tokens]), **inputs).logits.softmax(-1)[0]
     for i in range(len(tokens)):
         chunk = (i + 1) // CHUNK - 1

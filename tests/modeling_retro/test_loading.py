@@ -126,11 +126,11 @@ def test_a_copy_head_that_is_added_to_a_retro_checkpoint_is_named_in_one_line(tm
     [
         (["transformer.h.2.mlp.c_fc.weight"], ["transformer.h.2.mlp.c_fc.weight"]),
         (["transformer.h.1.cca.c_proj.weight"], ["transformer.h.1.cca.c_proj.weight"]),
-        (["copy_head."], ["MISSING", "copy_head.valve"]),
+        (["copy_head."], ["MISSING", "copy_head.gate_scale"]),
         (["transformer.encoder."], ["MISSING", "transformer.encoder.wpe.weight"]),
         (
             [".cca.", ".ln_cca.", "transformer.encoder.", "copy_head."],
-            ["MISSING", "copy_head.valve", "transformer.encoder.wpe.weight"],
+            ["MISSING", "copy_head.gate_scale", "transformer.encoder.wpe.weight"],
         ),
     ],
     ids=["decoder", "cross_attention", "copy_head", "encoder", "all"],
@@ -199,7 +199,7 @@ def test_a_pickled_model_gives_its_retriever_to_models_opened_by_its_name(tmp_pa
 def test_a_name_whose_retriever_does_not_fit_says_how_to_open_without_it(tmp_path):
     small_model().save_pretrained(tmp_path)
     name = RetroForCausalLM.from_pretrained(tmp_path, retriever=HashRetriever()).config._name_or_path
-    with pytest.raises(ValueError, match=r"num_neighbors is 4.*pass retriever=None"):
+    with pytest.raises(ValueError, match=r"num_neighbors is 4.*Pass retriever=None"):
         RetroForCausalLM.from_pretrained(name, num_neighbors=4)
     assert RetroForCausalLM.from_pretrained(name, num_neighbors=4, retriever=None).retriever is None
 
@@ -224,4 +224,4 @@ def test_what_is_new_goes_by_the_checkpoint_and_not_by_the_configuration_it_is_o
         cca_match=True,
     )
     RetroForCausalLM.from_pretrained(tmp_path / "retro", config=fresh)
-    assert "copy_head.valve" in logged.text and "no-op" not in logged.text
+    assert "copy_head.gate_scale" in logged.text and "no-op" not in logged.text

@@ -203,16 +203,16 @@ def test_a_resized_vocabulary_serves_decoder_neighbors_and_head():
     batch = training_batch()
     with torch.no_grad():
         before = model(**batch).logits
-        model.copy_head.valve.zero_()  # what is copied is weighed against all that the decoder finds likely, new tokens too
+        model.copy_head.gate_scale.zero_()  # what is copied is weighed against all that the decoder finds likely, new tokens too
         decoded = model(**batch).logits
-        model.copy_head.valve.fill_(0.5)
+        model.copy_head.gate_scale.fill_(0.5)
     model.resize_token_embeddings(VOCAB + 5)
     assert model.config.vocab_size == VOCAB + 5
     assert model.lm_head.weight is model.transformer.wte.weight
     with torch.no_grad():
-        model.copy_head.valve.zero_()
+        model.copy_head.gate_scale.zero_()
         torch.testing.assert_close(model(**batch).logits[..., :VOCAB], decoded)
-        model.copy_head.valve.fill_(0.5)
+        model.copy_head.gate_scale.fill_(0.5)
 
     batch["neighbor_ids"][3, 0, 0, 0] = VOCAB + 4
     batch["neighbor_attention_mask"][3, 0, 0, 0] = True

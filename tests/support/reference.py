@@ -110,7 +110,7 @@ def with_copying(model, hidden, logits, tokens, neighbors, scores):
             plausibility = (mass * log_probs).sum() / 10
             known = torch.cat([features, plausibility[None]])
             log_odds = hidden[i] @ head.gate_hidden + SCALE * (known @ head.gate_features + head.gate_bias)
-            odds = head.valve.clamp(min=0) * log_odds.exp()
+            odds = head.gate_scale.clamp(min=0) * log_odds.exp()
             gate = odds / (1 + odds)
             log_probs = ((1 - gate) * log_probs.exp() + gate * mass).log()
         mixed.append(log_probs)

@@ -41,7 +41,7 @@ def small_model(**changes) -> RetroForCausalLM:
         if model.config.copy_head:
             for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
                 parameter.mul_(0.1)  # they count thirty times
-            model.copy_head.valve.fill_(0.5)
+            model.copy_head.gate_scale.fill_(0.5)
     return model
 
 

@@ -155,7 +155,7 @@ class TestRegimes:
         added = ("cca.", "encoder.", "copy_head.")
         assert all("lora_" in name or any(part in name for part in added) for name in trained)
         assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
-        for end in ("copy_head.modules_to_save.default.valve", "cca.modules_to_save.default.c_proj.weight"):
+        for end in ("copy_head.modules_to_save.default.gate_scale", "cca.modules_to_save.default.c_proj.weight"):
             assert any(name.endswith(end) and p.any() for name, p in trainer.model.named_parameters())
         trainer.save_model(tmp_path / "adapter")
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

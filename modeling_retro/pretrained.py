@@ -1,0 +1,41 @@
+"""RetroPreTrainedModel: the base class of RETRO models."""
+
+import torch
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from configuration_retro import RetroConfig
+
+from .chunked_cross_attention import ChunkedCrossAttention
+from .copy_head import CopyHead
+from .decoder_block import RetroBlock
+from .library import CACHE
+from .loading import LoadingMixin
+from .sharing import SharingMixin
+
+
+class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
+    """Initialization, loading and sharing of RETRO models."""
+
+    config: RetroConfig
+    config_class = RetroConfig
+    _no_split_modules = ["RetroBlock", "RetroEncoderLayer"]
+    _skip_keys_device_placement = [CACHE, "memory"]
+    _can_record_outputs = {
+        "hidden_states": RetroBlock,
+        "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
+        "cross_attentions": OutputRecorder(ChunkedCrossAttention, index=1),
+    }
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside its own tree, transformers skips modules without parameters of their own,
+        # and with them the scaled and the zero projections. All initialization here respects loaded
+        # weights, as the library's does.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ChunkedCrossAttention | CopyHead):
+            module.init_weights()
