@@ -36,6 +36,7 @@ class NameWithRetriever(str):
     retriever: Any
 
     def __new__(cls, name: str, retriever: Any) -> "NameWithRetriever":
+        """Return the name, with the retriever attached."""
         named = super().__new__(cls, name)
         named.retriever = retriever
         return named

@@ -45,6 +45,8 @@ class RetroModelOutput(BaseModelOutputWithPastAndCrossAttentions):
 class RetroModel(RetroPreTrainedModel):
     """The decoder with its neighbor encoder, without a language-modeling head."""
 
+    _input_embed_layer = "wte"
+
     def __init__(self, config: RetroConfig):
         super().__init__(config)
         self.embed_dim = config.n_embd
@@ -58,14 +60,6 @@ class RetroModel(RetroPreTrainedModel):
         self.retriever: Retriever | None = None
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings, which the decoder, the encoder and the head share."""
-        return self.wte
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:  # type: ignore[override]
-        """Replace the token embeddings."""
-        self.wte = new_embeddings
 
     def set_retriever(self, retriever: Retriever | None) -> None:
         """Fetch neighbors from this knowledge base when none are given. None: fetch none.

@@ -1,6 +1,7 @@
 """Assembly of a training run: settings → model, knowledge base and data, each checked against the others → trainer."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
 from data_retro.precomputed import card_of, load_precomputed, precompute
 from modeling_retro import RetroForCausalLM
-from modeling_retro.loading import ADDED
+from modeling_retro.loading import ADDED, RENAMED
 from retrieval import BulkTokenizer
 
 from .arguments import DataArguments, ModelArguments, RetroTrainingArguments
@@ -133,7 +134,10 @@ def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **settings})
     except TypeError as error:
         raise ValueError(f"lora: {error}. Its settings are those of peft.LoraConfig.") from error
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    # Trainer resumes by `load_adapter`, which does not look up the names of renamed parameters
+    adapted.load_adapter = partial(adapted.load_adapter, key_mapping=RENAMED)  # type: ignore[method-assign]
+    return adapted
 
 
 def load_data(

@@ -16,6 +16,7 @@ from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
 
 from ..support.by_hand import HashRetriever, retrieving_model
 from ..support.hub import Hub
+from ..support.old_checkpoints import write_as_of_old
 from ..support.retro_models import CHUNK, RowNeighbors, neighbor_tensors, random_tokens, small_config, small_model
 
 PROJECT = Path(__file__).parents[2]
@@ -64,6 +65,8 @@ transformers.__version__ = installed
 model = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
 assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer goes by this list
+old = AutoModelForCausalLM.from_pretrained("old", trust_remote_code=True)  # weights of an earlier version
+assert torch.equal(old(**inputs).logits, expected)
 model.save_pretrained("again")
 model = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 assert torch.equal(model(**inputs).logits, expected)
@@ -76,6 +79,8 @@ assert torch.equal(cached, uncached)
 def test_it_opens_as_remote_code_where_this_project_is_not_installed(tmp_path, inputs):
     model = small_model(attn_implementation="sdpa")
     model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "old")
+    write_as_of_old(tmp_path / "old")
     save_file({**inputs, "logits": model(**inputs).logits.detach()}, tmp_path / "inputs.safetensors")
     venv.create(tmp_path / "venv", with_pip=False)
     # the path alone: torch and transformers are found, this project's editable install is not
