@@ -49,12 +49,11 @@ class RetroModel(RetroPreTrainedModel):
 
     def __init__(self, config: RetroConfig):
         super().__init__(config)
-        self.embed_dim = config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
-        self.wpe = nn.Embedding(config.n_positions, self.embed_dim)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([RetroBlock(config, layer_idx=i) for i in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         if config.cca_layers:
             self.encoder = NeighborEncoder(config)
         self.retriever: Retriever | None = None
@@ -65,8 +64,7 @@ class RetroModel(RetroPreTrainedModel):
         """Fetch neighbors from this knowledge base when none are given. None: fetch none.
 
         Raises:
-            ValueError: the knowledge base has another chunk size, vocabulary or embedding model
-                than this model.
+            ValueError: the knowledge base's sizes, vocabulary or embedding model are not the model's.
         """
         if retriever is not None:
             check_retriever(retriever, self.config)
@@ -197,12 +195,11 @@ class RetroModel(RetroPreTrainedModel):
             grid = ChunkGrid.build(size, (batch_size, length), past_length, attention_mask, position_ids, device)
         if position_ids is None:
             position_ids = grid.positions.clamp(min=0)
-        # checked only where rows have more columns than positions: no other call waits for the device
+        # only rows with more columns than positions can exceed them; other calls need not wait here
         most = self.config.n_positions
         if past_length + length > most and (last := int(position_ids.max())) >= most:
             raise ValueError(
-                f"The sequence has {last + 1} tokens, but the model has {most} positions (n_positions). Shorten it, or "
-                "generate fewer tokens."
+                f"The sequence has {last + 1} tokens, but the model has {most} positions (n_positions). Shorten it."
             )
         return grid, position_ids
 
@@ -243,10 +240,8 @@ class RetroModel(RetroPreTrainedModel):
         """Return the encoder's inputs, without the states that the layers have yet to compute."""
         if neighbors is None or not self.config.cca_layers:
             return None
-        num_columns = grid.positions.shape[1]
-        if memory is not None and memory.tokens is not None:
-            num_columns = memory.tokens.shape[1]
-        chunk_columns = grid.chunk_columns(neighbors.num_slots, num_columns)  # (B, C·m)
+        seen = grid.positions if memory is None or memory.tokens is None else memory.tokens  # (B, L)
+        chunk_columns = grid.chunk_columns(neighbors.num_slots, seen.shape[1])  # (B, C·m)
         return UnencodedNeighbors(self.encoder, self.wte(neighbors.ids), neighbors.mask, chunk_columns)
 
     def _run_layers(

@@ -1,4 +1,4 @@
-"""transformers' own tests of a model, run against RETRO: with neighbors among the inputs, and without."""
+"""transformers' own tests of a model, run on RETRO with and without neighbors."""
 
 import unittest
 
@@ -58,7 +58,7 @@ class RetroModelTester:
 
 class Conformance(
     common.ModelTesterMixin,
-    common.GenerationTesterMixin,  # empty where the source distribution leaves it out; see tests/modeling_retro for generation
+    common.GenerationTesterMixin,  # empty in source distributions without it; see tests/modeling_retro
     training.TrainingTesterMixin,
     tensor_parallel.TensorParallelTesterMixin,
     fsdp.FSDPTesterMixin,
@@ -80,4 +80,4 @@ class RetroWithNeighborsTest(Conformance, unittest.TestCase):
 
 class RetroWithoutNeighborsTest(Conformance, unittest.TestCase):
     with_neighbors = False
-    test_all_params_have_gradient = False  # what reads neighbors has none to read
+    test_all_params_have_gradient = False  # RETRO's parts have no neighbors

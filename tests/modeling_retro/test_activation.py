@@ -1,4 +1,4 @@
-"""The decoder's activation is GPT-2's to the last bit; its gradient is the function's, in float64."""
+"""The activation's values are GPT-2's to the bit; its gradient is checked in float64."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_values_are_gpt2s_to_the_last_bit(dtype):
     assert torch.equal(LeanGELU()(states), ACT2FN["gelu_new"](states))
 
 
-def test_the_gradient_is_that_of_the_function():
+def test_the_gradient_is_exact_up_to_rounding():
     states = torch.linspace(-12, 12, 4001, requires_grad=True)
     LeanGELU()(states).sum().backward()
     exact = states.detach().double().requires_grad_()
@@ -21,7 +21,7 @@ def test_the_gradient_is_that_of_the_function():
     torch.testing.assert_close(states.grad.double(), exact.grad, atol=2e-6, rtol=1e-5)
 
 
-def test_one_tensor_is_kept_for_the_gradient():
+def test_only_the_input_is_kept_for_the_gradient():
     kept = []
     states = torch.randn(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

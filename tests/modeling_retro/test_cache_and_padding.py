@@ -1,4 +1,4 @@
-"""Every way of computing a thing gives the same logits: in one call, in any split of it, padded, reordered, cropped."""
+"""Calls in one piece or many, padded, reordered and cropped, all give the same logits."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def alone(model, tokens, neighbors):
 
 
 def in_parts(model, rows, neighbors, padding, ends, cache=None):
-    """Left-padded rows (lists) in calls that end at the given columns; each call gets what it completes and no more."""
+    """Run left-padded rows in calls that end at the given columns, each with its neighbors."""
     columns = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
     attention_mask = torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(padding, rows, strict=True)])
     logits, start = [], 0
@@ -68,7 +68,7 @@ def test_every_split_into_calls_gives_the_same_logits(model, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 @torch.no_grad()
-def test_left_padded_rows_give_what_they_give_alone(model, split):
+def test_left_padded_rows_give_the_logits_they_give_alone(model, split):
     padding = [0, 1, CHUNK, 2 * CHUNK + 3, LENGTH - 1]
     rows = [random_tokens(LENGTH - pad, seed=pad) for pad in padding]
     neighbors = [RowNeighbors(len(row) // CHUNK, seed=len(row)).chunks for row in rows]
@@ -78,7 +78,7 @@ def test_left_padded_rows_give_what_they_give_alone(model, split):
 
 
 @torch.no_grad()
-def test_right_padded_rows_give_what_they_give_alone(model):
+def test_right_padded_rows_give_the_logits_they_give_alone(model):
     rows = [random_tokens(length, seed=length) for length in (LENGTH, 2 * CHUNK, 2 * CHUNK - 1, 1)]
     neighbors = [RowNeighbors(5, seed=length).chunks for length in range(4)]  # slots past a row's chunks are ignored
     ids, mask = neighbor_tensors(neighbors, 5)
@@ -90,7 +90,7 @@ def test_right_padded_rows_give_what_they_give_alone(model):
 
 
 @torch.no_grad()
-def test_padding_within_a_row_is_passed_over(model):
+def test_padding_within_a_row_is_ignored(model):
     tokens, neighbors = random_tokens(3 * CHUNK + 1, seed=1), RowNeighbors(3, seed=1).chunks
     real = torch.ones(LENGTH, dtype=torch.long)
     real[[0, 3, 4, 9, 10, 11, 20, 21, 18]] = 0
@@ -103,7 +103,7 @@ def test_padding_within_a_row_is_passed_over(model):
 
 
 @torch.no_grad()
-def test_4d_masks_keep_the_chunks_where_they_are(model):
+def test_with_a_4d_mask_positions_locate_the_chunks(model):
     """A prepared 4D mask, as a static cache's: positions tell where padding ends."""
     padding = [0, 3]
     rows = [random_tokens(LENGTH - pad, seed=pad) for pad in padding]
@@ -161,7 +161,7 @@ def test_the_cache_reorders_repeats_and_selects_all_that_it_holds(model):
 
 @pytest.mark.parametrize("removed", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 1, LENGTH])
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(model, removed):
+def test_a_cropped_cache_continues_as_if_never_longer(model, removed):
     tokens, neighbors = random_tokens(LENGTH, seed=1), RowNeighbors(5, seed=1).chunks
     other, other_neighbors = random_tokens(LENGTH, seed=2), RowNeighbors(5, seed=2, missing={3}).chunks
     kept = LENGTH - removed
@@ -176,7 +176,7 @@ def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(model, removed):
 
 
 @torch.no_grad()
-def test_a_chunk_given_no_neighbors_after_a_crop_does_not_read_the_old_ones(model):
+def test_after_a_crop_a_chunk_without_neighbors_does_not_attend_to_old_ones(model):
     tokens, neighbors = random_tokens(LENGTH, seed=1), RowNeighbors(5, seed=1).chunks
     _, cache = in_parts(model, [tokens], [neighbors], [0], [LENGTH])
     cache.crop(-(LENGTH - CHUNK - 1))  # chunk 0 stays
@@ -186,7 +186,7 @@ def test_a_chunk_given_no_neighbors_after_a_crop_does_not_read_the_old_ones(mode
 
 
 @torch.no_grad()
-def test_a_static_cache_works_and_can_be_reset_and_used_again(model):
+def test_a_static_cache_can_be_reset_and_used_again(model):
     tokens, neighbors = random_tokens(LENGTH, seed=1), RowNeighbors(5, seed=1).chunks
     cache = RetroCache(StaticCache(config=model.config, max_cache_len=LENGTH))
     in_parts(model, [tokens[::-1]], [neighbors], [0], [LENGTH], cache)

@@ -1,4 +1,4 @@
-"""A compiled model that has a retriever: the graph ends before the search, and the numbers are those of the model itself."""
+"""A compiled model with a retriever: its graph ends before the search; results are the same."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("reading", [{}, {"copy_head": True, "cca_match": True}], ids=["cross_attention", "all"])
-def test_a_compiled_model_searches_once_a_call_and_trains_as_without(reading):
-    model = retrieving_model(**(SMALL | reading), embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+@pytest.mark.parametrize("parts", [{}, {"copy_head": True, "cca_match": True}], ids=["cross_attention", "all"])
+def test_a_compiled_model_searches_once_a_call_and_has_the_same_gradients(parts):
+    model = retrieving_model(**(SMALL | parts), embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
     compiled = torch.compile(model, backend="aot_eager")
     for seed, length in ((1, 3 * CHUNK + 2), (2, CHUNK - 1)):
         ids = torch.tensor([random_tokens(length, seed)])
@@ -37,7 +37,7 @@ def test_a_compiled_model_searches_once_a_call_and_trains_as_without(reading):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own calls
 @torch.no_grad()
-def test_text_written_with_inductor_is_the_same():
+def test_generation_with_inductor_gives_the_same_text():
     model = retrieving_model(**SMALL)
     prompt = random_tokens(2 * CHUNK - 1, seed=1)  # the step after the prompt completes a chunk
     expected = greedy_by_hand(model, prompt, 2)
@@ -49,6 +49,6 @@ def test_text_written_with_inductor_is_the_same():
     torch.testing.assert_close(torch.cat(output.logits), torch.stack(logits), **EAGER)
 
 
-def test_one_graph_with_a_search_in_it_is_refused_with_what_to_do():
+def test_a_search_inside_one_graph_is_refused_with_a_remedy():
     with pytest.raises(Unsupported, match="neighbor_ids.*or compile without fullgraph=True"):
         torch.compile(retrieving_model(), fullgraph=True, backend="eager")(torch.tensor([random_tokens(CHUNK, seed=1)]))

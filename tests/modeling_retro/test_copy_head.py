@@ -1,4 +1,4 @@
-"""The copy head opens by training, knows when to stay shut, and computes a mixture of probabilities whatever the numbers."""
+"""The copy head learns to open and when to stay closed, and computes a mixture of distributions."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from ..support.retro_models import (
 
 
 @pytest.mark.parametrize("cca_layers", [[], [1]])
-def test_it_learns_to_read_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_path, cca_layers):
+def test_it_learns_to_copy_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_path, cca_layers):
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=VOCAB, n_positions=64)).save_pretrained(
         tmp_path
@@ -31,7 +31,7 @@ def test_it_learns_to_read_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_p
 
     def batch_of_step(step):
         batch = rows_that_repeat_their_neighbors(step)
-        batch["neighbor_ids"][::2] = batch["neighbor_ids"][::2].roll(1, 0)  # half of the rows see another's
+        batch["neighbor_ids"][::2] = batch["neighbor_ids"][::2].roll(1, 0)  # half of the rows get another row's
         return batch
 
     fit_readers(model, batch_of_step)
@@ -39,7 +39,7 @@ def test_it_learns_to_read_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_p
     with torch.no_grad():
         on, off = model(**batch).loss, model(**batch, use_retrieval=False).loss
         shuffled = model(**batch | {"neighbor_ids": batch["neighbor_ids"].roll(1, 0)}).loss
-    assert on < off - 2  # of ln 61 = 4.1, in four fifths of the positions
+    assert on < off - 2  # of ln 61 = 4.1 nats, at four fifths of the positions
     assert shuffled < 1.01 * off
 
 
@@ -68,18 +68,18 @@ def test_an_unlikely_token_can_be_copied_and_nothing_overflows():
     assert decoder.grad.isfinite().all()
 
 
-def test_a_valve_that_training_has_shut_can_open_again():
+def test_a_gate_that_training_has_closed_can_open_again():
     model = small_model()
     tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1).chunks
     ids, mask = neighbor_tensors([neighbors], 3)
     with torch.no_grad():
         model.copy_head.gate_scale.fill_(-0.1)
     inputs = {"neighbor_ids": ids, "neighbor_attention_mask": mask}
-    shut = model(torch.tensor([tokens]), **inputs)
+    closed = model(torch.tensor([tokens]), **inputs)
     plain = small_model(copy_head=False)
     plain.load_state_dict(model.state_dict(), strict=False)
-    assert torch.equal(shut.logits, plain(torch.tensor([tokens]), **inputs).logits)
-    shut.logits.log_softmax(-1)[0, CHUNK, neighbors[0][0][0]].backward()
+    assert torch.equal(closed.logits, plain(torch.tensor([tokens]), **inputs).logits)
+    closed.logits.log_softmax(-1)[0, CHUNK, neighbors[0][0][0]].backward()
     assert model.copy_head.gate_scale.grad.abs() > 0
 
 
@@ -107,7 +107,7 @@ def test_scores_of_another_shape_are_refused():
 
 
 @torch.no_grad()
-def test_where_it_looks_is_what_it_predicts_by():
+def test_gate_and_attention_give_the_mixture_that_is_predicted():
     model = small_model()
     tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1, missing={1}).chunks
     ids, mask = neighbor_tensors([neighbors], 3)
@@ -127,12 +127,12 @@ def test_where_it_looks_is_what_it_predicts_by():
         torch.testing.assert_close(mixed[i], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_neighbor_that_is_not_there_may_have_any_score():
-    """A retriever says nan then; neither the logits nor a gradient may know of it."""
+def test_a_missing_neighbor_may_have_any_score():
+    """A retriever gives nan then, which must not reach the logits or a gradient."""
     model = small_model()
     tokens, neighbors = random_tokens(3 * CHUNK, seed=1), RowNeighbors(3, seed=1).chunks
     ids, mask = neighbor_tensors([neighbors], 3)
-    mask[0, 0] = False  # of a chunk all, of another one
+    mask[0, 0] = False  # all neighbors of one chunk, one of another
     mask[0, 1, 1] = False
     scores = torch.rand(mask.shape[:3]).masked_fill(~mask.any(-1), torch.nan)
     given = {"input_ids": torch.tensor([tokens]), "neighbor_ids": ids, "neighbor_attention_mask": mask}

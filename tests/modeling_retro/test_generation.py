@@ -1,4 +1,4 @@
-"""Generation with a retriever: the same text with and without a cache, each chunk searched once, and what was read."""
+"""Generation with a retriever: equal with and without a cache, one search a chunk, and a log."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_greedy_search_on_a_left_padded_batch_is_greedy_search_by_hand(model, us
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_each_chunk_is_searched_once_and_the_prompts_chunks_together(model, use_cache):
+def test_each_chunk_is_searched_once_and_the_prompts_chunks_in_one_search(model, use_cache):
     batch = left_padded(PROMPTS)
     output = model.generate(
         **batch, max_new_tokens=2 * CHUNK + 1, do_sample=False, use_cache=use_cache, return_dict_in_generate=True
@@ -48,7 +48,7 @@ def test_each_chunk_is_searched_once_and_the_prompts_chunks_together(model, use_
     assert sum(map(len, output.retrieved)) >= len(set(searched))
 
 
-def test_the_caller_reads_which_documents_were_read_for_each_chunk(model):
+def test_the_output_lists_the_documents_retrieved_for_each_chunk(model):
     batch = left_padded(PROMPTS)
     output = model.generate(**batch, max_new_tokens=2 * CHUNK, do_sample=False, return_dict_in_generate=True)
     for prompt, sequence, read in zip(PROMPTS, output.sequences.tolist(), output.retrieved, strict=True):
@@ -61,7 +61,7 @@ def test_the_caller_reads_which_documents_were_read_for_each_chunk(model):
         assert [chunk.scores for chunk in read] == found.scores.tolist()
 
 
-def test_what_was_read_ends_where_the_text_ends(model):
+def test_the_list_of_retrieved_chunks_ends_where_the_text_ends(model):
     first = greedy_by_hand(model, PROMPTS[2], 2)[-1]
     output = model.generate(
         torch.tensor([PROMPTS[2]]),
@@ -73,7 +73,7 @@ def test_what_was_read_ends_where_the_text_ends(model):
     assert [chunk.chunk for chunk in output.retrieved[0]] == [0, 1, 2]
 
 
-def test_sampling_returns_several_rows_with_what_each_read(model):
+def test_sampling_returns_several_rows_with_the_retrieved_chunks_of_each(model):
     torch.manual_seed(0)
     output = model.generate(
         **left_padded(PROMPTS[:2]),
@@ -139,7 +139,7 @@ def test_given_neighbors_are_used_and_the_retriever_is_not_asked(model):
     assert model.retriever.calls == []
 
 
-def test_generation_goes_on_from_a_returned_cache(model):
+def test_generation_continues_from_a_returned_cache(model):
     prompt = torch.tensor([PROMPTS[0]])
     whole = model.generate(prompt, max_new_tokens=14, do_sample=False)
     part = model.generate(prompt, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
@@ -147,7 +147,7 @@ def test_generation_goes_on_from_a_returned_cache(model):
     assert torch.equal(again, whole)
 
 
-def test_forward_fetches_what_is_not_given(model):
+def test_forward_fetches_neighbors_that_are_not_given(model):
     row = random_tokens(3 * CHUNK + 2, seed=11)
     logits = model(torch.tensor([row])).logits[0, -1]
     torch.testing.assert_close(logits, next_token_logits(model, row))
@@ -201,7 +201,7 @@ def test_pipeline_generates_with_neighbors(model, tokenizer):
         ("embedding_model", "a/b"),
     ],
 )
-def test_a_knowledge_base_that_does_not_fit_is_refused(attribute, value):
+def test_a_knowledge_base_with_other_sizes_is_refused(attribute, value):
     model = small_model(embedding_model="test/hash")
     model.set_retriever(HashRetriever())
     retriever = HashRetriever()

@@ -1,4 +1,4 @@
-"""Every way of generating that transformers has, each against generation by hand or against the same without a cache."""
+"""All ways of generating that transformers has, against generation by hand or without a cache."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def small_gpt2():
 
 
 def nearly(model):
-    """The same model with other weights: its drafts are accepted in part."""
+    """Return a model with slightly other weights, whose drafts are accepted in part."""
     torch.manual_seed(2)
     other = retrieving_model()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_rejected_draft_leaves_nothing_behind(model, prompt):
 @pytest.mark.parametrize(
     "mode", [{"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 1}]
 )
-def test_neighbors_given_for_the_prompt_serve_every_mode(model, prompt, mode):
+def test_neighbors_given_for_the_prompt_work_in_every_mode(model, prompt, mode):
     found = HashRetriever().retrieve(prompt.view(-1, CHUNK))
     given = {"neighbor_ids": found.ids[None], "neighbor_attention_mask": found.attention_mask[None]}
     if mode.pop("assistant", False):
@@ -91,7 +91,7 @@ def test_neighbors_given_for_the_prompt_serve_every_mode(model, prompt, mode):
     assert model.retriever.calls == []
 
 
-def test_a_prompt_prefilled_in_pieces_reads_the_same(model):
+def test_a_prompt_prefilled_in_pieces_retrieves_the_same(model):
     batch = left_padded(PROMPTS)
     whole = model.generate(**batch, return_dict_in_generate=True, **GREEDY)
     pieces = model.generate(**batch, prefill_chunk_size=5, return_dict_in_generate=True, **GREEDY)
@@ -117,7 +117,7 @@ def test_beam_sampling_with_a_cache_is_beam_sampling_without(model):
 
 
 class Forbid(LogitsProcessor):
-    """A caller's own processor: some tokens never."""
+    """A caller's own processor, which forbids some tokens."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -128,7 +128,7 @@ class Forbid(LogitsProcessor):
         return scores
 
 
-def test_a_logits_processor_of_the_callers_own_is_obeyed(model, prompt):
+def test_a_logits_processor_of_the_caller_is_applied(model, prompt):
     forbidden = greedy_by_hand(model, PROMPT, STEPS)[len(PROMPT) :]
     sequences = model.generate(prompt, logits_processor=LogitsProcessorList([Forbid(forbidden)]), **GREEDY)
     tokens = list(PROMPT)
@@ -163,9 +163,9 @@ def test_scores_states_and_attentions_of_every_pass(model, num_beams):
     assert output.hidden_states[0][-1].shape == (rows, columns, model.config.n_embd)
 
 
-def test_embeddings_may_stand_for_the_prompt(model, prompt):
+def test_the_prompt_may_be_given_as_embeddings(model, prompt):
     embeds = model.get_input_embeddings()(prompt)
-    # what is known by its embedding alone cannot be searched; what is written after it can
+    # tokens known only by their embeddings cannot be searched for; the generated ones can
     alone = model.generate(inputs_embeds=embeds, **GREEDY)
     assert torch.equal(alone, model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY))
     assert all(chunk in chunks_of(alone[0].tolist()) for call in model.retriever.calls for chunk in call)
@@ -196,7 +196,7 @@ def test_generation_compiles_without_a_graph_break_and_with_few_graphs(model, pr
     assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
-def test_a_cache_reordered_cropped_repeated_and_selected_is_the_rows_own(model):
+def test_a_cache_follows_rows_that_are_reordered_cropped_repeated_and_selected(model):
     rows = [random_tokens(3 * CHUNK + 1, seed) for seed in (1, 2)]
     more = random_tokens(CHUNK + 1, seed=3)
     cache = model(torch.tensor(rows))[CACHE]

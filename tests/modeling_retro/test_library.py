@@ -1,4 +1,4 @@
-"""The model under the installed transformers: names of the cache, unknown arguments, supported versions, no warnings."""
+"""The model under the installed transformers: names of the cache, arguments, versions, warnings."""
 
 import logging
 import re
@@ -25,7 +25,7 @@ NAMES = ("cache", "past_key_values")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_cache_is_taken_under_either_name(name):
+def test_forward_accepts_the_cache_under_either_name(name):
     model = retrieving_model()
     tokens = torch.tensor([random_tokens(3 * CHUNK, seed=3)])
     full = model(tokens).logits
@@ -37,7 +37,7 @@ def test_the_cache_is_taken_under_either_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_takes_the_cache_under_either_name(name):
+def test_generate_accepts_the_cache_under_either_name(name):
     model = retrieving_model()
     prompt = torch.tensor([PROMPTS[2]])
     part = model.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
@@ -46,7 +46,7 @@ def test_generate_takes_the_cache_under_either_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_hook_takes_the_cache_under_either_name(name):
+def test_prepare_inputs_accepts_the_cache_under_either_name(name):
     model = retrieving_model()
     row = torch.tensor([random_tokens(CHUNK + 1, seed=1)])
     cache = model(row[:, :CHUNK], use_cache=True)[CACHE]
@@ -71,7 +71,7 @@ def test_unknown_arguments_are_refused():
             call(tokens, neighbors=None, encoder_hidden_states=None)
 
 
-def test_arguments_that_every_model_of_the_library_takes_are_taken():
+def test_arguments_that_every_model_of_the_library_accepts_are_accepted():
     model = small_model()
     tokens = torch.tensor([random_tokens(CHUNK, seed=0)])
     summed = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(1), output_attentions=True).loss
@@ -81,7 +81,7 @@ def test_arguments_that_every_model_of_the_library_takes_are_taken():
     torch.testing.assert_close(given, model(tokens, labels=tokens).loss)
 
 
-def test_ordinary_calls_warn_of_nothing(caplog):
+def test_ordinary_calls_give_no_warning(caplog):
     model = retrieving_model()
     tokens = torch.tensor([PROMPTS[2]])
     logging.getLogger("transformers").propagate = True

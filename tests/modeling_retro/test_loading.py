@@ -1,4 +1,4 @@
-"""Opening GPT-2 and RETRO checkpoints: equal to their GPT-2, with one line for what is new and a report of what is lost."""
+"""Opening GPT-2 and RETRO checkpoints: equal logits, new parts named, lost weights reported."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from modeling_retro import RetroConfig, RetroForCausalLM
 from ..support.by_hand import HashRetriever, greedy_by_hand
 from ..support.retro_models import CHUNK, LENGTH, VOCAB, random_tokens, small_model
 
-READING = {"chunk_size": CHUNK, "neighbor_length": LENGTH, "cca_layers": [1, 3]}
+SIZES = {"chunk_size": CHUNK, "neighbor_length": LENGTH, "cca_layers": [1, 3]}
 
 ATTENTION_VARIANTS = [
     {"scale_attn_by_inverse_layer_idx": True},
@@ -61,7 +61,7 @@ def test_every_variant_of_gpt2_is_that_gpt2_to_the_bit(variant, tmp_path):
     gpt2_with(**variant).save_pretrained(tmp_path)
     ids = torch.tensor([random_tokens(20, seed=1), random_tokens(20, seed=2)])
     gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path)
-    retro = RetroForCausalLM.from_pretrained(tmp_path, retriever=HashRetriever(), **READING)
+    retro = RetroForCausalLM.from_pretrained(tmp_path, retriever=HashRetriever(), **SIZES)
     for attention in ("eager", "sdpa"):
         gpt2.set_attn_implementation(attention)
         retro.set_attn_implementation(attention)
@@ -70,11 +70,11 @@ def test_every_variant_of_gpt2_is_that_gpt2_to_the_bit(variant, tmp_path):
             expected = gpt2.train(training)(ids).logits
             torch.manual_seed(1)
             assert torch.equal(retro.train(training)(ids, use_retrieval=False).logits, expected)
-        assert torch.equal(retro.eval()(ids).logits, gpt2.eval()(ids).logits)  # what reads neighbors is a no-op
+        assert torch.equal(retro.eval()(ids).logits, gpt2.eval()(ids).logits)  # RETRO's parts are a no-op
 
 
 @pytest.mark.parametrize("variant", ATTENTION_VARIANTS, ids=str)
-def test_a_variant_that_reads_writes_the_same_with_a_cache(variant):
+def test_a_variant_with_neighbors_generates_the_same_with_a_cache(variant):
     model = small_model(**variant)
     model.set_retriever(HashRetriever())
     prompt = random_tokens(2 * CHUNK + 1, seed=3)
@@ -85,8 +85,8 @@ def test_a_variant_that_reads_writes_the_same_with_a_cache(variant):
 def test_a_gpt2_with_another_cross_attention_is_refused(tmp_path):
     gpt2_with(add_cross_attention=True).save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match="add_cross_attention=False"):
-        RetroForCausalLM.from_pretrained(tmp_path, **READING)
-    opened = RetroForCausalLM.from_pretrained(tmp_path, add_cross_attention=False, **READING)
+        RetroForCausalLM.from_pretrained(tmp_path, **SIZES)
+    opened = RetroForCausalLM.from_pretrained(tmp_path, add_cross_attention=False, **SIZES)
     plain = GPT2LMHeadModel.from_pretrained(tmp_path)
     row = torch.tensor([random_tokens(9, seed=1)])
     assert torch.equal(opened(row).logits, plain(row).logits)
@@ -101,7 +101,7 @@ def test_a_gpt2_with_another_cross_attention_is_refused(tmp_path):
     ],
     ids=["cross_attention", "both", "copy_head"],
 )
-def test_what_is_new_is_named_in_one_line(settings, parts, tmp_path, logged):
+def test_new_parts_are_named_in_one_line(settings, parts, tmp_path, logged):
     gpt2_with().save_pretrained(tmp_path)
     logged.clear()
     model, info = RetroForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **settings)
@@ -113,7 +113,7 @@ def test_what_is_new_is_named_in_one_line(settings, parts, tmp_path, logged):
     assert info["missing_keys"] == set(new)  # train_hf.py must know them
 
 
-def test_a_copy_head_that_is_added_to_a_retro_checkpoint_is_named_in_one_line(tmp_path, logged):
+def test_a_copy_head_added_to_a_retro_checkpoint_is_named_in_one_line(tmp_path, logged):
     small_model(copy_head=False).save_pretrained(tmp_path)
     logged.clear()
     RetroForCausalLM.from_pretrained(tmp_path, copy_head=True)
@@ -135,7 +135,7 @@ def test_a_copy_head_that_is_added_to_a_retro_checkpoint_is_named_in_one_line(tm
     ],
     ids=["decoder", "cross_attention", "copy_head", "encoder", "all"],
 )
-def test_weights_that_a_retro_checkpoint_should_have_are_reported(lost, reported, tmp_path, logged):
+def test_weights_missing_from_a_retro_checkpoint_are_reported(lost, reported, tmp_path, logged):
     small_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not any(part in name for part in lost)}
@@ -148,18 +148,18 @@ def test_weights_that_a_retro_checkpoint_should_have_are_reported(lost, reported
     assert info["missing_keys"] == weights.keys() - kept.keys()
 
 
-def test_a_decoder_weight_that_gpt2_should_have_is_reported_beside_what_is_new(tmp_path, logged):
+def test_a_missing_decoder_weight_is_reported_beside_the_new_parts(tmp_path, logged):
     gpt2_with().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["transformer.h.0.ln_1.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     logged.clear()
-    RetroForCausalLM.from_pretrained(tmp_path, **READING)
+    RetroForCausalLM.from_pretrained(tmp_path, **SIZES)
     assert "transformer.h.0.ln_1.bias" in logged.text and "no-op until trained" in logged.text
     assert "cca.c_attn" not in logged.text
 
 
-def test_a_model_opened_by_the_name_in_another_ones_configuration_reads_the_same(tmp_path):
+def test_a_model_opened_by_the_name_in_anothers_configuration_gets_its_retriever(tmp_path):
     folder = str(tmp_path / "model")
     small_model().save_pretrained(folder)
     first = RetroForCausalLM.from_pretrained(folder, retriever=HashRetriever())
@@ -180,7 +180,7 @@ def test_a_model_opened_by_the_name_in_another_ones_configuration_reads_the_same
     assert RetroConfig.from_pretrained(name) == RetroConfig.from_pretrained(folder)
 
 
-def test_a_second_model_of_a_configuration_leaves_the_first_ones_name(tmp_path):
+def test_a_second_model_of_a_configuration_keeps_the_first_ones_name(tmp_path):
     small_model().save_pretrained(tmp_path)
     first = RetroForCausalLM.from_pretrained(tmp_path, retriever=HashRetriever())
     RetroForCausalLM(first.config)
@@ -196,7 +196,7 @@ def test_a_pickled_model_gives_its_retriever_to_models_opened_by_its_name(tmp_pa
         assert again.retriever is not first.retriever and opened.retriever is again.retriever
 
 
-def test_a_name_whose_retriever_does_not_fit_says_how_to_open_without_it(tmp_path):
+def test_a_name_with_an_unfit_retriever_says_how_to_open_without_it(tmp_path):
     small_model().save_pretrained(tmp_path)
     name = RetroForCausalLM.from_pretrained(tmp_path, retriever=HashRetriever()).config._name_or_path
     with pytest.raises(ValueError, match=r"num_neighbors is 4.*Pass retriever=None"):
@@ -204,7 +204,7 @@ def test_a_name_whose_retriever_does_not_fit_says_how_to_open_without_it(tmp_pat
     assert RetroForCausalLM.from_pretrained(name, num_neighbors=4, retriever=None).retriever is None
 
 
-def test_what_is_new_goes_by_the_checkpoint_and_not_by_the_configuration_it_is_opened_with(tmp_path, logged):
+def test_new_parts_are_told_by_the_checkpoints_own_configuration(tmp_path, logged):
     small_model().save_pretrained(tmp_path / "retro")
     config = RetroConfig.from_pretrained(tmp_path / "retro")
     gpt2_with().save_pretrained(tmp_path / "gpt2")

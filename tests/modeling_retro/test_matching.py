@@ -1,4 +1,4 @@
-"""Cross-attention that goes by matches learns to read in a few steps; the paper's, from the same weights, does not."""
+"""Cross-attention with matches learns within few steps; the paper's does not."""
 
 import json
 
@@ -24,7 +24,7 @@ from ..support.retro_models import (
 
 
 @pytest.mark.parametrize("cca_match", [True, False])
-def test_cross_attention_alone_reads_within_a_few_steps_if_it_goes_by_matches(tmp_path, cca_match):
+def test_cross_attention_learns_within_a_few_steps_with_matches_only(tmp_path, cca_match):
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": VOCAB, "n_positions": 64}
     # embeddings long enough for a frozen decoder to be certain of a token
@@ -35,11 +35,11 @@ def test_cross_attention_alone_reads_within_a_few_steps_if_it_goes_by_matches(tm
     batch = rows_that_repeat_their_neighbors(1000)
     with torch.no_grad():
         on, off = model(**batch).loss, model(**batch, use_retrieval=False).loss
-    assert on < off - 2 if cca_match else on > off - 1  # what follows is in the neighbors, four times in five
+    assert on < off - 2 if cca_match else on > off - 1  # four of five tokens are in the neighbors
 
 
 @torch.no_grad()
-def test_a_model_that_was_saved_before_there_were_matches_loads_as_it_was(tmp_path):
+def test_a_model_saved_before_there_were_matches_loads_to_the_same_logits(tmp_path):
     old = small_model(cca_match=False)
     old.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -52,7 +52,7 @@ def test_a_model_that_was_saved_before_there_were_matches_loads_as_it_was(tmp_pa
     loaded = RetroForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(loaded(**inputs).logits, old(**inputs).logits)
     given = RetroForCausalLM.from_pretrained(tmp_path, cca_match=True)
-    for name, weight in old.state_dict().items():  # what was trained is not started anew
+    for name, weight in old.state_dict().items():  # trained weights stay
         assert torch.equal(given.state_dict()[name], weight), name
 
 

@@ -1,4 +1,4 @@
-"""The model computes DESIGN's mathematics: equal to GPT-2 until trained, to a slow reference always, causal, masked."""
+"""The model is GPT-2 until trained, agrees with a slow reference, and is causal and masked."""
 
 import copy
 
@@ -84,9 +84,10 @@ def test_agrees_with_the_slow_reference(model, length):
         {"cca_match": False},
         {"copy_head": False, "cca_match": False},
         {"cca_layers": []},
+        {"match_length": 3, "match_scale": 20.0, "cca_match_output_scale": 2.0, "gate_log_prob_scale": 5.0},
     ],
 )
-def test_agrees_with_the_slow_reference_in_other_shapes(changes):
+def test_agrees_with_the_slow_reference_with_other_settings(changes):
     model = small_model(**changes)
     tokens, neighbors = random_tokens(3 * CHUNK + 1, seed=5), RowNeighbors(3, seed=2).chunks
     scores = neighbor_scores(3)
@@ -107,7 +108,7 @@ def test_no_position_sees_a_later_token(model):
         assert grad[0, i].abs().max() > 0
 
 
-def test_a_position_sees_the_neighbors_of_its_chunk_and_of_earlier_chunks_only(model):
+def test_a_position_sees_only_neighbors_of_complete_chunks(model):
     """Chunk u's neighbors reach exactly the positions from the chunk's last token on."""
     num_chunks = 4
     tokens, neighbors = random_tokens(num_chunks * CHUNK + 2, seed=4), RowNeighbors(num_chunks, seed=4).chunks
@@ -121,7 +122,7 @@ def test_a_position_sees_the_neighbors_of_its_chunk_and_of_earlier_chunks_only(m
         assert differs[first_reader : first_reader + CHUNK].all()
 
 
-def test_neighbors_reach_later_positions_by_gradients(model):
+def test_gradients_reach_the_neighbors_of_all_complete_chunks(model):
     tokens = random_tokens(3 * CHUNK, seed=6)
     ids, mask = neighbor_tensors([RowNeighbors(3, seed=6).chunks], 3)
     seen = {}
@@ -134,7 +135,7 @@ def test_neighbors_reach_later_positions_by_gradients(model):
         reach = grad[0].abs().amax((1, 2, 3)) > 0  # (chunks,)
         complete = (i + 1) // CHUNK
         assert reach.tolist() == [chunk < complete for chunk in range(3)]
-        assert grad[0][~mask[0]].abs().max() == 0  # what is masked has no influence at all
+        assert grad[0][~mask[0]].abs().max() == 0  # masked tokens have no influence at all
 
 
 def test_rows_do_not_mix(model):
@@ -147,7 +148,7 @@ def test_rows_do_not_mix(model):
     assert grad[1].abs().max() == 0
 
 
-def test_masked_neighbors_are_as_if_they_were_not_there(model):
+def test_masked_neighbors_have_no_influence(model):
     tokens = random_tokens(3 * CHUNK + 1, seed=7)
     ids, mask = neighbor_tensors([{}], 3)
     without = model(torch.tensor([tokens]), use_retrieval=False).logits
@@ -166,7 +167,7 @@ def test_use_retrieval_false_ignores_given_neighbors(model):
     assert not torch.allclose(run(model, tokens, neighbors, use_retrieval=True), off)
 
 
-def test_cross_attentions_are_over_the_neighbors_each_token_reads():
+def test_cross_attentions_are_over_the_neighbors_of_each_tokens_chunk():
     model = small_model()
     tokens, neighbors = random_tokens(3 * CHUNK, seed=9), RowNeighbors(3, seed=9, missing={1}).chunks
     ids, mask = neighbor_tensors([neighbors], 3)
@@ -182,7 +183,7 @@ def test_cross_attentions_are_over_the_neighbors_each_token_reads():
                 assert (weights[0, :, i][:, ~mask[0, chunk].flatten()] == 0).all()
 
 
-def test_freeze_backbone_leaves_the_new_parameters_and_no_others(tmp_path):
+def test_freeze_backbone_trains_only_the_new_parameters(tmp_path):
     model = small_model()
     model.freeze_backbone()
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=64))
@@ -199,7 +200,7 @@ def test_freeze_backbone_leaves_the_new_parameters_and_no_others(tmp_path):
         ({"n_layer": 48, "n_embd": 1600, "n_head": 25}, 1_557_611_200, 225_686_400),
     ],
 )
-def test_freeze_backbone_trains_what_the_documentation_says(sizes, decoder, new):
+def test_freeze_backbone_trains_as_many_parameters_as_documented(sizes, decoder, new):
     with torch.device("meta"):
         model = RetroForCausalLM(RetroConfig(**sizes))
     model.freeze_backbone()
@@ -207,7 +208,7 @@ def test_freeze_backbone_trains_what_the_documentation_says(sizes, decoder, new)
     assert model.num_parameters() - new == decoder
 
 
-def test_after_retrofitting_the_frozen_model_is_its_gpt2_to_the_last_bit(tmp_path):
+def test_after_retrofitting_without_retrieval_it_is_its_gpt2_to_the_bit(tmp_path):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=64)).eval()
     gpt2.save_pretrained(tmp_path)
@@ -283,9 +284,14 @@ class TestBadInput:
             {"encoder_cca_layers": [2]},
             {"chunk_size": 0},
             {"num_neighbors": 0},
+            {"match_length": 0},
+            {"match_scale": 0.0},
+            {"cca_match_output_scale": -1.0},
+            {"gate_log_prob_scale": 0.0},
+            {"initial_match_weights": [1.0, 2.0]},
         ],
     )
-    def test_configuration_outside_its_bounds_names_the_value(self, changes):
+    def test_a_setting_outside_its_bounds_is_named(self, changes):
         ((name, _),) = changes.items()
         with pytest.raises(Exception, match=name):
             RetroConfig(n_layer=4, **changes)

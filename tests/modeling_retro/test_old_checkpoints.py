@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, with other parameter names and settings, load to the same model."""
+"""Checkpoints of earlier versions, with other names and settings, load to the same model."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def test_a_checkpoint_loads_without_a_warning_and_is_saved_under_the_present_nam
     assert_same_model(model_class.from_pretrained(tmp_path / "again", attn_implementation="eager"), model)
 
 
-def test_settings_that_a_checkpoint_does_not_have_get_the_values_of_that_time(old):
+def test_settings_missing_from_a_checkpoint_get_the_values_of_that_time(old):
     assert not NEW_SETTINGS & json.loads((old / "config.json").read_text()).keys()
     config = RetroForCausalLM.from_pretrained(old).config
     assert (config.match_length, config.match_scale, config.cca_match_output_scale) == (6, 30.0, 4.0)
@@ -70,7 +70,7 @@ def test_a_checkpoint_loads_with_its_copy_head_on_disk(old, model, tmp_path):
     assert_same_model(loaded, model)
 
 
-def test_a_mapping_of_the_callers_own_is_applied_too(old, model):
+def test_a_key_mapping_of_the_caller_is_applied_too(old, model):
     weights = load_file(old / "model.safetensors")
     weights = {name.replace("ln_f", "last_norm"): weight for name, weight in weights.items()}
     save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
@@ -112,7 +112,7 @@ def test_an_adapter_with_a_whole_copy_head_loads_and_resumes(base, old, model, t
     model.save_pretrained(tmp_path / "new")
     adapted = adapt(old)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
     assert any(name.endswith("modules_to_save.default.gate_scale") for name, _ in adapted.named_parameters())

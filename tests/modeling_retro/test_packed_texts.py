@@ -1,4 +1,4 @@
-"""Texts packed end to end into one row, told by their positions: each is read as if it stood alone."""
+"""Texts packed into one row, recognized by their positions, give the logits they give alone."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def assert_each_as_if_alone(model, logits):
         torch.testing.assert_close(row, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_each_text_reads_the_neighbors_of_its_own_chunks(model):
+def test_each_text_attends_to_the_neighbors_of_its_own_chunks(model):
     with torch.no_grad():
         logits = model(**PACKED).logits
     assert model.retriever.calls == [[chunk for row in TEXTS for text in row for chunk in chunks_of(text)]]
@@ -35,7 +35,7 @@ def test_each_text_reads_the_neighbors_of_its_own_chunks(model):
 
 
 @torch.no_grad()
-def test_given_neighbors_are_those_of_the_chunks_in_the_rows_order(model):
+def test_given_neighbors_are_in_the_order_of_the_rows_chunks(model):
     chunks = [[chunk for text in row for chunk in chunks_of(text)] for row in TEXTS]
     ids = torch.zeros(2, max(map(len, chunks)), model.config.num_neighbors, model.config.neighbor_length).long()
     mask, scores = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape[:3])

@@ -1,4 +1,4 @@
-"""A model that does not fit as it is: offloaded by accelerate, sharded by FSDP, quantized; its results stay the same."""
+"""Models that are offloaded, sharded, quantized or on two devices give the same results."""
 
 import copy
 
@@ -76,8 +76,8 @@ def test_an_offloaded_model_is_the_same_model(where, tmp_path):
     "second", [["h.2", "h.3", "ln_f"], ["h.1", "h.3"], ["encoder."], ["encoder.layers.1", "encoder.wpe"]], ids=str
 )
 @torch.no_grad()
-def test_a_model_on_two_devices_moves_all_that_its_layers_share(second):
-    """Two devices are acted by tensors without data, which refuse to be mixed as those of two GPUs do."""
+def test_a_model_on_two_devices_moves_everything_that_its_layers_share(second):
+    """Fake tensors stand for two devices: mixing them is an error, as on two GPUs."""
 
     def device(name):
         return f"cpu:{int(name.removeprefix('transformer.').startswith(tuple(second)))}"
@@ -164,7 +164,7 @@ def _dequantized(module):
     ids=["4bit", "8bit"],
 )
 @torch.no_grad()
-def test_a_quantized_model_computes_with_its_quantized_weights(settings, kind, error, tmp_path):
+def test_a_quantized_model_computes_with_its_quantized_weights_and_saves_them(settings, kind, error, tmp_path):
     retrieving_model(n_embd=64, initializer_range=0.1).save_pretrained(tmp_path)
     plain = RetroForCausalLM.from_pretrained(tmp_path).eval()
     batch = training_batch()
@@ -177,6 +177,10 @@ def test_a_quantized_model_computes_with_its_quantized_weights(settings, kind, e
     expected = plain(**batch).logits
     distance = (quantized(**batch).logits.float() - expected).norm() / expected.norm()
     assert distance < error
+    quantized.save_pretrained(tmp_path / "quantized")
+    opened = RetroForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(opened(**batch).logits, quantized(**batch).logits)
+    opened.save_pretrained(tmp_path / "again")
     quantized.set_retriever(HashRetriever())
     assert quantized.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=6, do_sample=False).shape[1] > len(PROMPTS[0])
     assert quantized.retriever.calls

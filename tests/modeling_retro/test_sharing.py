@@ -1,4 +1,4 @@
-"""A saved model opens everywhere with the same logits, and what is shared says what it is and no secret."""
+"""A saved model opens everywhere with the same logits; what is shared holds no secret."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-def test_a_saved_model_comes_back_through_every_door(tmp_path, inputs, max_shard_size):
+def test_a_saved_model_opens_through_every_class(tmp_path, inputs, max_shard_size):
     model = small_model(attn_implementation="sdpa")
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
@@ -142,7 +142,7 @@ def test_push_to_hub_writes_weights_code_and_a_card_and_no_address(tmp_path):
             assert str(tmp_path).encode() not in content, name
 
 
-def test_the_base_model_is_remembered_by_its_name_and_a_path_is_not(tmp_path):
+def test_the_base_model_is_recorded_by_its_hub_name_only(tmp_path):
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, n_embd=16, n_layer=4, n_head=2))
     gpt2.save_pretrained(tmp_path / "local")
     assert RetroForCausalLM.from_pretrained(tmp_path / "local").config.base_model is None

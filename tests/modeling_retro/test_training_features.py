@@ -1,4 +1,4 @@
-"""Training features of the library: checkpointed gradients, half precision, attention implementations, compiled steps."""
+"""Training features of the library: checkpointing, half precision, attention, compiled steps."""
 
 import copy
 
@@ -17,7 +17,7 @@ LENGTH = 3 * CHUNK + 2
 
 
 def training_batch(seed=0):
-    """A row padded on the left, one on the right, one that is nothing but padding, and a full one; neighbors missing."""
+    """Rows padded on the left, on the right, throughout and not at all; some neighbors missing."""
     input_ids = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(seed))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, : CHUNK + 1] = 0
@@ -26,7 +26,7 @@ def training_batch(seed=0):
     rows = [RowNeighbors(3, seed + row, missing={row % 2}).chunks for row in range(4)]
     neighbor_ids, neighbor_attention_mask = neighbor_tensors(rows, LENGTH // CHUNK)
     labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[0, CHUNK + 1] = -100  # what padding predicts is nobody's business
+    labels[0, CHUNK + 1] = -100  # the prediction at padding does not count
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -60,7 +60,7 @@ def assert_same(found, expected, **tolerance):
 
 
 def checkpoint(model, **settings):
-    """Switch gradient checkpointing on, under the name of the installed transformers (renamed in 5.24)."""
+    """Switch gradient checkpointing on, under its name in the installed transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
 
@@ -130,7 +130,7 @@ def test_sdpa_has_eager_attentions_gradients():
 
 
 def flash_kernel(calls):
-    """Compute what flash attention does with the arguments that transformers gives it, and note them."""
+    """Return a function that computes flash attention and records its arguments."""
 
     def kernel(query, key, value, attention_mask, query_length, is_causal, dropout=0.0, softmax_scale=None, **_):
         calls.append((query, key, attention_mask, query_length, is_causal))
@@ -147,8 +147,8 @@ def flash_kernel(calls):
     return kernel
 
 
-def test_flash_attention_gets_what_it_can_take_and_gives_the_same_logits(monkeypatch):
-    """The kernel needs a GPU, so it is replaced where transformers calls it; all up to there is real."""
+def test_flash_attention_gets_supported_arguments_and_gives_the_same_logits(monkeypatch):
+    """Only the kernel is replaced, where transformers calls it, since it needs a GPU."""
     batch = training_batch()
     # in float32, which the kernel does not have, the library would look for half weights
     model = small_model().double()
@@ -203,7 +203,7 @@ def test_a_resized_vocabulary_serves_decoder_neighbors_and_head():
     batch = training_batch()
     with torch.no_grad():
         before = model(**batch).logits
-        model.copy_head.gate_scale.zero_()  # what is copied is weighed against all that the decoder finds likely, new tokens too
+        model.copy_head.gate_scale.zero_()  # the gate sees the probabilities of new tokens too
         decoded = model(**batch).logits
         model.copy_head.gate_scale.fill_(0.5)
     model.resize_token_embeddings(VOCAB + 5)

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval on a task of local data: from Python with retrieval on and off, and from its command line."""
+"""EleutherAI's lm-eval on local data, from Python and from its command line."""
 
 import json
 import os

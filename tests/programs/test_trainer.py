@@ -1,4 +1,4 @@
-"""transformers' Trainer and its like, with default arguments: a RETRO model is treated as its GPT2LMHeadModel is."""
+"""transformers' Trainer and its like treat a RETRO model as they treat GPT2LMHeadModel."""
 
 import inspect
 import logging
@@ -58,10 +58,11 @@ def test_label_smoothing_shifts_the_labels(gpt2, retro, tmp_path):
         torch.testing.assert_close(loss, expected)
 
 
-def test_accumulated_batches_count_the_tokens_that_are_predicted(retro, tmp_path):
-    """Sequences of unequal length in one update: the loss is the mean over their predictions, not over batches.
+def test_accumulated_batches_are_weighted_by_their_predictions(retro, tmp_path):
+    """The loss of an update is the mean over all its predictions, not over its batches.
 
-    The library counts one token a row too many for GPT2LMHeadModel, whose class name does not say ForCausalLM.
+    The library counts one token a row too many for GPT2LMHeadModel, whose class name does not say
+    ForCausalLM.
     """
     rows = rows_of([24, 6, 9, 17])
     with torch.no_grad():
@@ -75,7 +76,7 @@ def test_accumulated_batches_count_the_tokens_that_are_predicted(retro, tmp_path
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_the_libraries_tell_by_class_is_what_they_tell_of_gpt2(gpt2, retro, tmp_path):
+def test_what_libraries_derive_from_the_class_is_the_same_as_for_gpt2(gpt2, retro, tmp_path):
     told = []
     for model in (retro, gpt2):
         run = trainer(model, tmp_path)

@@ -1,4 +1,4 @@
-"""TRL trains a model that reads: SFTTrainer in its ways, and trainers whose reference model must read the same."""
+"""TRL trains a model with a retriever, and its reference models have the same retriever."""
 
 import math
 
@@ -100,7 +100,7 @@ def preferences(texts):
 
 
 @pytest.mark.parametrize("way", ["opened by DPOTrainer", "given", "adapters"])
-def test_the_reference_of_dpo_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path, way):
+def test_the_reference_of_dpo_has_the_policys_retriever(policy, preferences, tokenizer, tmp_path, way):
     """Equal models have a first loss of ln 2."""
     reference = peft_config = None
     if way == "given":
@@ -122,7 +122,7 @@ def test_the_reference_of_dpo_reads_what_the_policy_reads(policy, preferences, t
     assert policy.retriever.calls
 
 
-def test_the_reference_of_kto_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path):
+def test_the_reference_of_kto_has_the_policys_retriever(policy, preferences, tokenizer, tmp_path):
     """Equal models have no divergence, and a first loss of 1/2."""
     data = {"prompt": preferences["prompt"], "completion": preferences["chosen"], "label": [True, False] * 2}
     arguments = KTOConfig(str(tmp_path), gradient_checkpointing=False, **PAIRS, **PLAIN)
@@ -132,7 +132,7 @@ def test_the_reference_of_kto_reads_what_the_policy_reads(policy, preferences, t
     assert trainer.ref_model.retriever is policy.retriever
 
 
-def test_the_reference_of_grpo_reads_what_the_policy_reads(policy, preferences, tokenizer, tmp_path):
+def test_the_reference_of_grpo_has_the_policys_retriever(policy, preferences, tokenizer, tmp_path):
     arguments = GRPOConfig(
         str(tmp_path),
         gradient_checkpointing=False,

@@ -1,4 +1,4 @@
-"""A knowledge base by arithmetic, and generation by hand: one forward of the whole row for every token."""
+"""A fake knowledge base, and generation by hand: one forward of the whole row for each token."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Found:
 
 
 class HashRetriever:
-    """A knowledge base by arithmetic: a chunk's neighbors depend on its tokens alone. Counts what it is asked."""
+    """A fake knowledge base whose neighbors follow from a chunk's tokens. It records its calls."""
 
     chunk_size, num_neighbors, neighbor_length, vocab_size = CHUNK, NEIGHBORS, LENGTH, VOCAB
     embedding_model = "test/hash"
@@ -58,12 +58,12 @@ def left_padded(prompts):
 
 
 def chunks_of(tokens):
-    """The complete chunks of a row."""
+    """Return the complete chunks of a row."""
     return [tuple(tokens[start : start + CHUNK]) for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
 
 
 def next_token_logits(model, tokens):
-    """The truth: one forward of the whole row, its neighbors looked up by hand."""
+    """Return the true logits: one forward of the whole row, with its neighbors given."""
     chunks = chunks_of(tokens)
     if not chunks:
         return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]

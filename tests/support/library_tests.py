@@ -1,4 +1,4 @@
-"""transformers' own test modules: fetched as its source distribution, imported as the package `transformers_tests`."""
+"""transformers' own test modules, downloaded and imported as `transformers_tests`."""
 
 import importlib
 import importlib.util
@@ -28,7 +28,7 @@ MISSING = (
 
 
 class Stub(types.ModuleType):
-    """A module that is not there: whatever is imported from it is an empty class."""
+    """A module that is missing; every name imported from it is an empty class."""
 
     __path__: list[str] = []
     config_common_kwargs: dict = {}  # values that ConfigTester checks
@@ -41,7 +41,7 @@ class Stub(types.ModuleType):
 
 
 def fetch(folder: Path) -> None:
-    """Download the installed version's source distribution with pip, and keep its folder `tests`."""
+    """Download the installed version's source distribution, and keep its folder `tests`."""
     version = transformers.__version__
     with tempfile.TemporaryDirectory(dir=folder) as unpacked:
         pip = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--dest", unpacked]

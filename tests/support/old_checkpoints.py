@@ -1,4 +1,4 @@
-"""Checkpoints as earlier versions wrote them: with the parameter names and settings of that time."""
+"""Checkpoints as earlier versions wrote them, with their parameter names and settings."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ NEW_SETTINGS = {
 
 
 def write_as_of_old(folder: Path, file: str = "model.safetensors") -> None:
-    """Rewrite a saved model, or the file of a saved adapter, with old names and without new settings."""
+    """Rewrite a saved model or adapter with old parameter names and without new settings."""
     weights = load_file(folder / file)
     for present, old in OLD_NAMES.items():
         weights = {name.replace(present, old): weight for name, weight in weights.items()}

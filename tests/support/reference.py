@@ -1,7 +1,7 @@
-"""RETRO for one row, written slowly and obviously from the paper's definitions: the truth that the model is held to.
+"""A slow and obvious RETRO from the paper's definitions, the truth that the model is held to.
 
-Takes the weights of a RetroForCausalLM and nothing else of it. One row without padding, one head at a time, one chunk at
-a time, one neighbor at a time, one query at a time.
+It uses only a model's weights and settings. It takes one row without padding, and goes head by
+head, chunk by chunk, neighbor by neighbor and query by query.
 """
 
 import math
@@ -9,13 +9,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-SCALE = 30.0  # of the weights of matches, as they are stored
-VALUE_SCALE = 4.0  # of what cross-attention finds, where it goes by matches
-
 
 def attend(queries, keys, values, num_heads, causal=False, bias=None):
-    """queries (Q, d), keys and values (K, d): multi-head attention, head by head, query by query; bias (heads, K) or None
-    is added to the scores."""
+    """Return multi-head attention of queries (Q, d) to keys and values (K, d).
+
+    A bias (heads, K) is added to the scores.
+    """
     head_dim = queries.shape[-1] // num_heads
     rows = []
     for i, query in enumerate(queries):
@@ -44,10 +43,10 @@ def self_attention(module, states, num_heads, causal):
     return linear(module.c_proj, attend(query, key, value, num_heads, causal))
 
 
-def cross_attention(module, states, others, num_heads, bias=None):
+def cross_attention(module, states, others, num_heads, bias=None, output_scale=1.0):
     key, value = linear(module.c_attn, others).chunk(2, dim=-1)
-    scale = 1.0 if bias is None else VALUE_SCALE
-    return linear(module.c_proj, scale * attend(linear(module.q_attn, states), key, value, num_heads, bias=bias))
+    output = attend(linear(module.q_attn, states), key, value, num_heads, bias=bias)
+    return linear(module.c_proj, output_scale * output)
 
 
 def mlp(module, states):
@@ -55,7 +54,7 @@ def mlp(module, states):
 
 
 def encode(model, neighbor, chunk_states):
-    """One neighbor's tokens (list) and its chunk's decoder states (m, d) -> (tokens, d)."""
+    """Encode one neighbor, a list of tokens, given its chunk's decoder states (m, d)."""
     config, encoder = model.config, model.transformer.encoder
     e = model.transformer.wte.weight[neighbor] + encoder.wpe.weight[: len(neighbor)]
     for number, layer in enumerate(encoder.layers):
@@ -68,7 +67,7 @@ def encode(model, neighbor, chunk_states):
 
 
 def match(wte, tokens, i, neighbor, j, length):
-    """How well the last 1, 2, … length tokens of tokens[: i + 1] match the ones before neighbor[j]."""
+    """Return how well the last 1, 2, … length of tokens[: i + 1] match those before neighbor[j]."""
     matches, product = [], 1.0
     for s in range(length):
         both = i - s >= 0 and j - 1 - s >= 0
@@ -79,47 +78,53 @@ def match(wte, tokens, i, neighbor, j, length):
 
 
 def copy_probabilities(model, tokens, i, neighbors, scores):
-    """Return the copy distribution after tokens[: i + 1], (V,), and the gate's features that come from it."""
-    head, wte = model.copy_head, model.transformer.wte.weight
-    places = []  # how well 1, 2, … tokens match; weight before softmax; number of the neighbor; token
+    """Return the copy distribution (V,) after tokens[: i + 1], and the gate's features."""
+    head, wte, scale = model.copy_head, model.transformer.wte.weight, model.config.match_scale
+    places = []  # (matches of 1, 2, … tokens, attention score, number of the neighbor, token)
     for number, neighbor in enumerate(neighbors):
         for j, token in enumerate(neighbor):
             matches = match(wte, tokens, i, neighbor, j, len(head.match))
-            fit = SCALE * ((head.match * matches).sum() + head.similarity[0] * scores[number])
-            places.append((matches, fit, number, token))
-    weights = torch.stack([place[1] for place in places]).softmax(0)
+            score = scale * ((head.match * matches).sum() + head.similarity[0] * scores[number])
+            places.append((matches, score, number, token))
+    attention = torch.stack([place[1] for place in places]).softmax(0)
     by_neighbor = torch.zeros(len(neighbors), len(wte))
-    for weight, (_, _, number, token) in zip(weights, places, strict=True):
+    for weight, (_, _, number, token) in zip(attention, places, strict=True):
         by_neighbor[number, token] += weight
-    mass = by_neighbor.sum(0)
+    copied = by_neighbor.sum(0)
     pairs = [(a, b) for a in range(len(neighbors)) for b in range(len(neighbors)) if a != b]
-    alike = sum(float((by_neighbor[a] * by_neighbor[b]).sum()) for a, b in pairs)
-    similarity = sum(float(weight * scores[place[2]]) for weight, place in zip(weights, places, strict=True))
-    matched = sum(weight * place[0] for weight, place in zip(weights, places, strict=True))
-    return mass, torch.cat([matched, torch.tensor([float((mass**2).sum()), alike, similarity])])
+    agreement = sum(float((by_neighbor[a] * by_neighbor[b]).sum()) for a, b in pairs)
+    similarity = sum(float(weight * scores[place[2]]) for weight, place in zip(attention, places, strict=True))
+    matched = sum(weight * place[0] for weight, place in zip(attention, places, strict=True))
+    return copied, torch.cat([matched, torch.tensor([float((copied**2).sum()), agreement, similarity])])
 
 
 def with_copying(model, hidden, logits, tokens, neighbors, scores):
-    """hidden (T, d), logits (T, V) of the decoder -> (T, V) log-probabilities of its mixture with copying."""
-    mixed, head = [], model.copy_head
+    """Return log-probabilities (T, V) of the mixture, given the decoder's states and logits."""
+    mixed, head, config = [], model.copy_head, model.config
     for i in range(len(tokens)):
         log_probs = logits[i].log_softmax(-1)
-        c = (i + 1) // model.config.chunk_size - 1
+        c = (i + 1) // config.chunk_size - 1
         if c >= 0 and neighbors.get(c):
-            mass, features = copy_probabilities(model, tokens, i, neighbors[c], scores[c])
-            plausibility = (mass * log_probs).sum() / 10
-            known = torch.cat([features, plausibility[None]])
-            log_odds = hidden[i] @ head.gate_hidden + SCALE * (known @ head.gate_features + head.gate_bias)
+            copied, features = copy_probabilities(model, tokens, i, neighbors[c], scores[c])
+            expected_log_prob = (copied * log_probs).sum() / config.gate_log_prob_scale
+            features = torch.cat([features, expected_log_prob[None]])
+            from_features = config.match_scale * (features @ head.gate_features + head.gate_bias)
+            log_odds = hidden[i] @ head.gate_hidden + from_features
             odds = head.gate_scale.clamp(min=0) * log_odds.exp()
             gate = odds / (1 + odds)
-            log_probs = ((1 - gate) * log_probs.exp() + gate * mass).log()
+            log_probs = ((1 - gate) * log_probs.exp() + gate * copied).log()
         mixed.append(log_probs)
     return torch.stack(mixed)
 
 
 def log_probs(model, tokens, neighbors, scores):
-    """tokens: list of ids; neighbors: chunk number -> list of neighbors, each a list of ids; scores: chunk number ->
-    similarity of each. Returns (len(tokens), V)."""
+    """Return log-probabilities (len(tokens), V) of the next tokens.
+
+    Args:
+        tokens: list of ids.
+        neighbors: chunk number -> list of neighbors, each a list of ids.
+        scores: chunk number -> similarity of each neighbor.
+    """
     config, m = model.config, model.config.chunk_size
     encoded = {}
     h = model.transformer.wte.weight[tokens] + model.transformer.wpe.weight[: len(tokens)]
@@ -133,14 +138,15 @@ def log_probs(model, tokens, neighbors, scores):
             for i in range(len(tokens)):
                 c = (i + 1) // m - 1
                 if c >= 0 and encoded[c]:
-                    query, bias = norm(block.ln_cca, h[i : i + 1]), None
+                    query, matched = norm(block.ln_cca, h[i : i + 1]), {}
                     if config.cca_match:
                         wte, weights = model.transformer.wte.weight, block.cca.match
                         places = [(neighbor, j) for neighbor in neighbors[c] for j in range(len(neighbor))]
                         matches = [match(wte, tokens, i, *place, weights.shape[1]) for place in places]
-                        bias = SCALE * weights @ torch.stack(matches).T
-                    read = cross_attention(block.cca, query, torch.cat(encoded[c]), config.n_head, bias)
-                    updated.append(h[i] + read[0])
+                        bias = config.match_scale * weights @ torch.stack(matches).T
+                        matched = {"bias": bias, "output_scale": config.cca_match_output_scale}
+                    attended = cross_attention(block.cca, query, torch.cat(encoded[c]), config.n_head, **matched)
+                    updated.append(h[i] + attended[0])
                 else:
                     updated.append(h[i])
             h = torch.stack(updated)

@@ -1,4 +1,4 @@
-"""A small RETRO whose every weight is away from its start, and neighbors of many lengths."""
+"""A small RETRO whose weights are all away from their start, and neighbors of many lengths."""
 
 import torch
 
@@ -37,16 +37,16 @@ def small_model(**changes) -> RetroForCausalLM:
             parameter.add_(torch.randn_like(parameter) * 0.2)
         for block in model.transformer.h:
             if hasattr(block, "cca") and model.config.cca_match:
-                block.cca.match.mul_(0.1)  # counts thirty times
+                block.cca.match.mul_(0.1)  # it is multiplied by 30
         if model.config.copy_head:
             for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
-                parameter.mul_(0.1)  # they count thirty times
+                parameter.mul_(0.1)  # they are multiplied by 30
             model.copy_head.gate_scale.fill_(0.5)
     return model
 
 
 class RowNeighbors:
-    """Random neighbors for one row: chunk -> list of neighbors, each a list of 1 to LENGTH ids. Some are missing."""
+    """Random neighbors for one row: chunk -> neighbors of 1 to LENGTH ids. Some are missing."""
 
     def __init__(self, num_chunks: int, seed: int, missing: set = frozenset()):
         rng = torch.Generator().manual_seed(seed)
@@ -62,12 +62,12 @@ class RowNeighbors:
 
 
 def neighbor_scores(num_slots: int, seed: int = 0) -> torch.Tensor:
-    """Similarities of one row's neighbors, (1, C, k)."""
+    """Return similarities of one row's neighbors, (1, C, k)."""
     return torch.rand(1, num_slots, NEIGHBORS, generator=torch.Generator().manual_seed(seed))
 
 
 def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None = None):
-    """Rows of chunk -> neighbors to (B, C, k, r) ids and mask; slot j of a row is its chunk first[row] + j."""
+    """Return ids and mask (B, C, k, r) of rows of chunk -> neighbors; slot 0 is first[row]."""
     ids = torch.full((len(rows), num_slots, NEIGHBORS, LENGTH), 7)  # padding is a token like any other: masked or seen
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, chunks in enumerate(rows):
@@ -83,7 +83,7 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 
 def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
-    """Random tokens, and for each chunk a neighbor that holds its last four tokens and what follows it in the row."""
+    """Return random tokens, and neighbors that repeat each chunk's end and its continuation."""
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (rows, (chunks + 1) * LONG), generator=rng)
     ids = torch.randint(0, VOCAB, (rows, chunks, NEIGHBORS, 2 * LONG), generator=rng)
@@ -99,7 +99,7 @@ def rows_that_repeat_their_neighbors(seed, rows=8, chunks=4):
 
 
 def fit_readers(model, batch_of_step) -> None:
-    """Sixty steps of RETROfitting; the model is in evaluation mode afterwards."""
+    """Train sixty steps of RETROfitting, and leave the model in evaluation mode."""
     model.train().freeze_backbone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(60):
