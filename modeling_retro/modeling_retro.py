@@ -64,7 +64,7 @@ class RetroModel(RetroPreTrainedModel):
         """Fetch neighbors from this knowledge base when none are given. None: fetch none.
 
         Raises:
-            ValueError: the knowledge base's sizes, vocabulary or embedding model are not the model's.
+            ValueError: the knowledge base has other sizes, another vocabulary or embedding model.
         """
         if retriever is not None:
             check_retriever(retriever, self.config)
