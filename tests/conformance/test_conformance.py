@@ -50,7 +50,7 @@ class RetroModelTester:
         if self.with_neighbors:
             chunks = self.seq_length // self.chunk_size
             shape = (self.batch_size, chunks, self.num_neighbors, self.neighbor_length)
-            # the tests of smaller vocabularies cut input_ids down, which they know, and not these
+            # tests of smaller vocabularies cut down input_ids, but not these
             inputs["neighbor_ids"] = torch.randint(0, self.vocab_size // 2, shape)
             inputs["neighbor_attention_mask"] = torch.ones(shape, dtype=torch.long)
         return self.get_config(), inputs

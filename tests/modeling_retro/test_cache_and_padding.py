@@ -104,7 +104,7 @@ def test_padding_within_a_row_is_ignored(model):
 
 @torch.no_grad()
 def test_with_a_4d_mask_positions_locate_the_chunks(model):
-    """A prepared 4D mask, as a static cache's: positions tell where padding ends."""
+    """With a prepared 4D mask, as of a static cache, positions tell where padding ends."""
     padding = [0, 3]
     rows = [random_tokens(LENGTH - pad, seed=pad) for pad in padding]
     neighbors = [RowNeighbors(len(row) // CHUNK, seed=len(row)).chunks for row in rows]
@@ -132,7 +132,7 @@ def test_the_cache_reorders_repeats_and_selects_all_that_it_holds(model):
     half = LENGTH // 2
 
     def rest(cache, order):
-        """The second half of the rows in a new order, on top of a cache in that order."""
+        """Run the second half of the rows in a new order, on a cache in that order."""
         columns = torch.tensor([[0] * padding[i] + rows[i] for i in order])
         attention_mask = torch.tensor([[0] * padding[i] + [1] * len(rows[i]) for i in order])
         first = [(half - padding[i]) // CHUNK for i in order]
@@ -193,6 +193,22 @@ def test_a_static_cache_can_be_reset_and_used_again(model):
     cache.reset()
     logits, _ = in_parts(model, [tokens], [neighbors], [0], [CHUNK + 1, CHUNK + 2, LENGTH], cache)
     torch.testing.assert_close(logits[0], alone(model, tokens, neighbors), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["lazy", "dynamic", "static"])
+@torch.no_grad()
+def test_a_decoders_cache_that_is_handed_in_goes_on_sharing_its_layers(kind):
+    model, tokens = small_model(), torch.tensor([random_tokens(LENGTH, seed=1)])
+    cache = {
+        "lazy": DynamicCache,
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=LENGTH),
+    }[kind]()
+    returned = model(tokens[:, :CHUNK], cache=cache, use_cache=True)[CACHE]
+    assert isinstance(returned, RetroCache) and cache.get_seq_length() == CHUNK
+    model(tokens[:, CHUNK:], cache=returned, use_cache=True)
+    assert cache.get_seq_length() == returned.get_seq_length() == LENGTH
+    assert all(map(torch.equal, (layer.keys for layer in cache.layers), (layer.keys for layer in returned.layers)))
 
 
 def test_a_cache_without_retros_memory_is_refused():

@@ -44,7 +44,7 @@ def test_it_learns_to_copy_within_a_few_steps_and_bad_neighbors_do_no_harm(tmp_p
 
 
 def test_an_unlikely_token_can_be_copied_and_nothing_overflows():
-    """A decoder that gives a token e^-300: the mixture must still be one."""
+    """The mixture is a distribution even where the decoder gives a token e^-300."""
     model = small_model()
     tokens, neighbors = random_tokens(2 * CHUNK, seed=1), RowNeighbors(2, seed=1).chunks
     ids, mask = neighbor_tensors([neighbors], 2)

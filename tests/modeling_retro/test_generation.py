@@ -53,7 +53,7 @@ def test_the_output_lists_the_documents_retrieved_for_each_chunk(model):
     output = model.generate(**batch, max_new_tokens=2 * CHUNK, do_sample=False, return_dict_in_generate=True)
     for prompt, sequence, read in zip(PROMPTS, output.sequences.tolist(), output.retrieved, strict=True):
         row = sequence[len(sequence) - len(prompt) - 2 * CHUNK :]
-        seen = len(row) - 1  # the last token has been written, not read
+        seen = len(row) - 1  # the last token was generated, but not run through the model
         assert [chunk.chunk for chunk in read] == list(range(seen // CHUNK))
         found = HashRetriever().retrieve(torch.tensor([row[c.chunk * CHUNK : (c.chunk + 1) * CHUNK] for c in read]))
         assert [chunk.doc_ids for chunk in read] == found.doc_ids

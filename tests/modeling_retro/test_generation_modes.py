@@ -158,7 +158,7 @@ def test_scores_states_and_attentions_of_every_pass(model, num_beams):
         assert len(layers) == len(model.config.cca_layers)
         for weights in layers:
             assert weights.shape[:3] == (rows, model.config.n_head, columns if step == 0 else 1)
-            total = weights.sum(-1)  # all of a head's attention, or none where nothing is read
+            total = weights.sum(-1)  # 1, or 0 where there are no neighbors
             assert torch.all(torch.isclose(total, torch.ones(())) | (total == 0))
     assert output.hidden_states[0][-1].shape == (rows, columns, model.config.n_embd)
 
@@ -186,7 +186,7 @@ def test_generation_compiles_without_a_graph_break_and_with_few_graphs(model, pr
     torch.compiler.reset()
     counters.clear()
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    compiled._compile_all_devices = True  # the library compiles on GPUs alone otherwise
+    compiled._compile_all_devices = True  # otherwise the library compiles on GPUs only
     steps = 8 * CHUNK
     written = model.generate(
         prompt, cache_implementation="static", compile_config=compiled, max_new_tokens=steps, do_sample=False

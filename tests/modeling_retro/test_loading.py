@@ -110,7 +110,7 @@ def test_new_parts_are_named_in_one_line(settings, parts, tmp_path, logged):
     assert [record.getMessage() for record in logged.records] == [
         f"New, and a no-op until trained: {parts} ({sum(map(torch.numel, new.values())):,} parameters)."
     ]
-    assert info["missing_keys"] == set(new)  # train_hf.py must know them
+    assert info["missing_keys"] == set(new)  # train_hf.py uses them
 
 
 def test_a_copy_head_added_to_a_retro_checkpoint_is_named_in_one_line(tmp_path, logged):

@@ -25,7 +25,7 @@ ATOL = 1e-5
 
 
 def run(model, tokens, neighbors, **kwargs):
-    """Logits (T, V) of one row."""
+    """Return the logits (T, V) of one row."""
     ids, mask = neighbor_tensors([neighbors], len(tokens) // CHUNK)
     return model(torch.tensor([tokens]), neighbor_ids=ids, neighbor_attention_mask=mask, **kwargs).logits[0]
 

@@ -22,7 +22,7 @@ from .test_training_features import gradients, training_batch, without_dropout
 
 
 def _map(**places):
-    """Every module to the CPU but for those named."""
+    """Return a device map with all modules on the CPU, except for the named ones."""
     names = ["wte", "wpe", "drop", "h.0", "h.1", "h.2", "h.3", "ln_f"]
     names += [f"encoder.{name}" for name in ("wpe", "drop", "layers.0", "layers.1", "ln_f")]
     return {"lm_head": "cpu", "copy_head": places.get("copy_head", "cpu")} | {

@@ -36,7 +36,7 @@ def test_a_saved_model_opens_through_every_class(tmp_path, inputs, max_shard_siz
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert len(list(tmp_path.glob("*.safetensors"))) > (max_shard_size == "20KB")
     for opened in (RetroForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
-        assert type(opened) is RetroForCausalLM  # installed, the project's own code is used
+        assert type(opened) is RetroForCausalLM  # the installed code is used
         assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
         assert opened.generation_config.max_new_tokens == 7
     assert type(AutoConfig.from_pretrained(tmp_path)) is RetroConfig
@@ -54,7 +54,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 assert all(importlib.util.find_spec(name) is None for name in ("modeling_retro", "configuration_retro", "retrieval"))
 inputs = load_file("inputs.safetensors")
 expected = inputs.pop("logits")
-installed, transformers.__version__ = transformers.__version__, "5.99.0"  # a version that the code does not know
+installed, transformers.__version__ = transformers.__version__, "5.99.0"  # an unknown version
 try:
     AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
 except ImportError as error:
@@ -83,7 +83,7 @@ def test_it_opens_as_remote_code_where_this_project_is_not_installed(tmp_path, i
     write_as_of_old(tmp_path / "old")
     save_file({**inputs, "logits": model(**inputs).logits.detach()}, tmp_path / "inputs.safetensors")
     venv.create(tmp_path / "venv", with_pip=False)
-    # the path alone: torch and transformers are found, this project's editable install is not
+    # on this path torch and transformers are found, but not this project's editable install
     packages = Path(next((tmp_path / "venv").rglob("site-packages")))
     packages.joinpath("libraries.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
     python = next(path for path in (tmp_path / "venv").glob("*/python*") if path.stem == "python")

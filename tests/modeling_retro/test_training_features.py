@@ -46,7 +46,7 @@ def without_dropout(**changes) -> RetroForCausalLM:
 
 
 def gradients(model, batch, seed=0):
-    """Loss and the gradient of every parameter that is trained."""
+    """Return the loss and the gradient of every trained parameter."""
     model.zero_grad()
     torch.manual_seed(seed)  # dropout
     loss = model(**batch).loss
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, frozen):
             module.register_forward_pre_hook(lambda *_: passes.append(1))
     checkpoint(model, use_reentrant=use_reentrant)
     assert_same(gradients(model, batch), expected, atol=1e-6, rtol=1e-5)
-    assert len(passes) > model.config.encoder_num_layers  # it has been computed again
+    assert len(passes) > model.config.encoder_num_layers  # layers were computed again
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -150,7 +150,7 @@ def flash_kernel(calls):
 def test_flash_attention_gets_supported_arguments_and_gives_the_same_logits(monkeypatch):
     """Only the kernel is replaced, where transformers calls it, since it needs a GPU."""
     batch = training_batch()
-    # in float32, which the kernel does not have, the library would look for half weights
+    # the library refuses float32, which the kernel does not have
     model = small_model().double()
     expected = model(**batch)
     calls = []

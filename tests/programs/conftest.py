@@ -9,7 +9,7 @@ from ..support.small_models import letter_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """The token that pads ends a text, too."""
+    """A tokenizer whose padding token also ends a text."""
     return letter_tokenizer(VOCAB, eos_token=letter_tokenizer(VOCAB).pad_token)
 
 

@@ -26,8 +26,7 @@ def inputs(batch_size, length, seed):
 def test_an_exported_model_gives_the_same_logits_at_any_batch_size_and_length(attention, strict, tmp_path):
     model = small_model(attn_implementation=attention, use_cache=False)
     example = inputs(3, 14, seed=0)
-    # of neighbors, the batch size and the number of chunks vary; how many a chunk has and their
-    # length are the model's
+    # batch size and number of chunks vary; the number of neighbors and their length do not
     shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in example}
     program = export(model, (), example, dynamic_shapes=shapes, strict=strict)
     torch.export.save(program, tmp_path / "retro.pt2")

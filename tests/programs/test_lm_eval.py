@@ -54,7 +54,7 @@ def tasks(documents, tmp_path_factory):
 
 @torch.no_grad()
 def by_hand(documents, tokenizer, use_retrieval):
-    """Log-likelihood of each choice: one forward of context and choice, alone."""
+    """Return the log-likelihood of each choice, from one forward of its context and itself."""
     model = retrieving_model()
     scores = []
     for document in documents:

@@ -46,8 +46,7 @@ def test_an_adapter_trains_alone_and_loads_to_the_same_logits(name, tmp_path):
     for key, weight in model.named_parameters():
         assert (key in trained) == (key in trained and not torch.equal(weight, trained[key])), key
 
-    # where the biases of cross-attention's scores have gradients, SDPA takes another kernel, with
-    # other last bits
+    # without gradients: with gradients of its bias, SDPA uses another kernel with other last bits
     with torch.no_grad():
         model.eval().save_pretrained(tmp_path / "adapter")
         expected = model(**batch).logits

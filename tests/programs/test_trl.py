@@ -64,7 +64,7 @@ def test_sft_trains_on_retrieved_neighbors(saved, texts, tokenizer, tmp_path, wa
     calls.clear()
     trainer.train()
     assert len(calls) == 4  # each step asks once, for the chunks of its batch
-    if way != "packed":  # cut from one stream of text; all else keeps each text to itself
+    if way != "packed":  # which cuts one stream of text; the other ways keep texts apart
         rows = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
         own = {tuple(row[start : start + CHUNK]) for row in rows for start in range(0, len(row), CHUNK)}
         assert {chunk for call in calls for chunk in call} <= own
@@ -73,7 +73,7 @@ def test_sft_trains_on_retrieved_neighbors(saved, texts, tokenizer, tmp_path, wa
     assert len(losses) == 4 and all(map(math.isfinite, losses + norms))
     if way != "adapters":
         still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
-        assert still == []  # the encoder and the cross-attention have learnt too
+        assert still == []  # the encoder and the cross-attention have learned, too
         trainer.save_model()
         loaded = RetroForCausalLM.from_pretrained(tmp_path)
         assert all(map(torch.equal, loaded.parameters(), model.cpu().parameters()))

@@ -17,7 +17,7 @@ from .once import made_once
 
 PACKAGE = "transformers_tests"
 
-# What some source distributions leave out; their test modules, or this one, import it.
+# modules that some source distributions leave out although their tests, or this module, import them
 MISSING = (
     "distributed_testing_utils",
     "exporters.test_export",
@@ -77,5 +77,5 @@ training = importlib.import_module(f"{PACKAGE}.test_training_mixin")
 tensor_parallel = importlib.import_module(f"{PACKAGE}.test_tensor_parallel_mixin")
 fsdp = importlib.import_module(f"{PACKAGE}.test_fsdp_mixin")
 
-# the tests tell a model's kind by the name of its class; RetroForCausalLM registers itself
+# the tests recognize models by class names; RetroForCausalLM registers itself
 modeling_auto.MODEL_MAPPING_NAMES["retro"] = "RetroModel"

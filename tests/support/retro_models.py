@@ -5,7 +5,7 @@ import torch
 from modeling_retro import RetroConfig, RetroForCausalLM
 
 CHUNK, NEIGHBORS, LENGTH, VOCAB = 4, 2, 6, 61
-LONG = 8  # tokens of a chunk, in a text that is long enough to tell one passage from another
+LONG = 8  # tokens of a chunk that is long enough to tell passages apart
 
 
 def small_config(**changes) -> RetroConfig:
@@ -68,7 +68,9 @@ def neighbor_scores(num_slots: int, seed: int = 0) -> torch.Tensor:
 
 def neighbor_tensors(rows: list[dict], num_slots: int, first: list[int] | None = None):
     """Return ids and mask (B, C, k, r) of rows of chunk -> neighbors; slot 0 is first[row]."""
-    ids = torch.full((len(rows), num_slots, NEIGHBORS, LENGTH), 7)  # padding is a token like any other: masked or seen
+    ids = torch.full(
+        (len(rows), num_slots, NEIGHBORS, LENGTH), 7
+    )  # padding is an ordinary token, told only by the mask
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, chunks in enumerate(rows):
         for slot in range(num_slots):
