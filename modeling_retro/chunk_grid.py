@@ -7,15 +7,17 @@ one chunk that the row completes in this call: slot j holds the j-th.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
+
+M = TypeVar("M", bound="Movable")
 
 
 class Movable:
     """A dataclass of tensors with a `to` method; accelerate moves it to a layer's device."""
 
-    def to(self, device: torch.device, **kwargs: Any) -> Self:
+    def to(self: M, device: torch.device, **kwargs: Any) -> M:
         """Return a copy whose tensors are on the device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Movable)}
         return replace(self, **{name: value.to(device, **kwargs) for name, value in tensors.items()})  # type: ignore[type-var]
