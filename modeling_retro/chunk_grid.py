@@ -150,8 +150,8 @@ class ChunkGrid(Movable):
         """Return the columns of each column's last `number` tokens, its own token first.
 
         Returns:
-            columns (B, T, number), from the start of the cache and below `num_columns`; exists (B,
-            T, number) bool, False where the text has not begun yet.
+            columns (B, T, number), from the start of the cache and below `num_columns`;
+            exists (B, T, number) bool, False where the text has not begun yet.
         """
         positions = self.positions.unsqueeze(-1) - torch.arange(number, device=self.positions.device)
         return self._columns_of(positions.flatten(1), num_columns).view_as(positions), positions >= 0

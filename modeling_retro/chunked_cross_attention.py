@@ -16,9 +16,8 @@ from .attention_plan import AttentionPlan, attention_implementation
 class ChunkedCrossAttention(GPT2Attention):
     """One decoder layer's cross-attention to one chunk's neighbors (paper, section 2.4).
 
-    It is GPT-2's multi-head attention, with keys and values from the encoded neighbors.
-
-    The output projection starts at zero, so a model freshly built on GPT-2 equals that GPT-2.
+    It is GPT-2's multi-head attention, with keys and values from the encoded neighbors. The output
+    projection starts at zero, so a model freshly built on GPT-2 equals that GPT-2.
 
     With `cca_match`, each head adds to its attention scores how well the last tokens match those
     before each place (see `match_tokens`), with learned weights of its own. Induction heads take

@@ -159,8 +159,7 @@ class CopyHead(nn.Module):
 
         Returns:
             copy_probs (B, T, k·r) float32: the probability of copying each token, at the place
-            where it first occurs.
-                0 at other places, and for columns that attend to nothing.
+                where it first occurs; 0 at other places, and for columns that attend to nothing.
             features (B, T, n + 3) for the gate: the attended matches of 1, 2, … n tokens; how
                 peaked the copy distribution is; how much of that the neighbors agree on; the
                 attended similarity.

@@ -45,21 +45,17 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
 
         Returns:
             What `GenerationMixin.generate` returns. With `return_dict_in_generate=True` the output
-            has an entry
-            `retrieved`: a list of `RetrievedChunk` for each returned row, with the documents that
-                its chunks read and
-            their similarities. With `output_attentions=True` it also has `cross_attentions`: for
-                each forward pass and
-            cross-attention layer, (rows, heads, tokens of the pass, k·r) over the neighbors.
+            has an entry `retrieved`: a list of `RetrievedChunk` for each returned row, with the
+            documents found for its chunks and their similarities. With `output_attentions=True` it
+            also has `cross_attentions`: for each forward pass and cross-attention layer, (rows,
+            heads, tokens of the pass, k·r) over the neighbors.
         """
         log = RetrievalLog()
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        if self.training and getattr(
-            self.base_model, "gradient_checkpointing", False
-        ):  # checkpointed layers keep no cache
-            kwargs["use_cache"] = False
+        if self.training and getattr(self.base_model, "gradient_checkpointing", False):
+            kwargs["use_cache"] = False  # checkpointed layers keep no cache
         outputs = super().generate(inputs, *args, retrieval_log=log, **kwargs)  # type: ignore[misc]
         if isinstance(outputs, ModelOutput):
             generation_config = kwargs.get("generation_config") or self.generation_config

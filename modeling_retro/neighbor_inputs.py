@@ -13,8 +13,9 @@ from .chunk_grid import ChunkGrid, Movable, take_chunks
 class NeighborInputs(Movable):
     """The neighbors of the chunks that one call completes. The shapes are checked when it is built.
 
-    Attributes (B rows, C slots, one for each chunk, k neighbors of a chunk, r tokens of a
-    neighbor):
+    Shapes: B rows, C slots, each for one chunk, k neighbors of a chunk, r tokens of a neighbor.
+
+    Attributes:
         ids: (B, C, k, r) int64 or int32 token ids.
         mask: (B, C, k, r) bool, False for padding and for neighbors that are not there. Other types
             are converted.
@@ -66,7 +67,7 @@ class NeighborInputs(Movable):
 
     @property
     def num_slots(self) -> int:
-        """C, the number of chunks that there is room for."""
+        """C, the number of slots."""
         return self.ids.shape[1]
 
     def check_fit(self, config: RetroConfig, grid: ChunkGrid) -> None:
@@ -86,7 +87,7 @@ class NeighborInputs(Movable):
             )
 
     def take_slots(self, slots: torch.Tensor) -> "NeighborInputs":
-        """Return the neighbors in the given slots (B, C'). Slots beyond the last have none."""
+        """Return the neighbors in the given slots (B, C'). Slots beyond the last are empty."""
         exists = slots < self.num_slots
         slots = slots.clamp(max=self.num_slots - 1)
         mask = take_chunks(self.mask, slots) & exists[..., None, None]
