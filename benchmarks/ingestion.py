@@ -59,7 +59,7 @@ def main() -> None:
             report = ingest(read_files(chosen), store, tokenizer, embedder, chunk_size=CHUNK_SIZE)
             if not report.chunks_written == len(texts) == store.count():
                 raise RuntimeError(f"{report} and {store.count()} rows for {len(texts)} chunks.")
-            store.client.drop_collection(name)
+            store.connection.drop_collection(name)
             store.close()
 
     speeds: dict[str, list[float]] = {"encode alone": [], "ingestion": []}

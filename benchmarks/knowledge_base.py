@@ -21,7 +21,16 @@ from pathlib import Path
 import numpy as np
 from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
 
-from retrieval import BulkTokenizer, Chunk, Embedder, IndexSettings, MilvusStore, chunk_documents
+from retrieval import (
+    BulkTokenizer,
+    Chunk,
+    Embedder,
+    IndexSettings,
+    MilvusAddress,
+    MilvusStore,
+    NewCollection,
+    chunk_documents,
+)
 from retrieval.identity import Identity
 
 QUERIES = 1024
@@ -112,10 +121,10 @@ def main() -> None:
     tokens = np.random.default_rng(1).integers(0, 8192, (len(vectors), 128))
     try:
         for side, (uri, kinds) in sides.items():
-            store = MilvusStore(uri, "benchmark", timeout=3600)
+            store = MilvusStore(MilvusAddress(uri, timeout=3600), "benchmark")
             if store.exists():
-                store.call("drop_collection")
-            store.create(Identity.of(tokenizer, embedder, 64), index=IndexSettings.parse("FLAT"))
+                store.connection.drop_collection("benchmark")
+            store.create(Identity.of(tokenizer, embedder, 64), NewCollection(IndexSettings.parse("FLAT")))
             began = time.perf_counter()
             for start in range(0, len(vectors), 5000):
                 rows = range(start, min(start + 5000, len(vectors)))
@@ -125,19 +134,19 @@ def main() -> None:
                 store.upsert(chunks, vectors[start : start + 5000])
             store.flush()
             seconds = time.perf_counter() - began
-            store.call("load_collection")
+            store.connection.load_collection("benchmark")
             print(f"{side}: {len(vectors) / seconds:,.0f} rows/s written", flush=True)
             for kind in arguments.indexes or kinds:
                 began = time.perf_counter()
                 store.reindex(IndexSettings.parse(kind))
-                while store.call("describe_index", "embedding").get("pending_index_rows"):
+                while store.connection.describe_index("benchmark", "embedding").get("pending_index_rows"):
                     time.sleep(1)
                 result = {"index": kind, "built in s": f"{time.perf_counter() - began:.0f}"}
                 result |= measure(store, vectors, queries, truth, k)
                 if side == "Milvus Lite":
                     result["disk MB"] = f"{disk(folder):.0f}"
                 print(f"{side}: " + "; ".join(f"{name} {value}" for name, value in result.items()), flush=True)
-            store.call("drop_collection")
+            store.connection.drop_collection("benchmark")
             store.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

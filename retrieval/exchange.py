@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from tqdm.auto import tqdm
 
 from .chunking import Chunk, check_id, source_names
+from .collection import NewCollection
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .quiet import no_dataset_bars
@@ -117,14 +118,17 @@ def push_knowledge_base(folder: str | os.PathLike, repo_id: str, *, private: boo
     return str(url)
 
 
-def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = False, **made: Any) -> int:
+def import_knowledge_base(
+    source: str, store: MilvusStore, *, new: NewCollection | None = None, progress: bool = False
+) -> int:
     """Bring exported rows into a collection, which is made if it is not there; nothing is embedded again.
 
     Rows have the keys they had, so that an import that was interrupted is completed by running it again.
 
     Args:
         source: an exported folder, or the name of a dataset on the hub.
-        **made: of a collection that is made; as for [`MilvusStore.create`].
+        new: how the collection is made, if it is not there.
+        progress: show a progress bar, in chunks.
 
     Returns:
         the number of chunks.
@@ -136,7 +140,7 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
     card, rows = _open_export(source)
     identity = Identity.from_json(card, source)
     if not store.exists():
-        store.create(identity, **made)
+        store.create(identity, new)
     if differences := store.identity().differences(identity):
         raise IdentityMismatch(
             f"{store.where} and {source} do not go together: {'; '.join(differences)}. Import into another collection."
@@ -163,7 +167,7 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
             bar.update(len(chunks))
     store.flush()
     store.touch(sources)
-    store.fit_index()
+    store.adapt_index()
     return written
 
 

@@ -10,15 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .chunking import Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
+from .collection import NewCollection
 from .embedding import Embedder
 from .identity import Identity
-from .indexes import IndexSettings
 from .rows import content_hash, doc_key, primary_key
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
@@ -76,9 +75,7 @@ def ingest(
     embedder: Embedder,
     *,
     chunk_size: int = 64,
-    index: IndexSettings | None = None,
-    expected_chunks: int | None = None,
-    vector_dtype: str = "float32",
+    new: NewCollection | None = None,
     progress: bool = False,
 ) -> IngestReport:
     """Bring documents into a collection, which is made if it is not there.
@@ -90,7 +87,8 @@ def ingest(
 
     Args:
         documents: read in another thread than the caller's.
-        index, expected_chunks, vector_dtype: of a collection that is made; as for [`MilvusStore.create`].
+        chunk_size: tokens in a chunk.
+        new: how the collection is made, if it is not there.
         progress: show a progress bar, in chunks.
 
     Raises:
@@ -99,8 +97,7 @@ def ingest(
         ValueError: chunk_size or a document id out of its range.
     """
     started = time.monotonic()
-    made = {"index": index, "expected_rows": expected_chunks, "vector_dtype": vector_dtype}
-    open_collection(store, tokenizer, embedder, chunk_size, **made)
+    open_collection(store, tokenizer, embedder, chunk_size, new)
     # Milvus Lite shows rows that are just going from memory to disk to no reader: it looks up or writes, not both
     turn = threading.Lock()
 
@@ -121,7 +118,7 @@ def ingest(
     windows = read_windows(documents, tokenizer, chunk_size, there)
     report = embed_windows(windows, embedder, write, finish, progress=progress)
     store.flush()
-    store.fit_index()
+    store.adapt_index()
     report.seconds = time.monotonic() - started
     return report
 
@@ -136,12 +133,16 @@ def documents_of_rank(documents: Iterable[Document], rank: int, processes: int) 
 
 
 def open_collection(
-    store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int, **made: Any
+    store: MilvusStore,
+    tokenizer: BulkTokenizer,
+    embedder: Embedder,
+    chunk_size: int,
+    new: NewCollection | None = None,
 ) -> None:
-    """Make the collection, or see that the one that is there has the same identity.
+    """Make the collection, or check that the one that is there has the same identity.
 
     Args:
-        **made: as for [`MilvusStore.create`].
+        new: how the collection is made, if it is not there.
 
     Raises:
         IdentityMismatch: it was made with another tokenizer, embedding model or chunk size.
@@ -149,7 +150,7 @@ def open_collection(
     """
     check_chunk_size(chunk_size)
     if not store.exists():
-        store.create(Identity.of(tokenizer, embedder, chunk_size), **made)
+        store.create(Identity.of(tokenizer, embedder, chunk_size), new)
     store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .addresses import TLS
+from .addresses import MilvusAddress
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
@@ -148,38 +148,54 @@ class MilvusRetriever:
     @classmethod
     def from_uri(
         cls,
-        uri: str | None = None,
+        uri: str | os.PathLike[str] | MilvusAddress | None = None,
         collection_name: str = "retro",
         *,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,
         device: str | torch.device | None = None,
-        token: str | None = None,
-        database: str | None = None,
-        tls: TLS | None = None,
-        timeout: float = 120.0,
         search_params: Mapping[str, int] | None = None,
-        **kwargs: Any,
+        num_neighbors: int = 2,
+        neighbor_length: int | None = None,
+        filter: Filter | None = None,
+        max_leakage: float | None = None,
+        cache_size: int = 0,
+        on_retrieval_error: str = "raise",
     ) -> "MilvusRetriever":
         """Open a knowledge base.
 
         Args:
-            uri, token, database, tls, timeout: as for [`MilvusConnection`].
+            uri: a Milvus Lite file (.db) or the URI of a server; [`MilvusAddress`] adds token,
+                database, TLS and timeout. Default: the environment variable MILVUS_URI.
+            collection_name: the collection.
             tokenizer: the model's.
-            embedding_model: where to load it from; default: the name that the collection was built with.
+            embedding_model: name or folder to load it from. Default: the name that the collection
+                was built with.
             device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
-            search_params: as for [`MilvusStore`].
-            **kwargs: as for the class.
+            search_params: the index's search parameters, such as {"ef": 128}.
+            num_neighbors, neighbor_length, filter, max_leakage, cache_size, on_retrieval_error: as
+                for the class.
+
+        Raises:
+            KnowledgeBaseError, ValueError: as the class, [`MilvusAddress`] and [`MilvusStore.open`].
         """
-        store = MilvusStore.open(
-            uri, collection_name, token=token, database=database, tls=tls, timeout=timeout, search_params=search_params
-        )
+        store = MilvusStore.open(uri, collection_name, search_params=search_params)
         try:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
             identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded, which takes longer
             embedder = Embedder(embedding_model or identity.embedding_model, device=device)
-            return cls(store, tokenizer, embedder, **kwargs)
+            return cls(
+                store,
+                tokenizer,
+                embedder,
+                num_neighbors=num_neighbors,
+                neighbor_length=neighbor_length,
+                filter=filter,
+                max_leakage=max_leakage,
+                cache_size=cache_size,
+                on_retrieval_error=on_retrieval_error,
+            )
         except Exception:
             store.close()
             raise
