@@ -1,4 +1,4 @@
-"""Addresses of knowledge bases: a Milvus Lite file or a server, with token, database, TLS and timeout."""
+"""Addresses of knowledge bases: a Milvus Lite file or a server, and how to connect to it."""
 
 import os
 import re
@@ -103,7 +103,7 @@ class MilvusAddress:
     @classmethod
     def of(cls, uri: "str | os.PathLike[str] | MilvusAddress | None") -> "MilvusAddress":
         """Return the address itself, or the one that a URI names."""
-        return uri if isinstance(uri, cls) else cls(uri)
+        return uri if isinstance(uri, MilvusAddress) else cls(uri)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"token": None}

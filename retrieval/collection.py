@@ -148,7 +148,7 @@ class MilvusCollection:
             return False
         if not self.connection.list_indexes(self.collection_name):  # killed before the index was made
             self._build_index(self.index())
-        if self.connection.owns_file:  # rows that a killed process left in the log are searched 30 times slower
+        if self.connection.owns_file:  # rows that a killed process left in the log are slow to search
             self.flush()
         self._load()
         return True
@@ -233,7 +233,9 @@ class MilvusCollection:
                 raise
 
     def reindex(self, settings: IndexSettings, *, automatic: bool = False) -> None:
-        """Build another index over the same rows. Searches wait meanwhile; nothing is embedded again.
+        """Build another index over the same rows; nothing is embedded again.
+
+        Searches wait meanwhile.
 
         Args:
             automatic: nobody asked for this index, so another one may replace it later.
@@ -248,7 +250,7 @@ class MilvusCollection:
         )
         self.flush()
         self._drop_index()
-        # recorded before it is built: a process that finds the collection without an index builds this one
+        # recorded first: a process that finds the collection without an index builds this one
         card = _index_card(settings, automatic=automatic)
         self.connection.alter_properties(self.collection_name, {INDEX: card})
         self._index = settings
@@ -256,9 +258,9 @@ class MilvusCollection:
         self._load()
 
     def _drop_index(self) -> None:
-        """Release the collection and drop its index; retry when a search reloads it in between."""
+        """Release the collection and drop its index; retry if a search reloads it in between."""
         retrying = Retrying(
-            # Milvus' own words, which name no collection
+            # Milvus's own words, which name no collection
             retry=retry_if_exception(lambda error: "loaded" in str(error.__cause__)),
             stop=stop_after_delay(self.connection.timeout),
             wait=wait_random(0, 0.2),
@@ -270,7 +272,7 @@ class MilvusCollection:
                 self.connection.drop_index(self.collection_name, VECTORS)
 
     def adapt_index(self) -> None:
-        """On Milvus Lite, build the index that suits the collection's size, unless one was asked for.
+        """On Milvus Lite, build the index that suits the size, unless one was asked for.
 
         If several processes fill a file, the one that owns it does this. On a server nobody does,
         since others search meanwhile.
@@ -342,10 +344,13 @@ class MilvusCollection:
         }
 
     def close(self) -> None:
-        """Close the connection; after the last one to a Milvus Lite file, another process can open the file."""
+        """Close the connection; see [`MilvusConnection.close`]."""
         self.connection.close()
 
 
 def _index_card(settings: IndexSettings, *, automatic: bool) -> str:
-    """Return the text that `MilvusCollection.index` reads; `automatic` if nobody asked for this index."""
+    """Return the text that `MilvusCollection.index` reads.
+
+    `automatic` says that nobody asked for this index.
+    """
     return json.dumps({"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic})

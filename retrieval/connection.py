@@ -1,4 +1,4 @@
-"""MilvusConnection: typed calls of Milvus on a Lite file, a server, a cluster or a cloud, retried while Milvus is away."""
+"""MilvusConnection: typed calls of Milvus, retried while it is away."""
 
 import logging
 import os
@@ -24,14 +24,14 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 CONNECT_SECONDS = 10.0  # the most that one attempt to connect may take
-# Milvus permits a ping every 5 seconds, and pymilvus sends one every 10. The server inside Milvus Lite permits one in 5
-# minutes and hangs up on clients that send more ("too_many_pings"). It is on this machine, where a lost connection shows
-# by itself.
+# pymilvus sends a ping every 10 seconds. The server inside Milvus Lite permits one in 5 minutes and
+# hangs up on clients that send more ("too_many_pings"). It is on this machine, where a lost
+# connection shows by itself.
 NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 
 class MilvusConnection:
-    """A connection that is made again when it breaks, and the calls of Milvus that a knowledge base needs.
+    """A connection that is made again when it breaks, with the calls a knowledge base needs.
 
     Every call may be repeated: rows are written under keys that depend on their text alone. While
     Milvus is away or not ready, a call waits and tries again, for the address's `timeout` seconds.
@@ -49,7 +49,7 @@ class MilvusConnection:
         serving: the address that answers; for a file it is on the loopback interface.
 
     Raises:
-        KnowledgeBaseError (by the constructor): the file cannot be opened, or nothing answers at the
+        KnowledgeBaseError (by the constructor): the file cannot be opened, nothing answers at the
             address, or the server does not let this program in.
         KnowledgeBaseError (by every call): Milvus refused it, or did not answer in time.
     """
@@ -116,7 +116,7 @@ class MilvusConnection:
 
     @property
     def is_lite(self) -> bool:
-        """True if Milvus Lite answers: a file, or one that another process serves under an http:// address."""
+        """True if Milvus Lite answers, also for a file that another process serves over http://."""
         return self.is_file or "milvus_lite" in self._version
 
     def _connect(self) -> None:
@@ -125,7 +125,7 @@ class MilvusConnection:
         seconds = min(self.timeout, CONNECT_SECONDS)
 
         def connect(**more: Any) -> MilvusClient:
-            # dedicated: pymilvus shares others by address, also with connections that have other certificates
+            # dedicated: pymilvus shares others by address, whatever their certificates
             return MilvusClient(self.serving, timeout=seconds, dedicated=True, **options, **more)
 
         client = None
@@ -144,7 +144,7 @@ class MilvusConnection:
         self.client, self._process = client, os.getpid()
 
     def _begin_here(self) -> None:
-        """Start without a connection in a process that unpickled this object, or was forked with it.
+        """Start without a connection in a process that unpickled or inherited this object.
 
         Raises:
             KnowledgeBaseError: the file or the token is missing, so that no attempt could connect.
@@ -205,8 +205,8 @@ class MilvusConnection:
         except KnowledgeBaseError as error:
             waited = time.monotonic() - started
             advice = (
-                " This process was forked, which gRPC does not survive while another thread uses it. Start it by 'spawn' "
-                "instead (multiprocessing_context='spawn' in a DataLoader)."
+                " This process was forked, which gRPC does not survive while another thread uses it. Start it by "
+                "'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
             )
             raise KnowledgeBaseError(f"{error} Tried for {waited:.0f} s.{advice if forked else ''}") from error
         except FAILURES as error:
@@ -217,7 +217,7 @@ class MilvusConnection:
         return is_transient(error, owns_file=self.owns_file)
 
     def _recover(self, state: RetryCallState, collection: str | None) -> None:
-        """Before the next attempt, load a collection that is not loaded, or look for a file's next owner."""
+        """Before the next attempt, load the collection or look for the file's next owner."""
         error = state.outcome.exception() if state.outcome else None
         if state.attempt_number == 3:  # a few tenths of a second are not worth a line
             logger.warning("%s is not ready (%s); trying again for %.0f s.", self.uri, reason(error), self.timeout)
@@ -325,11 +325,11 @@ class MilvusConnection:
         Args:
             fields: columns to read.
             limit: rows to return at most; None for all.
-            consistency: "Strong" sees all writes, and waits for them; "Session" sees this process's own.
+            consistency: "Strong" waits for all writes; "Session" sees this process's own.
             in_key_order: return the rows that come first in the order of their keys.
         """
         options: dict[str, Any] = {} if limit is None else {"limit": limit}
-        # servers return rows in the order of keys; Milvus Lite does so if told that this is an iteration
+        # servers do so anyway, Milvus Lite if told that this is an iteration
         options |= {"iterator": "True"} if in_key_order and self.is_lite else {}
         return self._call(
             "query",
@@ -387,7 +387,10 @@ class MilvusConnection:
         self._call("delete", name, lambda client: client.delete(name, ids=keys, timeout=self.timeout))
 
     def close(self) -> None:
-        """Close the connection; after the last one to a Milvus Lite file, another process can open the file."""
+        """Close the connection.
+
+        After this process's last one to a Milvus Lite file, another process can open the file.
+        """
         if self._closed:
             return
         self._closed = True

@@ -1,4 +1,4 @@
-"""Failures of Milvus: which ones pass by themselves, and the sentence that explains each to people."""
+"""Failures of Milvus: which ones are transient, and the sentence that explains each to people."""
 
 import grpc
 from pymilvus import MilvusException
@@ -66,8 +66,8 @@ def explain_connection(address: MilvusAddress, error: Exception) -> KnowledgeBas
             f"No connection to {uri}: nothing answers there. Is the server up, and the address right?"
         )
     return KnowledgeBaseError(
-        f"{uri} answers, but does not let this program in: check the token (MILVUS_TOKEN), and whether the server wants "
-        "https:// and which certificate."
+        f"{uri} answers, but does not let this program in: check the token (MILVUS_TOKEN), and whether the server "
+        "wants https:// and which certificate."
     )
 
 
@@ -88,8 +88,9 @@ def explain(
             f"Collection {where} is not there any more: it was dropped or renamed. Ingest it again, or import a copy."
         )
     if code in FULL or "no space left" in str(error).lower() or "file too large" in str(error).lower():
+        lacking = FULL.get(code or 0, "disk space")
         return KnowledgeBaseError(
-            f"Milvus at {uri} has no more {FULL.get(code, 'disk space')} ({reason(error)}). What it acknowledged is "
+            f"Milvus at {uri} has no more {lacking} ({reason(error)}). What it acknowledged is "
             "kept. Make room and run the same command again."
         )
     if transient:

@@ -1,4 +1,4 @@
-"""A Milvus Lite file that several processes of one machine share: one opens it and serves it to the others."""
+"""A Milvus Lite file that several processes share: one opens it and serves it to the others."""
 
 import atexit
 import json
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from .addresses import answers
 from .errors import KnowledgeBaseError
 from .quiet import errors_are_raised
 
-OWNER_SECONDS = 5.0  # how long to wait until the process that opened a file has published its address
-# Each process has one embedded server a file, whichever client is closed: connections are counted here.
+OWNER_SECONDS = 5.0  # to wait for the address that a file's owner publishes
+# A process has one embedded server a file for all its connections, which are counted here.
 _open_files: Counter[str] = Counter()
-_opening = threading.RLock()
-_inherited: list[Any] = []  # objects of the parent process, which a forked one must not shut down
+_opening: AbstractContextManager[bool] = threading.RLock()
+_inherited: list[Any] = []  # the parent process's objects, which a forked one must not shut down
 
 
-def opening() -> "threading._RLock":
+def opening() -> AbstractContextManager[bool]:
     """Return this process's lock around opening and closing connections."""
     return _opening
 
 
 class LiteFile:
-    """A Milvus Lite file, opened by this process or served by another one on its loopback interface.
+    """A Milvus Lite file, opened by this process or served by another one.
 
     The process that opens the file publishes its address in a small file beside it. When that
     process ends, another one that needs the file opens it.
@@ -98,7 +99,7 @@ class LiteFile:
             return None
 
     def release(self) -> None:
-        """Let go of the file; after this process's last connection to it, another one can open it."""
+        """Release the file; after this process's last connection to it, another one can open it."""
         with _opening:
             if self.is_owned:
                 self.is_owned = False
@@ -130,18 +131,20 @@ class LiteFile:
         if isinstance(error, (FileExistsError, NotADirectoryError)):
             return f"{self.uri} cannot be opened: {error.filename} is not a folder. Name another one."
         if isinstance(error, OSError):
-            return f"{self.uri} cannot be opened: {error.strerror} ({error.filename}). Its folder must be there and writable."
+            why = f"{error.strerror} ({error.filename})"
+            return f"{self.uri} cannot be opened: {why}. Its folder must be there and writable."
         return f"{self.uri} could not be opened: {error}. If it is damaged, restore a copy or ingest into another file."
 
     def _why_not_opened(self, owner: dict[str, Any] | None) -> str:
         if owner is not None and owner["host"] != socket.gethostname():
             return (
-                f"{self.uri} is in use by process {owner['process']} on {owner['host']}. A Milvus Lite file can be shared "
-                "by the processes of one machine only: for several machines start a Milvus server and pass its address."
+                f"{self.uri} is in use by process {owner['process']} on {owner['host']}. A Milvus Lite file can be "
+                "shared by the processes of one machine only: for several machines start a Milvus server and pass its "
+                "address."
             )
         return (
-            f"{self.uri} is open in another program, which does not serve it to others. Close that program, or serve the "
-            "file with `python -m retrieval serve`."
+            f"{self.uri} is open in another program, which does not serve it to others. Close that program, or serve "
+            "the file with `python -m retrieval serve`."
         )
 
 
@@ -166,7 +169,7 @@ def _leave_files_to_the_parent() -> None:
     global _opening
     _opening = threading.RLock()  # another thread of the parent may have held it
     _open_files.clear()
-    module = sys.modules.get("milvus_lite.server_manager")
+    module: Any = sys.modules.get("milvus_lite.server_manager")
     if module is not None:
         atexit.unregister(module.server_manager_instance.release_all)
         _inherited.append(module.server_manager_instance)

@@ -15,15 +15,16 @@ from .rows import doc_key, row_of
 
 ROWS_PER_CALL = 500
 MOST_HITS = 16384  # Milvus returns no more for one vector
-HITS_PER_CALL = 65536  # bounds the size of an answer: some 50 MB with chunks of 64 tokens
+HITS_PER_CALL = 65536  # bounds an answer's size: some 50 MB with chunks of 64 tokens
 KEYS_PER_CALL = 10_000
 ROWS_PER_PAGE = 5000
 ROWS_COMPARED = 1000  # rows that an exact search compares at a time
-READ_BY_MODELS = ("doc_id", "doc_key", "chunk_index", "tokens", "continuation")  # columns that a search returns
+# columns that a search returns
+READ_BY_MODELS = ("doc_id", "doc_key", "chunk_index", "tokens", "continuation")
 
 
 class MilvusStore(MilvusCollection):
-    """The rows of a collection: a chunk, its continuation, its document's metadata, and its embedding.
+    """The rows of a collection: chunk, continuation, metadata of its document, embedding.
 
     Arguments and errors as for [`MilvusCollection`].
     """
@@ -133,7 +134,7 @@ class MilvusStore(MilvusCollection):
                 expression=expression,
                 fields=READ_BY_MODELS,
                 parameters=self.index().search_params(limit),
-                # sees this process's own writes at once and others' within moments; "Strong" waits 200 ms on a server
+                # "Strong" would wait 200 ms on a server
                 consistency="Session",
             )
             if all(hits) or self._is_readable():
@@ -146,7 +147,7 @@ class MilvusStore(MilvusCollection):
             time.sleep(0.2)
 
     def _is_readable(self) -> bool:
-        """Return False while a server that holds rows finds none, as it does while an index is built anew."""
+        """Return False while a server that holds rows finds none (it rebuilds its index)."""
         return self.count() > 0 or not self.connection.stored_rows(self.collection_name)
 
     def search_exactly(
@@ -183,7 +184,7 @@ class MilvusStore(MilvusCollection):
         return np.asarray(stored).astype(np.float32)
 
     def catch_up(self) -> None:
-        """Make all later searches see every write until now; a server takes some tenths of a second for it."""
+        """Make later searches see every write until now; a server takes some tenths of a second."""
         self.connection.query(self.collection_name, 'pk == ""', ["pk"], limit=1)
 
     def how_many(self, *, exclude: Iterable[int] = (), expression: str = "", at_most: int) -> int:
