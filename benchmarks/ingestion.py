@@ -1,10 +1,11 @@
-"""Chunks a second of a whole ingestion, beside those of `SentenceTransformer.encode` alone on the same chunks.
+"""Measure ingestion in chunks/s, beside `SentenceTransformer.encode` alone on the same chunks.
 
-    python benchmarks/ingestion.py                      # 50,000 chunks of Python's own sources, MiniLM, Milvus Lite
+    python benchmarks/ingestion.py                      # Python's sources, MiniLM, Milvus Lite
     python benchmarks/ingestion.py --uri http://127.0.0.1:19530
 
-An ingestion reads files, tokenizes, looks up what is there, embeds, and writes to a new collection; `encode` gets the
-chunks' texts as a list and does nothing else. The two take turns, and each goes first every other time.
+An ingestion reads files, tokenizes, looks up existing rows, embeds, and writes to a new collection;
+`encode` gets the chunks' texts as a list and does nothing else. The two take turns, and each goes
+first every other time.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def choose(files: Sequence[Path], tokenizer: BulkTokenizer, wanted: int) -> tupl
 
 
 def main() -> None:
+    """Run both sides in turns and print chunks/s."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -59,7 +61,7 @@ def main() -> None:
             report = ingest(read_files(chosen), store, tokenizer, embedder, chunk_size=CHUNK_SIZE)
             if not report.chunks_written == len(texts) == store.count():
                 raise RuntimeError(f"{report} and {store.count()} rows for {len(texts)} chunks.")
-            store.client.drop_collection(name)
+            store.connection.drop_collection(name)
             store.close()
 
     speeds: dict[str, list[float]] = {"encode alone": [], "ingestion": []}

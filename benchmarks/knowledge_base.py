@@ -1,12 +1,12 @@
-"""Search of a knowledge base, index by index: recall against exact search, queries a second, latency; Milvus Lite and a server.
+"""Measure search by index on Milvus Lite and a server: recall, queries/s, latency.
 
-    python benchmarks/knowledge_base.py                                       # Milvus Lite in a temporary folder
-    python benchmarks/knowledge_base.py --uri http://127.0.0.1:19530          # both, in turn
-    python benchmarks/knowledge_base.py --vectors 1000000 --synthetic         # sizes, where embedding takes too long
+    python benchmarks/knowledge_base.py                                # Milvus Lite
+    python benchmarks/knowledge_base.py --uri http://127.0.0.1:19530   # both, in turns
+    python benchmarks/knowledge_base.py --vectors 1000000 --synthetic  # larger sizes
 
-Vectors are MiniLM's, of chunks of 64 tokens of the sources and documentation of Python and its installed packages; they are kept
-in --cache for the next time. Queries are chunks that the collection does not hold. --synthetic makes vectors by mixing two
-real ones and noise. Printed are median, least and most.
+Vectors are MiniLM's, of 64-token chunks of the sources and documentation of Python and its
+installed packages; --cache keeps them for the next run. Queries are chunks that the collection does
+not hold. --synthetic mixes two real vectors and noise. The benchmark prints median, least and most.
 """
 
 import argparse
@@ -21,7 +21,16 @@ from pathlib import Path
 import numpy as np
 from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
 
-from retrieval import BulkTokenizer, Chunk, Embedder, IndexSettings, MilvusStore, chunk_documents
+from retrieval import (
+    BulkTokenizer,
+    Chunk,
+    Embedder,
+    IndexSettings,
+    MilvusAddress,
+    MilvusStore,
+    NewCollection,
+    chunk_documents,
+)
 from retrieval.identity import Identity
 
 QUERIES = 1024
@@ -55,11 +64,15 @@ def enlarge(vectors: np.ndarray, count: int) -> np.ndarray:
 
 
 def least_scores(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[float]:
-    """Exactly: the score of each query's k-th nearest. Equal chunks have equal scores, and any of them is right."""
+    """Return the exact score of each query's k-th nearest vector.
+
+    Equal chunks have equal scores, so any of them counts as found.
+    """
     return [float(np.partition(vectors @ query, -k)[-k]) for query in queries]
 
 
 def measure(store: MilvusStore, vectors: np.ndarray, queries: np.ndarray, truth: list[float], k: int) -> dict[str, str]:
+    """Return recall against exact search, queries/s by batch size, and latency."""
     hits = [row for start in range(0, len(queries), 256) for row in store.search(queries[start : start + 256], k)]
     # by the true scores: those that a quantized index returns are approximate
     scores = [vectors[[row["chunk_index"] for row in rows]] @ query for rows, query in zip(hits, queries, strict=True)]
@@ -81,16 +94,18 @@ def measure(store: MilvusStore, vectors: np.ndarray, queries: np.ndarray, truth:
 
 
 def disk(folder: Path) -> float:
+    """Return the size of a folder in MB."""
     done = subprocess.run(["du", "-sm", folder], capture_output=True, text=True)
     return float(done.stdout.split()[0])
 
 
 def main() -> None:
+    """Write the vectors, build each index, and print its measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uri", help="of a server to measure as well")
+    parser.add_argument("--uri", help="URI of a server to measure as well")
     parser.add_argument("--vectors", type=int, default=200_000)
     parser.add_argument("--synthetic", action="store_true")
-    parser.add_argument("--indexes", nargs="+", help="default: all that the side builds")
+    parser.add_argument("--indexes", nargs="+", help="indexes to measure (default: all that the side can build)")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "retro-benchmark-vectors")
     arguments = parser.parse_args()
     k = 2
@@ -112,10 +127,10 @@ def main() -> None:
     tokens = np.random.default_rng(1).integers(0, 8192, (len(vectors), 128))
     try:
         for side, (uri, kinds) in sides.items():
-            store = MilvusStore(uri, "benchmark", timeout=3600)
+            store = MilvusStore(MilvusAddress(uri, timeout=3600), "benchmark")
             if store.exists():
-                store.call("drop_collection")
-            store.create(Identity.of(tokenizer, embedder, 64), index=IndexSettings.parse("FLAT"))
+                store.connection.drop_collection("benchmark")
+            store.create(Identity.of(tokenizer, embedder, 64), NewCollection(IndexSettings.parse("FLAT")))
             began = time.perf_counter()
             for start in range(0, len(vectors), 5000):
                 rows = range(start, min(start + 5000, len(vectors)))
@@ -125,19 +140,19 @@ def main() -> None:
                 store.upsert(chunks, vectors[start : start + 5000])
             store.flush()
             seconds = time.perf_counter() - began
-            store.call("load_collection")
+            store.connection.load_collection("benchmark")
             print(f"{side}: {len(vectors) / seconds:,.0f} rows/s written", flush=True)
             for kind in arguments.indexes or kinds:
                 began = time.perf_counter()
                 store.reindex(IndexSettings.parse(kind))
-                while store.call("describe_index", "embedding").get("pending_index_rows"):
+                while store.connection.describe_index("benchmark", "embedding").get("pending_index_rows"):
                     time.sleep(1)
                 result = {"index": kind, "built in s": f"{time.perf_counter() - began:.0f}"}
                 result |= measure(store, vectors, queries, truth, k)
                 if side == "Milvus Lite":
                     result["disk MB"] = f"{disk(folder):.0f}"
                 print(f"{side}: " + "; ".join(f"{name} {value}" for name, value in result.items()), flush=True)
-            store.call("drop_collection")
+            store.connection.drop_collection("benchmark")
             store.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

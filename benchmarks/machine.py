@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: real text, a tokenizer, a knowledge base, and a description of the machine."""
+"""Shared parts of the benchmarks: real text, tokenizer, knowledge base, machine."""
 
 import importlib.metadata
 import os

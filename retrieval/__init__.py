@@ -1,8 +1,9 @@
 """RETRO's knowledge base: text → chunks → vectors → Milvus, and neighbors back."""
 
-from .addresses import TLS
+from .addresses import TLS, MilvusAddress
 from .bulk import write_bulk_files
 from .chunking import Chunk, Document, chunk_documents
+from .collection import NewCollection
 from .connection import MilvusConnection
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
@@ -27,10 +28,12 @@ __all__ = [
     "IndexSettings",
     "IngestReport",
     "KnowledgeBaseError",
+    "MilvusAddress",
     "MilvusConnection",
     "MilvusRetriever",
     "MilvusStore",
     "Neighbors",
+    "NewCollection",
     "chunk_documents",
     "documents_from_rows",
     "documents_of_rank",

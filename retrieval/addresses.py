@@ -1,8 +1,9 @@
-"""Addresses of knowledge bases: what people type → a server's address or a Milvus Lite file's path; and certificates."""
+"""Addresses of knowledge bases: a Milvus Lite file or a server, and how to connect to it."""
 
 import os
 import re
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,12 +15,19 @@ SCHEMES = ("http", "https", "tcp")
 
 @dataclass(frozen=True)
 class TLS:
-    """Certificates for an https:// address, beyond the system's certificate authorities. All are paths but `server_name`.
+    """Certificates for an https:// address, beyond the system's certificate authorities.
+
+    All are paths of PEM files, except `server_name`.
 
     Attributes:
-        authority: certificate (PEM) that the server's must be signed by.
-        certificate, key: this client's own, where the server asks for one (two-way TLS); both or neither.
+        authority: the certificate that signed the server's.
+        certificate, key: this client's own, if the server asks for one (two-way TLS). Give both or
+            neither.
         server_name: the name in the server's certificate, if it is not the host of the URI.
+
+    Raises:
+        ValueError: only one of certificate and key is given.
+        FileNotFoundError: a file is missing.
     """
 
     authority: str | None = None
@@ -46,17 +54,97 @@ class TLS:
         return {"secure": True} | {name: value for name, value in options.items() if value is not None}
 
 
-def locate(uri: str | os.PathLike | None) -> tuple[str, str | None]:
-    """Read the uri of a knowledge base, as people type it: ~/kb.db, kb.db/, file:///data/kb.db, localhost:19530.
+@dataclass(frozen=True)
+class MilvusAddress:
+    """A Milvus Lite file or a server, and all that a connection to it needs.
+
+    A pickled address holds no token and no password. The process that unpickles it takes them from
+    the environment variable MILVUS_TOKEN.
 
     Args:
-        uri: None stands for MILVUS_URI.
+        uri: a path that ends in .db (Milvus Lite), or http(s)://host:port[/database]. Default: the
+            environment variable MILVUS_URI.
+        token: "user:password" or an API key. Default: the one in the URI, or MILVUS_TOKEN.
+        database: the server's database. Default: the one in the URI, or the server's default.
+        tls: certificates for https://.
+        timeout: seconds that a call keeps trying while Milvus is away or not ready.
+
+    Attributes:
+        uri: as given, without user and password.
+        path: absolute path of the Milvus Lite file, links resolved; None for a server.
+
+    Raises:
+        KnowledgeBaseError: the URI is empty, or names neither a server nor a Milvus Lite file.
+        ValueError: the timeout is not positive.
+    """
+
+    uri: str | os.PathLike[str] | None = None
+    token: str | None = field(default=None, repr=False)
+    database: str | None = None
+    tls: TLS | None = None
+    timeout: float = 120.0
+    path: str | None = field(default=None, init=False)
+    needs_token: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, not {self.timeout}.")
+        uri, path = locate(self.uri)
+        token = None
+        if path is None:
+            scheme, separator, rest = uri.partition("://")
+            secret, _, place = rest.rpartition("@")
+            uri = scheme + separator + place
+            token = self.token or secret or os.environ.get("MILVUS_TOKEN")
+        resolved = {"uri": uri, "path": path, "token": token, "needs_token": token is not None}
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)  # the fields are frozen from here on
+
+    @classmethod
+    def of(cls, uri: "str | os.PathLike[str] | MilvusAddress | None") -> "MilvusAddress":
+        """Return the address itself, or the one that a URI names."""
+        return uri if isinstance(uri, MilvusAddress) else cls(uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"token": None}
+
+    @property
+    def is_file(self) -> bool:
+        """True for a Milvus Lite file, False for a server."""
+        return self.path is not None
+
+    def secret(self) -> str | None:
+        """Return the token, in an unpickled address the one of MILVUS_TOKEN.
+
+        Raises:
+            KnowledgeBaseError: the address needs a token, and this process has none.
+        """
+        token = None if self.is_file else self.token or os.environ.get("MILVUS_TOKEN")
+        if self.needs_token and not token:
+            raise KnowledgeBaseError(
+                f"{self.uri} was opened with a token, and tokens are not pickled: set MILVUS_TOKEN in this process."
+            )
+        return token
+
+    def options(self) -> dict[str, Any]:
+        """Return token, database and certificates under pymilvus' names."""
+        options: dict[str, Any] = {"token": token} if (token := self.secret()) else {}
+        if self.database:
+            options["db_name"] = self.database
+        return options | (self.tls.options() if self.tls else {})
+
+
+def locate(uri: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    """Read a URI as people type it: ~/kb.db, kb.db/, file:///data/kb.db, localhost:19530.
+
+    Args:
+        uri: None stands for the environment variable MILVUS_URI.
 
     Returns:
         (uri, None) for a server; (uri, absolute path without links) for a Milvus Lite file.
 
     Raises:
-        KnowledgeBaseError: it is empty, or names neither a server nor a Milvus Lite file.
+        KnowledgeBaseError: the URI is empty, or names neither a server nor a Milvus Lite file.
     """
     text = (os.environ.get("MILVUS_URI", "") if uri is None else os.fsdecode(uri)).strip()
     if not text:
@@ -96,10 +184,20 @@ def _server(uri: str) -> str:
 
 def _shown(uri: str) -> str:
     """Return an address without user and password, which errors must not repeat."""
-    scheme, place = re.fullmatch(r"(\w+://)?(?:.*@)?(.*)", uri, re.DOTALL).groups(default="")
-    return scheme + place
+    return re.sub(r"(?s)^(\w+://)?.*@", r"\1", uri)
 
 
 def no_file(uri: str) -> str:
     """Return the message for a Milvus Lite file that is not there."""
     return f"There is no knowledge base file {uri}: build it with `python -m retrieval ingest`."
+
+
+def answers(uri: str) -> bool:
+    """Return True if something listens at the address."""
+    parts = urlsplit(uri)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 19530)
+        with socket.create_connection((parts.hostname or "", port), timeout=3):
+            return True
+    except (OSError, ValueError, TypeError):
+        return False

@@ -1,4 +1,4 @@
-"""Bulk files: documents → Parquet files that a Milvus server imports by itself, for loads too large to insert row by row."""
+"""Bulk files: documents → Parquet files for Milvus's bulk import, for very large loads."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from .ingestion import IngestReport, Window, embed_windows, read_windows
 from .rows import collection_schema, content_hash, doc_key, primary_key, row_of
 from .tokenization import BulkTokenizer
 
-PART = 32_768  # chunks of a file, some 80 MB with 384 dimensions: what an interruption loses at most
+PART = 32_768  # chunks of a file, some 80 MB with 384 dimensions; an interruption loses one
 
 
 def write_bulk_files(
@@ -35,24 +35,26 @@ def write_bulk_files(
     rank: int = 0,
     progress: bool = False,
 ) -> IngestReport:
-    """Write chunks and embeddings as Parquet files, each complete or not there at all.
+    """Write chunks and embeddings as Parquet files, each complete or absent.
 
-    Run again after an interruption, parts that are there are not embedded again, as long as the documents come in the same
-    order; parts that no longer belong to them are deleted. The files hold the rows of a new, empty collection: importing
-    them does not look for rows that are there already.
+    After an interruption, run it again with the documents in the same order: parts that exist are
+    not embedded again. Parts that no longer match the documents are deleted. The files hold the
+    rows of a new, empty collection; importing them does not look for existing rows.
 
     Args:
-        folder: gets `identity.json` and `part-<rank>-<number>-<hash>.parquet`.
-        rank: of this process, when several write their documents' files into one folder.
+        folder: receives `identity.json` and `part-<rank>-<number>-<hash>.parquet`.
+        chunk_size: tokens in a chunk.
+        rank: this process's number, if several write into one folder.
+        progress: show a progress bar, in chunks.
 
     Raises:
         KnowledgeBaseError: pymilvus' bulk writer is not installed.
-        IdentityMismatch: the folder has files made with another tokenizer, embedding model or chunk size.
-        ValueError: an id comes twice, far apart: an import would keep both texts.
+        IdentityMismatch: the folder has files of another tokenizer, embedding model or chunk size.
+        ValueError: a document id comes twice: an import would keep both texts.
     """
     started = time.monotonic()
     check_chunk_size(chunk_size)
-    _bulk_writer()  # said before anything is embedded
+    _bulk_writer()  # fails before anything is embedded
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     identity = Identity.of(tokenizer, embedder, chunk_size)
@@ -62,7 +64,7 @@ def write_bulk_files(
     draft.mkdir()
     written: set[Path] = set()
     rows: list[dict[str, Any]] = []
-    parts: list[Path] = []  # of the windows on their way, in order
+    parts: list[Path] = []  # files of the windows on their way, in order
 
     def missing(windows: Iterator[Window]) -> Iterator[Window]:
         for number, window in enumerate(windows):
@@ -115,15 +117,18 @@ def _sign(folder: Path, identity: Identity) -> None:
 
 
 def _once(documents: Iterable[Document], ids: sqlite3.Connection) -> Iterator[Document]:
-    """Refuses an id that comes again. The ids are kept on disk: there may be billions."""
+    """Yield the documents; refuse an id that comes again.
+
+    Ids are kept on disk: there may be billions.
+    """
     ids.executescript(
         "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; CREATE TABLE seen (key INTEGER PRIMARY KEY);"
     )
     for document in documents:
         if not ids.execute("INSERT OR IGNORE INTO seen VALUES (?)", (doc_key(document.id),)).rowcount:
             raise ValueError(
-                f"The document id {document.id!r} comes twice; bulk files would keep both texts. Give each document an id "
-                "of its own, or ingest without bulk files, where the last text counts."
+                f"The document id {document.id!r} comes twice; bulk files would keep both texts. Give each document "
+                "an id of its own, or ingest without bulk files, where the last text counts."
             )
         yield document
 
@@ -137,7 +142,7 @@ def _hash(window: Window) -> str:
 
 def _write_part(rows: list[dict[str, Any]], identity: Identity, draft: Path, part: Path) -> None:
     pymilvus = _bulk_writer()
-    for name in ("local_bulk_writer", "buffer"):  # it tells of every step
+    for name in ("local_bulk_writer", "buffer"):  # they log every step
         logging.getLogger(f"pymilvus.bulk_writer.{name}").setLevel(logging.WARNING)
     size = 2**40  # all rows go into one file
     schema, parquet = collection_schema(identity), pymilvus.BulkFileType.PARQUET

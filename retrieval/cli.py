@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .addresses import TLS
+from .addresses import TLS, MilvusAddress
 from .bulk import write_bulk_files
 from .chunking import Document, check_chunk_size
+from .collection import NewCollection
 from .connection import MilvusConnection
 from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
@@ -127,32 +128,26 @@ def _argument(parse, text: str):
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _connection(arguments: argparse.Namespace) -> dict:
+def _address(arguments: argparse.Namespace) -> MilvusAddress:
     tls = TLS(arguments.tls_authority, arguments.tls_certificate, arguments.tls_key, arguments.tls_server_name)
-    return {
-        "database": arguments.database,
-        "timeout": arguments.timeout,
-        "tls": None if tls == TLS() else tls,
-    }
+    return MilvusAddress(
+        arguments.uri, database=arguments.database, timeout=arguments.timeout, tls=None if tls == TLS() else tls
+    )
 
 
 @contextlib.contextmanager
 def _opened(arguments: argparse.Namespace, *, new: bool = False) -> Iterator[MilvusStore]:
-    """The collection, which must be there unless `new`; closed at the end."""
+    """Open the collection, which must exist unless `new`, and close it at the end."""
     open_ = MilvusStore if new else MilvusStore.open
-    store = open_(arguments.uri, arguments.collection_name, **_connection(arguments))
+    store = open_(_address(arguments), arguments.collection_name)
     try:
         yield store
     finally:
         store.close()
 
 
-def _made(arguments: argparse.Namespace, expected: str) -> dict:
-    return {
-        "index": arguments.index,
-        expected: arguments.expected_chunks,
-        "vector_dtype": arguments.vector_dtype,
-    }
+def _new_collection(arguments: argparse.Namespace) -> NewCollection:
+    return NewCollection(arguments.index, arguments.expected_chunks, arguments.vector_dtype)
 
 
 def run_ingest(arguments: argparse.Namespace) -> None:
@@ -186,11 +181,11 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         report = write_bulk_files(documents, arguments.bulk_files, tokenizer, embedder, rank=rank, **settings)
         if rank == 0 and arguments.uri:
             with _opened(arguments, new=True) as store:
-                open_collection(store, tokenizer, embedder, arguments.chunk_size, **_made(arguments, "expected_rows"))
+                open_collection(store, tokenizer, embedder, arguments.chunk_size, _new_collection(arguments))
                 console.print(f"The empty {store.where} is ready for the files in {arguments.bulk_files}.")
     else:
         with _opened(arguments, new=True) as store:
-            report = ingest(documents, store, tokenizer, embedder, **_made(arguments, "expected_chunks"), **settings)
+            report = ingest(documents, store, tokenizer, embedder, new=_new_collection(arguments), **settings)
             if ranks:
                 ranks.wait_for_everyone()
             in_all = {"chunks in all": store.count()}
@@ -251,13 +246,12 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def run_import(arguments: argparse.Namespace) -> None:
     with _opened(arguments, new=True) as store:
-        made = _made(arguments, "expected_rows")
-        chunks = import_knowledge_base(arguments.source, store, progress=True, **made)
+        chunks = import_knowledge_base(arguments.source, store, new=_new_collection(arguments), progress=True)
         _print_table({"chunks read": chunks, "chunks in all": store.count()})
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
-    connection = MilvusConnection(arguments.uri, timeout=arguments.timeout)
+    connection = MilvusConnection(_address(arguments))
     try:
         if not connection.is_file:
             raise ValueError(f"{connection.uri} is a server already; `serve` is for Milvus Lite files.")

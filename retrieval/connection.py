@@ -1,101 +1,61 @@
-"""MilvusConnection: one way to a Milvus Lite file, a server, a cluster or a cloud, and calls that outlast its pauses."""
+"""MilvusConnection: typed calls of Milvus, retried while it is away."""
 
-import atexit
-import json
 import logging
 import os
-import shutil
-import socket
-import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import grpc
-from pymilvus import MilvusClient, MilvusException
+import numpy as np
+from pymilvus import MilvusClient
+from pymilvus.milvus_client import IndexParams
+from pymilvus.orm.schema import CollectionSchema
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from .addresses import TLS, locate, no_file
+from .addresses import MilvusAddress, no_file
 from .errors import KnowledgeBaseError
+from .failures import FAILURES, NOT_LOADED, explain, explain_connection, is_transient, reason
+from .lite_file import LiteFile, keep_inherited, opening
 from .quiet import errors_are_raised
 
 logger = logging.getLogger(__name__)
 
-FAILURES = (MilvusException, grpc.RpcError)
-UNAVAILABLE = 2  # how pymilvus numbers a connection that cannot be made
-NOT_LOADED = {101, 103, 106, 201, 202, 601}  # as after a server's restart, until it has read its segments again
-# Milvus' own numbers of what passes by itself: over the rate limit, a node or channel that comes back
-PASSING = NOT_LOADED | {UNAVAILABLE, 4, 8, 401, 500, 501, 502, 503, 600, 602, 900, 901, 902}
-# "milvuslite is closed": said by a process that serves a file to this one, and is just ending
-# "schema.json.tmp' -> ": two changes of a collection's properties at once, in Milvus Lite
-LITE_RACE = "schema.json.tmp' -> "
-PASSING_WORDS = (
-    LITE_RACE,
-    "milvuslite is closed",
-    "shard leader",
-    "shard delegator",
-    "not ready",
-    "no available",
-    "node offline",
-    "channel not",
-)
-COLLECTION_NOT_FOUND, DATABASE_NOT_FOUND = 100, 800
-FULL = {3: "memory", 7: "disk space", 9: "disk space or quota"}
-# Milvus Lite lets one process open a file; how long to wait until that one has said under which address it serves it
-OWNER_SECONDS = 5.0
-# A Milvus Lite file is served by one embedded server a process, whatever closes a client: connections are counted here.
-_OPEN_FILES: Counter[str] = Counter()
-_OPENING = threading.RLock()
-_INHERITED: list[Any] = []  # of a forked process: what its parent uses, which must not be shut down here
-# Milvus permits a ping every 5 seconds, and pymilvus sends one every 10. The server inside Milvus Lite permits one in 5
-# minutes and hangs up on who sends more ("too_many_pings"). It is on this machine, where a lost connection shows by itself.
+T = TypeVar("T")
+Row = dict[str, Any]
+
+CONNECT_SECONDS = 10.0  # the most that one attempt to connect may take
+# pymilvus sends a ping every 10 seconds. The server inside Milvus Lite permits one in 5 minutes and
+# hangs up on clients that send more ("too_many_pings"). It is on this machine, where a lost
+# connection shows by itself.
 NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 
 class MilvusConnection:
-    """A connection that is made again when it breaks.
+    """A connection that is made again when it breaks, with the calls a knowledge base needs.
 
-    A Milvus Lite file is opened by one process of a machine, which serves it to the others on its loopback interface;
-    they find its address in a small file beside it. When that process ends, another one that needs the file opens it.
+    Every call may be repeated: rows are written under keys that depend on their text alone. While
+    Milvus is away or not ready, a call waits and tries again, for the address's `timeout` seconds.
 
-    A copy is the same connection. A pickled or forked one connects anew in its process, on first use. A pickle holds no
-    token and no password: the other process takes them from MILVUS_TOKEN.
+    Several processes of a machine can use one Milvus Lite file; see [`LiteFile`].
+
+    A copy is the same connection. A pickled or forked one connects anew in its process, on first
+    use. A pickle holds no token; the other process takes it from MILVUS_TOKEN.
 
     Args:
-        uri: a file path ending in .db (Milvus Lite) or http(s)://host:port, with /database if need be. Default: MILVUS_URI.
-        token: "user:password" or an API key, never shown. Default: the one in the uri, or MILVUS_TOKEN.
-        database: of the server; None is the one in the URI, or the default.
-        tls: for https:// with certificates of one's own.
-        timeout: seconds that a call goes on trying while Milvus is away or not ready.
+        address: a URI or path as for [`MilvusAddress`], or the address itself. Default: MILVUS_URI.
+
+    Attributes:
+        client: the underlying `MilvusClient`; None until connected.
+        serving: the address that answers; for a file it is on the loopback interface.
 
     Raises:
-        KnowledgeBaseError: no uri; a file that cannot be opened; no server at the address, or none that lets one in.
-        ValueError: a timeout that is not positive.
+        KnowledgeBaseError (by the constructor): the file cannot be opened, nothing answers at the
+            address, or the server does not let this program in.
+        KnowledgeBaseError (by every call): Milvus refused it, or did not answer in time.
     """
 
-    def __init__(
-        self,
-        uri: str | os.PathLike | None = None,
-        *,
-        token: str | None = None,
-        database: str | None = None,
-        tls: TLS | None = None,
-        timeout: float = 120.0,
-    ) -> None:
-        uri, self._path = locate(uri)
-        if not timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, not {timeout}.")
-        scheme, separator, rest = uri.partition("://")
-        secret, _, place = rest.rpartition("@")
-        self.uri = uri if self.is_file else scheme + separator + place
-        self.database, self.timeout = database, timeout
-        self._token = None if self.is_file else token or secret or os.environ.get("MILVUS_TOKEN")
-        self._needs_token = self._token is not None
-        self._tls = tls
+    def __init__(self, address: str | os.PathLike[str] | MilvusAddress | None = None) -> None:
+        self.address = MilvusAddress.of(address)
         self._closed = False
         self._begin()
         try:
@@ -107,18 +67,16 @@ class MilvusConnection:
     def _begin(self) -> None:
         """Start without a connection."""
         self.client: MilvusClient | None = None
-        self.owns_file = False  # this process opened it
-        self.serving = ""  # the address that answers, which for a file is on the loopback interface
+        self._file = None if self.address.path is None else LiteFile(self.uri, self.address.path)
+        self.serving = ""
         self._version = ""
-        self._process = 0  # in which it was connected
+        self._process = 0  # the process that is connected
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("uri", "_path", "database", "timeout", "_tls", "_needs_token", "_closed")
-        return {name: getattr(self, name) for name in kept}
+        return {"address": self.address, "_closed": self._closed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._token = None
+        self.address, self._closed = state["address"], state["_closed"]
         self._begin()
 
     def __copy__(self) -> "MilvusConnection":
@@ -131,9 +89,24 @@ class MilvusConnection:
         return f"MilvusConnection({self.uri})"
 
     @property
+    def uri(self) -> str:
+        """The address without user and password."""
+        return str(self.address.uri)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a call keeps trying."""
+        return self.address.timeout
+
+    @property
     def is_file(self) -> bool:
         """True for a Milvus Lite file, False for the address of a server."""
-        return self._path is not None
+        return self.address.is_file
+
+    @property
+    def owns_file(self) -> bool:
+        """True if this process opened the Milvus Lite file and serves it to others."""
+        return self._file is not None and self._file.is_owned
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -143,20 +116,16 @@ class MilvusConnection:
 
     @property
     def is_lite(self) -> bool:
-        """True if Milvus Lite answers: a file, or one that another process serves under an http:// address."""
+        """True if Milvus Lite answers, also for a file that another process serves over http://."""
         return self.is_file or "milvus_lite" in self._version
 
     def _connect(self) -> None:
-        options = {"token": self._token} if self._token else {}
-        if self.database:
-            options["db_name"] = self.database
-        if self._tls:
-            options |= self._tls.options()
-        self.serving = self._serve_or_find() if self.is_file else self.uri
-        seconds = min(self.timeout, 10.0)
+        options = self.address.options()
+        self.serving = self.uri if self._file is None else self._file.serve_or_find()
+        seconds = min(self.timeout, CONNECT_SECONDS)
 
         def connect(**more: Any) -> MilvusClient:
-            # dedicated: others are shared by address, also with connections that have other certificates or are closed
+            # dedicated: pymilvus shares others by address, whatever their certificates
             return MilvusClient(self.serving, timeout=seconds, dedicated=True, **options, **more)
 
         client = None
@@ -164,152 +133,59 @@ class MilvusConnection:
             with errors_are_raised():
                 client = connect(**({"grpc_options": NO_PINGS} if self.is_file else {}))
                 self._version = client.get_server_version(timeout=seconds)
-                if not self.is_file and self.is_lite:  # one that another process serves
+                if not self.is_file and self.is_lite:  # a file that another process serves
                     client.close()
                     client = connect(grpc_options=NO_PINGS)
-                client.list_collections(timeout=seconds)  # only now a database is looked for
+                client.list_collections(timeout=seconds)  # the first call that looks for the database
         except (*FAILURES, OSError, ValueError) as error:
             if client is not None:
                 client.close()
-            raise KnowledgeBaseError(self._why_no_connection(error)) from error
+            raise explain_connection(self.address, error) from error
         self.client, self._process = client, os.getpid()
 
     def _begin_here(self) -> None:
-        """Start without a connection in a process that got this object pickled, or was forked with it.
+        """Start without a connection in a process that unpickled or inherited this object.
 
         Raises:
-            KnowledgeBaseError: the file or the token is not there, so that no attempt could connect.
+            KnowledgeBaseError: the file or the token is missing, so that no attempt could connect.
         """
-        with _OPENING:
+        with opening():
             if self._process == os.getpid():
                 return
             if self.client is not None:
-                _INHERITED.append(self.client)
+                keep_inherited(self.client)
             self._begin()
-            if self.is_file and not os.path.exists(self._path):
-                raise KnowledgeBaseError(no_file(self._path))
-            if not self.is_file:
-                self._token = self._token or os.environ.get("MILVUS_TOKEN")
-            if self._needs_token and not self._token:
-                raise KnowledgeBaseError(
-                    f"{self.uri} was opened with a token, and tokens are not pickled: set MILVUS_TOKEN in this process."
-                )
+            if self.address.path is not None and not os.path.exists(self.address.path):
+                raise KnowledgeBaseError(no_file(self.address.path))
+            self.address.secret()
 
-    def _connect_again(self) -> None:
-        """Connect unless another thread has done so."""
-        with _OPENING:
+    def _connected(self) -> MilvusClient:
+        """Return the client; connect first if there is none and no other thread has done so."""
+        with opening():
             if self.client is None:
                 try:
                     self._connect()
                 except BaseException:
-                    self._release_file()
+                    if self._file is not None:
+                        self._file.release()
                     raise
+            client = self.client
+        if client is None:
+            raise KnowledgeBaseError(f"There is no connection to {self.uri}.")
+        return client
 
-    def _serve_or_find(self) -> str:
-        """Return the address of the embedded server that has the file open: this process's, or another one's."""
-        try:
-            import milvus_lite.server_manager
-        except ImportError as error:  # there is none for Windows
-            raise KnowledgeBaseError("Milvus Lite is not installed; pass the address of a Milvus server.") from error
-        deadline = time.monotonic() + OWNER_SECONDS
-        self._check_folder()
-        while True:
-            with _OPENING, errors_are_raised() as errors:
-                address = milvus_lite.server_manager.server_manager_instance.start_and_get_uri(self._path)
-                if address:
-                    if not self.owns_file:
-                        if not _OPEN_FILES[self._path]:  # nobody makes a collection before the file is published
-                            _remove_half_made(self._path)
-                        self.owns_file = True
-                        _OPEN_FILES[self._path] += 1
-                        self._publish(address)
-                    return address
-            if errors and not isinstance(errors[-1], milvus_lite.exceptions.DataDirLockedError):
-                raise KnowledgeBaseError(self._why_unreadable(errors[-1])) from errors[-1]
-            owner = self._published()
-            if owner is not None and owner["host"] == socket.gethostname() and _answers(owner["address"]):
-                return owner["address"]
-            if time.monotonic() > deadline:
-                raise KnowledgeBaseError(self._why_not_opened(owner))
-            time.sleep(0.1)
+    def _call(self, method: str, collection: str | None, call: Callable[[MilvusClient], T]) -> T:
+        """Make a call, again and again while Milvus is away or not ready.
 
-    @property
-    def _notice(self) -> Path:
-        return Path(self._path + ".served")
-
-    def _publish(self, address: str) -> None:
-        notice = {"address": address, "host": socket.gethostname(), "process": os.getpid()}
-        draft = Path(f"{self._path}.{os.getpid()}.tmp")
-        draft.write_text(json.dumps(notice))
-        draft.replace(self._notice)
-
-    def _published(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._notice.read_text())
-        except (OSError, ValueError):
-            return None
-
-    def _check_folder(self) -> None:
-        """Make the folder that the file is to lie in; refuse what is there and is something else."""
-        path = Path(self._path)
-        if path.is_file():
-            raise KnowledgeBaseError(
-                f"{self.uri} is not a Milvus Lite knowledge base, which is a folder, but a file. Name another one."
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir() and any(path.iterdir()) and not (path / "collections").is_dir():
-                raise KnowledgeBaseError(
-                    f"{self.uri} is not a Milvus Lite knowledge base, but a folder with other things in it. Name another one."
-                )
-        except OSError as error:
-            raise KnowledgeBaseError(self._why_unreadable(error)) from error
-
-    def _why_unreadable(self, error: BaseException) -> str:
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            return f"{self.uri} cannot be opened: {error.filename} is not a folder. Name another one."
-        if isinstance(error, OSError):
-            return f"{self.uri} cannot be opened: {error.strerror} ({error.filename}). Its folder must be there and writable."
-        return f"{self.uri} could not be opened: {error}. If it is damaged, restore a copy or ingest into another file."
-
-    def _why_not_opened(self, owner: dict[str, Any] | None) -> str:
-        if owner is not None and owner["host"] != socket.gethostname():
-            return (
-                f"{self.uri} is in use by process {owner['process']} on {owner['host']}. A Milvus Lite file can be shared "
-                "by the processes of one machine only: for several machines start a Milvus server and pass its address."
-            )
-        return (
-            f"{self.uri} is open in another program, which does not serve it to others. Close that program, or serve the "
-            "file with `python -m retrieval serve`."
-        )
-
-    def _why_no_connection(self, error: Exception) -> str:
-        if getattr(error, "code", None) == DATABASE_NOT_FOUND or "database" in str(error) and "exist" in str(error):
-            name = self.database or self.uri.rpartition("/")[2]
-            return f"There is no database {name!r} at {self.uri}: create it, or name another one."
-        if isinstance(error, FileNotFoundError):  # found when it was named, but not in the process that connects
-            return f"No connection to {self.uri}: there is no TLS file {error.filename} here."
-        if self.is_file or not _answers(self.uri):
-            return f"No connection to {self.uri}: nothing answers there. Is the server up, and the address right?"
-        return (
-            f"{self.uri} answers, but does not let this program in: check the token (MILVUS_TOKEN), and whether the "
-            "server wants https:// and which certificate."
-        )
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of `MilvusClient`. While Milvus is away or not ready, wait and try again, for `timeout` seconds.
-
-        All calls of a knowledge base may be repeated: rows are written under keys that depend on their text alone.
-
-        Raises:
-            KnowledgeBaseError: refused for good, or not answered in time; names the address and what to do.
+        Args:
+            method: its name, for messages.
+            collection: the collection that is called, None for the server itself.
         """
 
-        def attempt() -> Any:
-            if self.client is None:
-                self._connect_again()
+        def attempt() -> T:
+            client = self.client or self._connected()
             with errors_are_raised():
-                return getattr(self.client, method)(*args, timeout=self.timeout, **kwargs)
+                return call(client)
 
         if self._closed:
             raise KnowledgeBaseError(f"{self.uri} was closed, by this object or a copy of it: open it again.")
@@ -318,10 +194,10 @@ class MilvusConnection:
             self._begin_here()
         started = time.monotonic()
         retrying = Retrying(
-            retry=retry_if_exception(self._passes),
+            retry=retry_if_exception(self._is_transient),
             stop=stop_after_delay(self.timeout),
             wait=wait_exponential(multiplier=0.1, max=5),
-            before_sleep=self._recover(args),
+            before_sleep=lambda state: self._recover(state, collection),
             reraise=True,
         )
         try:
@@ -329,61 +205,192 @@ class MilvusConnection:
         except KnowledgeBaseError as error:
             waited = time.monotonic() - started
             advice = (
-                " This process was forked, which gRPC does not survive while another thread uses it. Start it by 'spawn' "
-                "instead (multiprocessing_context='spawn' in a DataLoader)."
+                " This process was forked, which gRPC does not survive while another thread uses it. Start it by "
+                "'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
             )
             raise KnowledgeBaseError(f"{error} Tried for {waited:.0f} s.{advice if forked else ''}") from error
         except FAILURES as error:
-            raise KnowledgeBaseError(self._explain(method, args, error, time.monotonic() - started)) from error
+            seconds, transient = time.monotonic() - started, self._is_transient(error)
+            raise explain(method, collection, self.uri, error, transient=transient, seconds=seconds) from error
 
-    def _passes(self, error: BaseException) -> bool:
-        """Return True if another attempt may succeed."""
-        if isinstance(error, KnowledgeBaseError):  # no connection: a server that is being started again
-            return True
-        if isinstance(error, grpc.RpcError):
-            return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        code = getattr(error, "code", None)
-        if isinstance(code, grpc.StatusCode):  # pymilvus passes some on
-            return code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        text = str(error).lower()
-        if self.is_file and self.owns_file:  # Milvus Lite numbers most of its errors 1: of these, the race alone passes
-            return code in NOT_LOADED or LITE_RACE in text
-        return isinstance(error, MilvusException) and (code in PASSING or any(word in text for word in PASSING_WORDS))
+    def _is_transient(self, error: BaseException) -> bool:
+        return is_transient(error, owns_file=self.owns_file)
 
-    def _recover(self, args: tuple) -> Callable[[RetryCallState], None]:
-        def before_sleep(state: RetryCallState) -> None:
-            error = state.outcome.exception()
-            if state.attempt_number == 3:  # some tenths of a second are no news
-                logger.warning("%s is not ready (%s); trying again for %.0f s.", self.uri, _reason(error), self.timeout)
-            if getattr(error, "code", None) in NOT_LOADED and args:
-                try:
-                    with errors_are_raised():
-                        self.client.load_collection(args[0], timeout=self.timeout)
-                except FAILURES as again:
-                    logger.debug("Loading failed as well: %s", again)
-            elif self.is_file and not self.owns_file:  # the process that served the file is gone, maybe for good
-                self.client = None
+    def _recover(self, state: RetryCallState, collection: str | None) -> None:
+        """Before the next attempt, load the collection or look for the file's next owner."""
+        error = state.outcome.exception() if state.outcome else None
+        if state.attempt_number == 3:  # a few tenths of a second are not worth a line
+            logger.warning("%s is not ready (%s); trying again for %.0f s.", self.uri, reason(error), self.timeout)
+        if self.client is not None and collection is not None and getattr(error, "code", None) in NOT_LOADED:
+            try:
+                with errors_are_raised():
+                    self.client.load_collection(collection, timeout=self.timeout)
+            except FAILURES as again:
+                logger.debug("Loading failed as well: %s", again)
+        elif self.is_file and not self.owns_file:  # the process that served the file is gone, maybe for good
+            self.client = None
 
-        return before_sleep
+    def list_collections(self) -> list[str]:
+        """Return the names of all collections."""
+        return self._call("list_collections", None, lambda client: client.list_collections(timeout=self.timeout))
 
-    def _explain(self, method: str, args: tuple, error: Exception, seconds: float) -> str:
-        code, where = getattr(error, "code", None), f"{args[0]!r} at {self.uri}" if args else self.uri
-        if code == COLLECTION_NOT_FOUND:
-            return f"Collection {where} is not there any more: it was dropped or renamed. Ingest it again, or import a copy."
-        if code in FULL or "no space left" in str(error).lower() or "file too large" in str(error).lower():
-            return (
-                f"Milvus at {self.uri} has no more {FULL.get(code, 'disk space')} ({_reason(error)}). What it "
-                "acknowledged is kept; make room and run the same command again."
-            )
-        if self._passes(error):
-            return (
-                f"Milvus at {self.uri} did not answer {method} for {seconds:.0f} s ({_reason(error)}). Is the server up, "
-                "and its collection loaded? A longer wait can be asked for with `timeout`."
-            )
-        return f"Milvus refused {method} on {where}: {_reason(error)}."
+    def has_collection(self, name: str) -> bool:
+        """Return True if the collection exists."""
+        return self._call("has_collection", name, lambda client: client.has_collection(name, timeout=self.timeout))
+
+    def describe_collection(self, name: str) -> dict[str, Any]:
+        """Return the collection's fields and properties."""
+        return self._call(
+            "describe_collection", name, lambda client: client.describe_collection(name, timeout=self.timeout)
+        )
+
+    def create_collection(self, name: str, schema: CollectionSchema, properties: dict[str, str]) -> None:
+        """Make a collection without an index."""
+        self._call(
+            "create_collection",
+            name,
+            lambda client: client.create_collection(name, schema=schema, properties=properties, timeout=self.timeout),
+        )
+
+    def drop_collection(self, name: str) -> None:
+        """Delete a collection with all its rows."""
+        self._call("drop_collection", name, lambda client: client.drop_collection(name, timeout=self.timeout))
+
+    def load_collection(self, name: str) -> None:
+        """Load a collection into memory; only a loaded one can be read."""
+        self._call("load_collection", name, lambda client: client.load_collection(name, timeout=self.timeout))
+
+    def release_collection(self, name: str) -> None:
+        """Take a collection out of memory."""
+        self._call("release_collection", name, lambda client: client.release_collection(name, timeout=self.timeout))
+
+    def alter_properties(self, name: str, properties: dict[str, str]) -> None:
+        """Set properties of a collection."""
+        self._call(
+            "alter_collection_properties",
+            name,
+            lambda client: client.alter_collection_properties(name, properties, timeout=self.timeout),
+        )
+
+    def load_state(self, name: str) -> str:
+        """Return the name of the collection's load state, such as "Loaded"."""
+        state = self._call("get_load_state", name, lambda client: client.get_load_state(name, timeout=self.timeout))
+        return state["state"].name
+
+    def stored_rows(self, name: str) -> int:
+        """Return how many rows are stored, whether or not a search can see them yet."""
+        stats = self._call(
+            "get_collection_stats", name, lambda client: client.get_collection_stats(name, timeout=self.timeout)
+        )
+        return int(stats["row_count"])
+
+    def flush(self, name: str) -> None:
+        """Flush pending writes to disk."""
+        self._call("flush", name, lambda client: client.flush(name, timeout=self.timeout))
+
+    def create_index(self, name: str, parameters: IndexParams, *, wait: bool) -> None:
+        """Build an index; `wait` until it is complete."""
+        self._call(
+            "create_index",
+            name,
+            lambda client: client.create_index(name, parameters, sync=wait, timeout=self.timeout),
+        )
+
+    def drop_index(self, name: str, index: str) -> None:
+        """Drop an index; the collection must not be loaded."""
+        self._call("drop_index", name, lambda client: client.drop_index(name, index, timeout=self.timeout))
+
+    def list_indexes(self, name: str) -> list[str]:
+        """Return the names of a collection's indexes."""
+        return self._call("list_indexes", name, lambda client: client.list_indexes(name, timeout=self.timeout))
+
+    def describe_index(self, name: str, index: str) -> dict[str, Any]:
+        """Return the type, parameters and progress of an index."""
+        return self._call(
+            "describe_index", name, lambda client: client.describe_index(name, index, timeout=self.timeout)
+        )
+
+    def query(
+        self,
+        name: str,
+        expression: str,
+        fields: Sequence[str],
+        *,
+        limit: int | None = None,
+        consistency: str = "Strong",
+        in_key_order: bool = False,
+    ) -> list[Row]:
+        """Return the rows that match a filter expression.
+
+        Args:
+            fields: columns to read.
+            limit: rows to return at most; None for all.
+            consistency: "Strong" waits for all writes; "Session" sees this process's own.
+            in_key_order: return the rows that come first in the order of their keys.
+        """
+        options: dict[str, Any] = {} if limit is None else {"limit": limit}
+        # servers do so anyway, Milvus Lite if told that this is an iteration
+        options |= {"iterator": "True"} if in_key_order and self.is_lite else {}
+        return self._call(
+            "query",
+            name,
+            lambda client: client.query(
+                name,
+                filter=expression,
+                output_fields=list(fields),
+                consistency_level=consistency,
+                timeout=self.timeout,
+                **options,
+            ),
+        )
+
+    def search(
+        self,
+        name: str,
+        vectors: Sequence[np.ndarray],
+        *,
+        limit: int,
+        expression: str,
+        fields: Sequence[str],
+        parameters: dict[str, Any],
+        consistency: str = "Session",
+    ) -> list[list[Row]]:
+        """Return, for each vector, the nearest rows that match a filter expression, best first.
+
+        Args:
+            limit: rows for each vector, at most.
+            fields: columns to read.
+            parameters: the index's search parameters.
+            consistency: as for `query`.
+        """
+        return self._call(
+            "search",
+            name,
+            lambda client: client.search(
+                name,
+                list(vectors),
+                limit=limit,
+                filter=expression,
+                output_fields=list(fields),
+                search_params=parameters,
+                consistency_level=consistency,
+                timeout=self.timeout,
+            ),
+        )
+
+    def upsert(self, name: str, rows: list[Row]) -> None:
+        """Write rows; those with a key that exists are replaced."""
+        self._call("upsert", name, lambda client: client.upsert(name, rows, timeout=self.timeout))
+
+    def delete(self, name: str, keys: list[str]) -> None:
+        """Delete rows by primary key."""
+        self._call("delete", name, lambda client: client.delete(name, ids=keys, timeout=self.timeout))
 
     def close(self) -> None:
-        """Let go. After the last one on a Milvus Lite file, another process can open the file."""
+        """Close the connection.
+
+        After this process's last one to a Milvus Lite file, another process can open the file.
+        """
         if self._closed:
             return
         self._closed = True
@@ -391,55 +398,5 @@ class MilvusConnection:
             return
         if self.client is not None:
             self.client.close()
-        self._release_file()
-
-    def _release_file(self) -> None:
-        with _OPENING:
-            if self.owns_file:
-                self.owns_file = False
-                _OPEN_FILES[self._path] -= 1
-                if not _OPEN_FILES[self._path]:
-                    from milvus_lite.server_manager import server_manager_instance
-
-                    self._notice.unlink(missing_ok=True)
-                    server_manager_instance.release_server(self._path)
-
-
-def _leave_files_to_the_parent() -> None:
-    """In a forked process, forget the embedded servers: their threads run in the parent alone."""
-    global _OPENING
-    _OPENING = threading.RLock()  # another thread of the parent may have held it
-    _OPEN_FILES.clear()
-    module = sys.modules.get("milvus_lite.server_manager")
-    if module is not None:
-        atexit.unregister(module.server_manager_instance.release_all)
-        _INHERITED.append(module.server_manager_instance)
-        module.server_manager_instance = module.ServerManager()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_files_to_the_parent)
-
-
-def _remove_half_made(path: str) -> None:
-    """Folders of collections whose making was killed before they had a schema: to Milvus Lite, which does not remove them, there
-    is no such collection, and none can be made where its folder is."""
-    for pattern in ("collections/*", "databases/*/collections/*"):
-        for folder in Path(path).glob(pattern):
-            if folder.is_dir() and not (folder / "schema.json").exists():
-                shutil.rmtree(folder)
-
-
-def _reason(error: BaseException | None) -> str:
-    return str(getattr(error, "message", None) or error).rstrip(".")
-
-
-def _answers(uri: str) -> bool:
-    """Return True if something listens there."""
-    parts = urlsplit(uri)
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 19530)
-        with socket.create_connection((parts.hostname, port), timeout=3):
-            return True
-    except (OSError, ValueError, TypeError):
-        return False
+        if self._file is not None:
+            self._file.release()

@@ -1,4 +1,4 @@
-"""Sharing a knowledge base: to Parquet files that `datasets` reads and the hub keeps, and from them to a collection."""
+"""Sharing a knowledge base: export to Parquet files, upload to the hub, import."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from tqdm.auto import tqdm
 
 from .chunking import Chunk, check_id, source_names
+from .collection import NewCollection
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .quiet import no_dataset_bars
@@ -38,24 +39,26 @@ python -m retrieval import {name} --uri kb.db
 def export_knowledge_base(
     store: MilvusStore, folder: str | os.PathLike, tokenizer: BulkTokenizer, *, progress: bool = False
 ) -> int:
-    """Write all rows as Parquet files with a card, in a folder that [`import_knowledge_base`] and `load_dataset` read.
+    """Write all rows as Parquet files with a card.
 
-    The folder appears when it is complete.
+    [`import_knowledge_base`] and `datasets.load_dataset` read the folder, which appears when it is
+    complete.
 
     Args:
-        folder: must not be there yet.
-        tokenizer: the one of the knowledge base, for the texts.
+        folder: a new folder.
+        tokenizer: the knowledge base's, to decode the texts.
+        progress: show a progress bar, in chunks.
 
     Returns:
         the number of chunks.
 
     Raises:
-        KnowledgeBaseError: the folder is there already, or the collection is empty.
-        IdentityMismatch: the tokenizer is another one.
+        KnowledgeBaseError: the folder exists already, or the collection is empty.
+        IdentityMismatch: the collection was made with another tokenizer.
     """
     folder = Path(folder)
     if folder.exists():
-        raise KnowledgeBaseError(f"{folder} is there already: export into a folder of its own.")
+        raise KnowledgeBaseError(f"{folder} exists already. Export into a new folder.")
     identity = store.identity()
     identity.check(store.where, tokenizer=tokenizer)
     chunks = store.count()
@@ -84,7 +87,7 @@ def export_knowledge_base(
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        # a fresh fingerprint: `datasets` would otherwise look for one by pickling the rows' generator
+        # a fresh fingerprint: `datasets` would otherwise pickle the generator to make one
         cache = draft / ".cache"
         with no_dataset_bars():
             dataset = Dataset.from_generator(rows, features=features, cache_dir=str(cache), fingerprint=draft.name)
@@ -117,26 +120,30 @@ def push_knowledge_base(folder: str | os.PathLike, repo_id: str, *, private: boo
     return str(url)
 
 
-def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = False, **made: Any) -> int:
-    """Bring exported rows into a collection, which is made if it is not there; nothing is embedded again.
+def import_knowledge_base(
+    source: str, store: MilvusStore, *, new: NewCollection | None = None, progress: bool = False
+) -> int:
+    """Write exported rows into a collection, which is made if it is missing.
 
-    Rows have the keys they had, so that an import that was interrupted is completed by running it again.
+    Nothing is embedded again. Rows keep their keys, so running it again completes an interrupted
+    import.
 
     Args:
         source: an exported folder, or the name of a dataset on the hub.
-        **made: of a collection that is made; as for [`MilvusStore.create`].
+        new: how the collection is made, if it is not there.
+        progress: show a progress bar, in chunks.
 
     Returns:
         the number of chunks.
 
     Raises:
         KnowledgeBaseError: there is no exported knowledge base, or a row of it is damaged.
-        IdentityMismatch: the collection is there, and made with other models.
+        IdentityMismatch: the collection exists and was made with other models.
     """
     card, rows = _open_export(source)
     identity = Identity.from_json(card, source)
     if not store.exists():
-        store.create(identity, **made)
+        store.create(identity, new)
     if differences := store.identity().differences(identity):
         raise IdentityMismatch(
             f"{store.where} and {source} do not go together: {'; '.join(differences)}. Import into another collection."
@@ -163,7 +170,7 @@ def import_knowledge_base(source: str, store: MilvusStore, *, progress: bool = F
             bar.update(len(chunks))
     store.flush()
     store.touch(sources)
-    store.fit_index()
+    store.adapt_index()
     return written
 
 
@@ -179,8 +186,8 @@ def _open_export(source: str) -> tuple[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        card = hf_hub_download(source, "identity.json", repo_type="dataset")
-        return Path(card).read_text(), load_dataset(source, split="train", streaming=True)
+        downloaded = hf_hub_download(source, "identity.json", repo_type="dataset")
+        return Path(downloaded).read_text(), load_dataset(source, split="train", streaming=True)
     except Exception as error:
         raise KnowledgeBaseError(
             f"{source!r} is no exported folder, and no knowledge base on the hub ({error})."
@@ -188,7 +195,7 @@ def _open_export(source: str) -> tuple[str, Any]:
 
 
 def _check(chunks: list[Chunk], embeddings: np.ndarray, identity: Identity) -> None:
-    """Raises ValueError unless these could have been written by an ingestion."""
+    """Raise ValueError unless an ingestion could have written these."""
     if embeddings.shape != (len(chunks), identity.embedding_dimension) or not np.isfinite(embeddings).all():
         raise ValueError(f"embeddings are not all {identity.embedding_dimension} finite numbers.")
     for chunk in chunks:

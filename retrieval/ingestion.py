@@ -1,7 +1,8 @@
-"""Ingestion: documents → chunks → embeddings → rows of the collection; run again, it does only what is missing.
+"""Ingestion: documents → chunks → embeddings → rows; run again, it adds what is missing.
 
-Three things happen at once: a thread reads, tokenizes and looks up what is there already; the caller's thread embeds,
-which takes by far the most time; a thread writes. Each is at most one window of chunks ahead of the next.
+Three things happen at once. One thread reads, tokenizes and looks up existing rows. The caller's
+thread embeds, which takes by far the most time. Another thread writes. Each is at most one window
+of chunks ahead of the next.
 """
 
 import threading
@@ -10,27 +11,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from .chunking import Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
+from .collection import NewCollection
 from .embedding import Embedder
 from .identity import Identity
-from .indexes import IndexSettings
 from .rows import content_hash, doc_key, primary_key
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
-WINDOW = 4096  # chunks that are sorted by length together, so that a batch of the model has little padding
-BATCHES_PER_WRITE = 16  # of the model: an interruption loses seconds of embedding and not minutes
+WINDOW = 4096  # chunks that are sorted by length together, so that batches have little padding
+BATCHES_PER_WRITE = 16  # embedding batches: an interruption loses seconds of work
 UNWRITTEN = 4  # writes that may wait for Milvus
 
 
 @dataclass
 class IngestReport:
-    """The counts of an ingestion, and its seconds from start to end."""
+    """The counts of an ingestion, and its duration in seconds."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -50,14 +50,14 @@ class IngestReport:
 
 @dataclass
 class Window:
-    """Some thousand chunks on their way from the documents to the collection.
+    """A few thousand chunks on their way from the documents to the collection.
 
     Attributes:
         new: the chunks to embed and write, each with its text.
         stale: keys of the rows to delete once those are written.
-        doc_ids: the documents that all this is about.
-        sources: where they are from, as far as their metadata tells.
-        report: their counts.
+        doc_ids: ids of the window's documents.
+        sources: names of their sources, from their metadata.
+        report: the window's counts.
         settle: read no further before this window is written.
     """
 
@@ -76,32 +76,31 @@ def ingest(
     embedder: Embedder,
     *,
     chunk_size: int = 64,
-    index: IndexSettings | None = None,
-    expected_chunks: int | None = None,
-    vector_dtype: str = "float32",
+    new: NewCollection | None = None,
     progress: bool = False,
 ) -> IngestReport:
-    """Bring documents into a collection, which is made if it is not there.
+    """Write documents into a collection, which is made if it is missing.
 
-    Documents are taken as they come, in bounded memory. A chunk that is there already is not embedded again, and chunks
-    that a changed document no longer has are deleted; of an id given twice, the last text counts. Rows are written before
-    stale ones go, under keys that depend on the document alone, so an ingestion that was killed is completed by running
-    it again.
+    Documents are read one after the other, in bounded memory. A chunk that exists already is not
+    embedded again. Chunks that a changed document no longer has are deleted. If an id is given
+    twice, its last text counts. Rows are written before stale ones are deleted, under keys that
+    depend on the document alone, so running it again completes an ingestion that was killed.
 
     Args:
-        documents: read in another thread than the caller's.
-        index, expected_chunks, vector_dtype: of a collection that is made; as for [`MilvusStore.create`].
+        documents: any iterable; another thread reads it.
+        chunk_size: tokens in a chunk.
+        new: how the collection is made, if it is not there.
         progress: show a progress bar, in chunks.
 
     Raises:
-        IdentityMismatch: the collection was made with another tokenizer, embedding model or chunk size.
-        KnowledgeBaseError: Milvus failed, and went on failing when tried again; or it knows no such index or vectors.
-        ValueError: chunk_size or a document id out of its range.
+        IdentityMismatch: the collection was made with another tokenizer, embedding model or chunk
+            size.
+        KnowledgeBaseError: Milvus failed, also when retried, or does not know the index or vectors.
+        ValueError: chunk_size or a document id is out of its range.
     """
     started = time.monotonic()
-    made = {"index": index, "expected_rows": expected_chunks, "vector_dtype": vector_dtype}
-    open_collection(store, tokenizer, embedder, chunk_size, **made)
-    # Milvus Lite shows rows that are just going from memory to disk to no reader: it looks up or writes, not both
+    open_collection(store, tokenizer, embedder, chunk_size, new)
+    # Milvus Lite hides rows on their way from memory to disk: look up or write, not both at once
     turn = threading.Lock()
 
     def there(doc_ids: Iterable[str]) -> dict[str, int]:
@@ -121,27 +120,31 @@ def ingest(
     windows = read_windows(documents, tokenizer, chunk_size, there)
     report = embed_windows(windows, embedder, write, finish, progress=progress)
     store.flush()
-    store.fit_index()
+    store.adapt_index()
     report.seconds = time.monotonic() - started
     return report
 
 
 def documents_of_rank(documents: Iterable[Document], rank: int, processes: int) -> Iterator[Document]:
-    """This process' share when several, on one machine or many, read the same sources.
+    """Yield this process's share of the documents when several processes read the same sources.
 
-    The id decides, so that no document is done twice or left out, and all texts of one id are taken by one process, in
-    their order.
+    The id decides, so no document is taken twice or left out, and one process takes all texts of an
+    id in their order.
     """
     return (document for document in documents if doc_key(document.id) % processes == rank)
 
 
 def open_collection(
-    store: MilvusStore, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int, **made: Any
+    store: MilvusStore,
+    tokenizer: BulkTokenizer,
+    embedder: Embedder,
+    chunk_size: int,
+    new: NewCollection | None = None,
 ) -> None:
-    """Make the collection, or see that the one that is there has the same identity.
+    """Make the collection, or check that the one that is there has the same identity.
 
     Args:
-        **made: as for [`MilvusStore.create`].
+        new: how the collection is made, if it is not there.
 
     Raises:
         IdentityMismatch: it was made with another tokenizer, embedding model or chunk size.
@@ -149,7 +152,7 @@ def open_collection(
     """
     check_chunk_size(chunk_size)
     if not store.exists():
-        store.create(Identity.of(tokenizer, embedder, chunk_size), **made)
+        store.create(Identity.of(tokenizer, embedder, chunk_size), new)
     store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
 
 
@@ -160,19 +163,19 @@ def read_windows(
     there: Callable[[Iterable[str]], dict[str, int]],
     size: int = WINDOW,
 ) -> Iterator[Window]:
-    """Yield the work window by window. Each ends with the documents that bring it to `size` new chunks or documents.
+    """Yield the work window by window, each of at least `size` new chunks or documents.
 
     Args:
-        there: document ids → primary key and content hash of the rows that they have.
-        size: chunks or documents of a window, at least.
+        there: a function from document ids to the primary key and content hash of their rows.
+        size: the least number of chunks or documents in a window.
     """
     window = Window()
-    # the documents of this window, of the one that is embedded, and of those with writes that may still wait
+    # ids of this window, of the one being embedded, and of those whose writes may still wait
     recent = deque([window.doc_ids], maxlen=UNWRITTEN + 2)
     for batch in document_batches(documents):
         latest = {document.id: document for document in batch}
         if any(not latest.keys().isdisjoint(ids) for ids in recent):
-            # what the collection has of a document is known only when its earlier text is written
+            # a document's rows are known only after its earlier text is written
             window.settle = True
             yield window
             window = Window()
@@ -217,17 +220,18 @@ def embed_windows(
     *,
     progress: bool = False,
 ) -> IngestReport:
-    """Embed all windows in the caller's thread while one thread reads the next and one writes the last.
+    """Embed all windows in the caller's thread while others read the next and write the last.
 
     Args:
-        write: chunks and their embeddings (n, dimension); called in order, in one other thread.
-        finish: called there when all of a window's chunks are written.
+        write: called in order, in one other thread, with chunks and their embeddings (n,
+            dimension).
+        finish: called there when all chunks of a window are written.
 
     Returns:
-        the windows' counts, of those that are finished.
+        the counts of all finished windows.
 
     Raises:
-        Exception: as raised by `windows`, `write` or `finish`; what was written stays.
+        Exception: as raised by `windows`, `write` or `finish`; written rows stay.
     """
     report = IngestReport()
     unwritten: deque[Future] = deque()
@@ -256,8 +260,9 @@ def embed_windows(
                 window.new.sort(key=lambda item: -len(item[0]))
                 step = embedder.batch_size * BATCHES_PER_WRITE
                 for start in range(0, len(window.new), step):
-                    texts, chunks = zip(*window.new[start : start + step], strict=True)
-                    writes.append(writer.submit(write, chunks, embedder.encode(texts)))
+                    part = window.new[start : start + step]
+                    chunks = [chunk for _, chunk in part]
+                    writes.append(writer.submit(write, chunks, embedder.encode([text for text, _ in part])))
                     unwritten.append(writes[-1])
                     settle(UNWRITTEN)
                     bar.update(len(chunks))

@@ -1,4 +1,4 @@
-"""MilvusRetriever: token chunks in, the neighbors that the model reads out."""
+"""MilvusRetriever: finds the neighbors of token chunks in a knowledge base."""
 
 import copy
 import logging
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .addresses import TLS
+from .addresses import MilvusAddress
+from .connection import Row
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
@@ -23,58 +24,63 @@ from .tokenization import BulkTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Asked for beyond k when rows may be left out: a chunk's own document mostly gives its few nearest rows.
+# Rows asked for beyond k where some may be left out: a chunk's nearest rows are often its own
+# document's.
 OVERFETCH = 8
 
-# A chunk, what follows it in its text where that matters, and the documents that it may not read.
+# A chunk's tokens, its continuation (for the leakage filter), and the documents that it may not
+# read
 Query = tuple[tuple[int, ...], tuple[int, ...], frozenset[str]]
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
 @dataclass
 class Neighbors:
-    """The neighbors of n chunks: k for each, of r tokens.
+    """The k neighbors of each of n chunks, r tokens each.
 
     Attributes:
-        ids: (n, k, r) int64; a neighbor chunk's tokens, what follows it, and 0 as padding at the end.
-        attention_mask: (n, k, r) bool; False for padding and for neighbors that are not there.
-        doc_ids: n lists of k document ids, None where there is no neighbor.
-        chunk_indices: (n, k) int64, the chunk's number in its document, -1 where there is none.
-        scores: (n, k) float32 cosine similarity, nan where there is none.
+        ids: (n, k, r) int64; the neighbor chunk's tokens, its continuation, then 0 as padding.
+        attention_mask: (n, k, r) bool; False for padding and for missing neighbors.
+        doc_ids: n lists of k document ids, None for a missing neighbor.
+        chunk_indices: (n, k) int64, the chunk's number in its document, -1 for a missing neighbor.
+        scores: (n, k) float32 cosine similarity, nan for a missing neighbor.
     """
 
-    ids: torch.LongTensor
-    attention_mask: torch.BoolTensor
+    ids: torch.Tensor
+    attention_mask: torch.Tensor
     doc_ids: list[list[str | None]]
-    chunk_indices: torch.LongTensor
-    scores: torch.FloatTensor
+    chunk_indices: torch.Tensor
+    scores: torch.Tensor
 
 
 class MilvusRetriever:
-    """Finds neighbors in a collection; hand it to a model with `retriever=` or `set_retriever`.
+    """Find neighbors in a collection; give it to a model with `retriever=` or `set_retriever`.
 
-    A copy shares the connection and the embedding model; closing one closes all. One that is pickled, or forked with its
-    process, opens the knowledge base again on first use, and takes a token from MILVUS_TOKEN. Each counts its own
-    `skipped_chunks` and remembers its own neighbors.
+    A copy shares the connection and the embedding model; closing one closes all. A pickled or
+    forked retriever opens the knowledge base again on first use, and takes a token from
+    MILVUS_TOKEN. Each counts its own `skipped_chunks` and remembers its own neighbors.
 
     Args:
-        store: an open collection with rows in it.
-        tokenizer: the one that it was built with.
-        embedder: the one that it was built with.
-        num_neighbors: the paper's k.
-        neighbor_length: the paper's r, tokens of a neighbor; default 2 * chunk_size, the chunk and its continuation.
-        filter: only documents whose metadata match may be read, such as {"license": ["mit", "bsd"], "year": {">=": 2000}};
-            [`retrieval.filters`] says what can be asked.
-        max_leakage: leave out neighbors that have a run of tokens in common with the chunk and its continuation which is
-            longer than this share of a chunk (the paper's evaluation filter, section 2.6); None leaves out none. What follows a
-            chunk is known in training only.
-        cache_size: chunks whose neighbors are remembered, for training over several epochs; 0 remembers none. All are
-            forgotten when the collection changes.
-        on_retrieval_error: "raise", or "skip" to go on without neighbors (counted in `skipped_chunks`).
+        store: an open collection that has rows.
+        tokenizer: the tokenizer that it was built with.
+        embedder: the embedding model that it was built with.
+        num_neighbors: neighbors of a chunk, the paper's k.
+        neighbor_length: tokens of a neighbor, the paper's r. Default: 2 * chunk_size, the chunk and
+            its continuation.
+        filter: read only documents whose metadata match, such as {"license": ["mit", "bsd"],
+            "year": {">=": 2000}}; see [`retrieval.filters`].
+        max_leakage: leave out neighbors that share a run of tokens with the chunk and its
+            continuation, if the run is longer than this share of a chunk (the paper's evaluation
+            filter, section 2.6). None leaves out none. The continuation is known in training only.
+        cache_size: chunks whose neighbors are remembered, for training over several epochs; 0
+            remembers none. All are forgotten when the collection changes.
+        on_retrieval_error: "raise", or "skip" to continue without neighbors, counted in
+            `skipped_chunks`.
 
     Raises:
-        KnowledgeBaseError: the collection is empty, or made with another tokenizer or embedding model.
-        ValueError: an argument out of its range.
+        KnowledgeBaseError: the collection is empty, or was made with another tokenizer or embedding
+            model.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -126,13 +132,13 @@ class MilvusRetriever:
         self._checked = True
 
     def _begin(self) -> None:
-        """Start with nothing counted and nothing remembered."""
+        """Start with empty counts and an empty memory."""
         self.skipped_chunks = 0
         self._cache: OrderedDict[Query, Rows] = OrderedDict()
         self._cached_revision = ""
         self._lock = threading.Lock()  # training reads ahead in a thread of its own
         self._process = os.getpid()
-        self._checked = False  # that the knowledge base is the one that the settings were made for
+        self._checked = False  # the knowledge base was not yet compared with the settings
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("skipped_chunks", "_cache", "_cached_revision", "_lock", "_process", "_checked")
@@ -148,58 +154,77 @@ class MilvusRetriever:
     @classmethod
     def from_uri(
         cls,
-        uri: str | None = None,
+        uri: str | os.PathLike[str] | MilvusAddress | None = None,
         collection_name: str = "retro",
         *,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,
         device: str | torch.device | None = None,
-        token: str | None = None,
-        database: str | None = None,
-        tls: TLS | None = None,
-        timeout: float = 120.0,
         search_params: Mapping[str, int] | None = None,
-        **kwargs: Any,
+        num_neighbors: int = 2,
+        neighbor_length: int | None = None,
+        filter: Filter | None = None,
+        max_leakage: float | None = None,
+        cache_size: int = 0,
+        on_retrieval_error: str = "raise",
     ) -> "MilvusRetriever":
         """Open a knowledge base.
 
         Args:
-            uri, token, database, tls, timeout: as for [`MilvusConnection`].
+            uri: a Milvus Lite file (.db) or the URI of a server; [`MilvusAddress`] adds token,
+                database, TLS and timeout. Default: the environment variable MILVUS_URI.
+            collection_name: the collection.
             tokenizer: the model's.
-            embedding_model: where to load it from; default: the name that the collection was built with.
+            embedding_model: name or folder to load it from. Default: the name that the collection
+                was built with.
             device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
-            search_params: as for [`MilvusStore`].
-            **kwargs: as for the class.
+            search_params: the index's search parameters, such as {"ef": 128}.
+            num_neighbors, neighbor_length, filter, max_leakage, cache_size, on_retrieval_error: as
+                for the class.
+
+        Raises:
+            KnowledgeBaseError, ValueError: as the class, [`MilvusAddress`] and
+                [`MilvusStore.open`].
         """
-        store = MilvusStore.open(
-            uri, collection_name, token=token, database=database, tls=tls, timeout=timeout, search_params=search_params
-        )
+        store = MilvusStore.open(uri, collection_name, search_params=search_params)
         try:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
-            identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded, which takes longer
+            identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded
             embedder = Embedder(embedding_model or identity.embedding_model, device=device)
-            return cls(store, tokenizer, embedder, **kwargs)
+            return cls(
+                store,
+                tokenizer,
+                embedder,
+                num_neighbors=num_neighbors,
+                neighbor_length=neighbor_length,
+                filter=filter,
+                max_leakage=max_leakage,
+                cache_size=cache_size,
+                on_retrieval_error=on_retrieval_error,
+            )
         except Exception:
             store.close()
             raise
 
     def retrieve(
         self,
-        chunks: torch.LongTensor | Sequence[Sequence[int]],
+        chunks: torch.Tensor | Sequence[Sequence[int]],
         exclude_doc_ids: Sequence[Collection[str]] | None = None,
         continuations: Sequence[Sequence[int]] | None = None,
     ) -> Neighbors:
-        """The k nearest chunks of the knowledge base to each chunk, by the cosine of their embeddings.
+        """Return the k chunks of the knowledge base nearest to each chunk, by cosine similarity.
 
         Args:
-            chunks: (n, chunk_size) token ids, or n lists of ids.
-            exclude_doc_ids: for each chunk, documents that none of its neighbors may come from.
-            continuations: for each chunk, the up to chunk_size ids that follow it, for `max_leakage`.
+            chunks: (n, chunk_size) int64 token ids, or n lists of ids.
+            exclude_doc_ids: for each chunk, documents that its neighbors must not come from.
+            continuations: for each chunk, the up to chunk_size ids that follow it, for
+                `max_leakage`.
 
         Raises:
-            KnowledgeBaseError: the search failed, and went on failing when tried again.
-            ValueError: an argument has another length than `chunks`, or a plain string stands for a set of documents.
+            KnowledgeBaseError: the search failed, also when it was retried.
+            ValueError: an argument has another length than `chunks`, or a string is given instead
+                of a collection of document ids.
         """
         queries = self._queries(chunks, exclude_doc_ids, continuations)
         if self._process != os.getpid():  # forked; a thread of the parent may have held the lock
@@ -237,7 +262,12 @@ class MilvusRetriever:
                 self._cache.popitem(last=False)
         return self._tensors([found[query] for query in queries])
 
-    def _queries(self, chunks, exclude_doc_ids, continuations) -> list[Query]:
+    def _queries(
+        self,
+        chunks: torch.Tensor | Sequence[Sequence[int]],
+        exclude_doc_ids: Sequence[Collection[str]] | None,
+        continuations: Sequence[Sequence[int]] | None,
+    ) -> list[Query]:
         rows = chunks.tolist() if isinstance(chunks, torch.Tensor) else [list(chunk) for chunk in chunks]
         for place, keys in enumerate(() if exclude_doc_ids is None else exclude_doc_ids):
             if isinstance(keys, str):  # a set of its letters would exclude nothing
@@ -259,7 +289,7 @@ class MilvusRetriever:
             self._cached_revision = revision
 
     def _search(self, queries: list[Query]) -> list[Rows]:
-        """At most k rows for each query, exactly the best of those allowed."""
+        """Return the best rows that each query may read, at most k, exactly."""
         unique = {tokens: place for place, tokens in enumerate(dict.fromkeys(tokens for tokens, _, _ in queries))}
         vectors = self.embedder.encode([self.tokenizer.decode(list(tokens)) for tokens in unique])
         wanted = self.num_neighbors
@@ -278,16 +308,19 @@ class MilvusRetriever:
         return results
 
     def _search_without(self, vectors: np.ndarray, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
-        """The same, Milvus leaving out the documents of `keys`, and looking further until k are allowed or all are seen."""
-        matching = {"exclude": [doc_key(key) for key in keys], "expression": self.expression}
+        """Search again with the documents of `keys` excluded by Milvus, ever deeper.
+
+        The search ends when k rows are found that the query may read, or when all rows were seen.
+        """
+        exclude, expression = [doc_key(key) for key in keys], self.expression
         results: list[Rows] = [[] for _ in queries]
         left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
         while left:
-            there = self.store.how_many(**matching, at_most=limit)
-            hits = self.store.search(vectors[left], limit, **matching)
+            there = self.store.how_many(exclude=exclude, expression=expression, at_most=limit)
+            hits = self.store.search(vectors[left], limit, exclude=exclude, expression=expression)
             missed = [place for place, rows in enumerate(hits) if len(rows) < there]
             if missed:  # an approximate index does not reach every row through a narrow filter
-                exact = self.store.search_exactly(vectors[left][missed], limit, **matching)
+                exact = self.store.search_exactly(vectors[left][missed], limit, exclude=exclude, expression=expression)
                 for place, rows in zip(missed, exact, strict=True):
                     hits[place] = rows
             for number, rows in zip(left, hits, strict=True):
@@ -299,14 +332,14 @@ class MilvusRetriever:
         return results
 
     def _allowed(self, query: Query, rows: Rows) -> Rows:
-        """The first k of these rows that this chunk may read."""
+        """Return the first k of these rows that this chunk may read."""
         tokens, following, keys = query
         rows = [row for row in rows if row["doc_id"] not in keys]
         if self.max_leakage is not None:
-            run = int(self.max_leakage * self.chunk_size) + 1  # the shortest that is too long
+            run = int(self.max_leakage * self.chunk_size) + 1  # the shortest run that is too long
             text = runs((*tokens, *following), run)
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
-        # Equal chunks come in any order, and their scores differ by rounding: the same neighbors every time
+        # equal chunks come in any order, their scores differ by rounding: sort them the same way
         rows = sorted(rows, key=lambda row: (-round(row["score"], 5), row["doc_id"], row["chunk_index"]))
         return rows[: self.num_neighbors]
 
@@ -322,10 +355,16 @@ class MilvusRetriever:
                 mask[chunk, place, : len(tokens)] = True
                 doc_ids[chunk][place] = row["doc_id"]
                 indices[chunk, place], scores[chunk, place] = row["chunk_index"], row["score"]
-        return Neighbors(*map(torch.from_numpy, (ids, mask)), doc_ids, *map(torch.from_numpy, (indices, scores)))
+        return Neighbors(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            doc_ids,
+            torch.from_numpy(indices),
+            torch.from_numpy(scores),
+        )
 
     def describe(self) -> dict[str, str | int | list[str]]:
-        """Return what a model card says of the knowledge base: its names and size, never its address."""
+        """Return names and size of the knowledge base for a model card, never its address."""
         return {
             "embedding model": self.embedding_model,
             "collection": self.collection_name,
@@ -339,5 +378,8 @@ class MilvusRetriever:
 
 
 def runs(tokens: Sequence[int], length: int) -> set[tuple[int, ...]]:
-    """All runs of `length` tokens. Two texts have a run of at least that length in common if these sets have a member in common."""
+    """Return all runs of `length` tokens.
+
+    Two texts share a run of at least that length if their sets of runs have a common member.
+    """
     return {tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)}

@@ -1,4 +1,4 @@
-"""A row of the collection: its keys, its hashes and its columns."""
+"""The rows of a collection: keys, hashes and columns."""
 
 from typing import Any
 
@@ -19,22 +19,25 @@ VECTOR_TYPES = {
 
 
 def doc_key(doc_id: str) -> int:
-    """64 bits of a document id's hash, signed: what filters speak of, so that no id is ever part of an expression."""
+    """Return 64 bits of a document id's hash, signed.
+
+    Filters name documents by it, so that no id is ever part of an expression.
+    """
     return hash64(doc_id)
 
 
 def primary_key(doc_id: str, chunk_index: int) -> str:
-    """The same for the same chunk of the same document, so that writing it twice leaves one row."""
+    """Return the key of a document's chunk; writing the chunk twice leaves one row."""
     return f"{sha256(doc_id).hex()[:32]}-{chunk_index}"
 
 
 def content_hash(chunk: Chunk) -> int:
-    """Changes when the chunk's tokens, those that follow it, or the document's metadata change."""
+    """Return a hash of the chunk's tokens, its continuation and the document's metadata."""
     return hash64(repr((list(chunk.tokens), list(chunk.continuation), sorted(chunk.metadata.items()))))
 
 
 def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
-    """Return what is stored of a chunk."""
+    """Return the row of a chunk with its embedding (dimension,)."""
     return {
         "pk": primary_key(chunk.doc_id, chunk.index),
         "doc_id": chunk.doc_id,
@@ -50,7 +53,7 @@ def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
 
 
 def collection_schema(identity: Identity, vector_dtype: str = "float32") -> CollectionSchema:
-    """The columns of a knowledge base."""
+    """Return the columns of a knowledge base."""
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=identity.to_json())
     schema.add_field("pk", DataType.VARCHAR, is_primary=True, max_length=64)
     schema.add_field("doc_id", DataType.VARCHAR, max_length=MAX_ID_BYTES)

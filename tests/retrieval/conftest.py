@@ -76,6 +76,6 @@ def place(request, tmp_path):
     yield place
     for number, store in enumerate(place.opened):
         if not is_lite and not number:
-            for name in store.client.list_collections():
-                store.client.drop_collection(name)
+            for name in store.connection.list_collections():
+                store.connection.drop_collection(name)
         store.close()

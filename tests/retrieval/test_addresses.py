@@ -7,7 +7,15 @@ import huggingface_hub
 import pytest
 import torch
 
-from retrieval import Embedder, KnowledgeBaseError, MilvusConnection, MilvusRetriever, MilvusStore, ingest
+from retrieval import (
+    Embedder,
+    KnowledgeBaseError,
+    MilvusAddress,
+    MilvusConnection,
+    MilvusRetriever,
+    MilvusStore,
+    ingest,
+)
 from retrieval.addresses import locate
 from retrieval.cli import main
 
@@ -47,7 +55,7 @@ def test_ways_to_write_one_file(folder):
     os.chdir("/")
     for connection in connections:
         assert connection.owns_file and (folder / "kb.db.served").exists()
-        assert connection.call("list_collections") == []
+        assert connection.list_collections() == []
         connection.close()
     assert not (folder / "kb.db.served").exists()
 
@@ -89,7 +97,7 @@ def test_what_cannot_be_opened(folder, monkeypatch, uri, words):
     (folder / "full.db").mkdir()
     (folder / "full.db" / "text.txt").write_text("a text")
     with pytest.raises(KnowledgeBaseError, match=words):
-        MilvusConnection(uri, timeout=3)
+        MilvusConnection(MilvusAddress(uri, timeout=3))
     assert sorted(path.name for path in folder.rglob("*")) == ["full.db", "plain.db", "text.txt"]
 
 
@@ -104,7 +112,7 @@ def test_a_collection_of_a_name_that_only_milvus_lite_allows_opens_as_before(fol
     store = MilvusStore("kb.db", "texts")
     ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
     rows = store.count()
-    store.connection.call("rename_collection", "texts", "my-texts")
+    store.connection.client.rename_collection("texts", "my-texts")
     store.close()
     store = MilvusStore.open("kb.db", "my-texts")
     assert store.count() == rows

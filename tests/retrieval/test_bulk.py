@@ -39,7 +39,7 @@ def test_a_server_imports_what_an_ingestion_would_have_inserted(server, tmp_path
         while (state := utility.get_bulk_insert_state(task, using="bulk")).state_name != "Completed":
             assert "Failed" not in state.state_name and time.monotonic() < deadline, state
             time.sleep(0.3)
-    store.call("refresh_load")
+    store.connection.client.refresh_load(store.collection_name)
     deadline = time.monotonic() + 600
     while store.count() < len(expected_rows(documents, tokenizer)) and time.monotonic() < deadline:
         time.sleep(0.3)

@@ -18,11 +18,13 @@ from retrieval import (
     Embedder,
     IdentityMismatch,
     KnowledgeBaseError,
+    MilvusAddress,
     MilvusConnection,
     MilvusRetriever,
     MilvusStore,
     ingest,
 )
+from retrieval.lite_file import LiteFile
 
 from ..support.places import CHUNK
 
@@ -152,7 +154,7 @@ def connected(monkeypatch):
     tokens = []
 
     def connect(self):
-        tokens.append(self._token)
+        tokens.append(self.address.secret())
         self.client, self._process = SimpleNamespace(list_collections=lambda timeout: []), os.getpid()
 
     monkeypatch.setattr(MilvusConnection, "_connect", connect)
@@ -164,15 +166,15 @@ def connected(monkeypatch):
 )
 def test_secrets_are_not_pickled(monkeypatch, connected, uri, token):
     monkeypatch.delenv("MILVUS_TOKEN", raising=False)
-    connection = MilvusConnection(uri, token=token)
+    connection = MilvusConnection(MilvusAddress(uri, token=token))
     assert copy.deepcopy(connection) is connection
     pickled = pickle.dumps(connection)
     assert b"S3cret" not in pickled and b"root" not in pickled
     twin = pickle.loads(pickled)
     with pytest.raises(KnowledgeBaseError, match="https://host:19530.* tokens are not pickled: set MILVUS_TOKEN"):
-        twin.call("list_collections")
+        twin.list_collections()
     monkeypatch.setenv("MILVUS_TOKEN", "root:other")
-    assert twin.call("list_collections") == []
+    assert twin.list_collections() == []
     assert connected == ["root:S3cret", "root:other"]
 
 
@@ -181,7 +183,7 @@ def test_a_file_takes_no_token_in_another_process(tmp_path, monkeypatch, connect
     monkeypatch.setenv("MILVUS_TOKEN", "root:S3cret")
     pickled = pickle.dumps(MilvusConnection(tmp_path / "kb.db"))
     (tmp_path / "kb.db").mkdir()
-    pickle.loads(pickled).call("list_collections")
+    pickle.loads(pickled).list_collections()
     assert connected == [None, None]
 
 
@@ -196,18 +198,18 @@ def test_the_first_call_in_another_process_waits_for_the_server(monkeypatch, con
         connect(self)
 
     monkeypatch.setattr(MilvusConnection, "_connect", away)
-    assert twin.call("list_collections") == []
+    assert twin.list_collections() == []
 
 
 def test_a_forked_process_that_cannot_connect_is_told_of_spawn(monkeypatch, connected):
     def away(self):
         raise KnowledgeBaseError("nothing answers.")
 
-    connection = MilvusConnection("http://host:1", timeout=0.01)
+    connection = MilvusConnection(MilvusAddress("http://host:1", timeout=0.01))
     connection._process = os.getppid()
     monkeypatch.setattr(MilvusConnection, "_connect", away)
     with pytest.raises(KnowledgeBaseError, match=r"nothing answers\. Tried for .* forked.*'spawn' instead"):
-        connection.call("list_collections")
+        connection.list_collections()
 
 
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
@@ -248,7 +250,10 @@ def test_a_forked_process_leaves_the_file_to_its_parent(retriever, expected):
             os._exit(result)
     assert os.waitpid(child, 0)[1] == 0
     same(pickle.loads(pickle.dumps(retriever)).retrieve(QUERIES), expected)  # nothing remembered
-    assert retriever.store.count() > 0 and retriever.store.connection._published()["process"] == os.getpid()
+    assert (
+        retriever.store.count() > 0
+        and LiteFile("kb.db", retriever.store.connection.address.path).owner()["process"] == os.getpid()
+    )
 
 
 def test_a_tokenizer_is_the_same_after_pickling(tokenizer, documents):

@@ -15,6 +15,7 @@ from retrieval import (
     IndexSettings,
     KnowledgeBaseError,
     MilvusRetriever,
+    NewCollection,
     chunk_documents,
     export_knowledge_base,
     import_knowledge_base,
@@ -85,7 +86,7 @@ def test_exclusion_is_exact_among_hundreds_of_near_copies(place, tokenizer, embe
 def test_k_neighbors_although_the_index_is_too_coarse_to_find_them(place, tokenizer, embedder, documents):
     """An index that looks at one list of many, and a filter that leaves a handful of rows."""
     coarse = IndexSettings.parse("IVF_FLAT:nlist=64,nprobe=1")
-    store = build(place, documents * 1, tokenizer, embedder, index=coarse)
+    store = build(place, documents * 1, tokenizer, embedder, new=NewCollection(coarse))
     store.flush()
     retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=4)
     chunks = some_chunks(documents, tokenizer, 10)
@@ -98,8 +99,10 @@ def test_k_neighbors_although_the_index_is_too_coarse_to_find_them(place, tokeni
 def test_nothing_excluded_costs_one_search(place, tokenizer, embedder, documents, monkeypatch):
     store = build(place, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, tokenizer, embedder)
-    search, searches = store.client.search, []
-    monkeypatch.setattr(store.client, "search", lambda *a, **k: searches.append(len(a[1])) or search(*a, **k))
+    search, searches = store.connection.client.search, []
+    monkeypatch.setattr(
+        store.connection.client, "search", lambda *a, **k: searches.append(len(a[1])) or search(*a, **k)
+    )
     chunk = some_chunks(documents, tokenizer, 1)[0].tokens
     retriever.retrieve([chunk, chunk, chunk, [5] * CHUNK])
     assert searches == [2]  # equal chunks are searched once
@@ -204,7 +207,7 @@ def test_what_is_remembered_is_not_searched_again(place, tokenizer, embedder, do
     retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=10)
     queries = [c.tokens for c in some_chunks(documents, tokenizer, 4)]
     first = retriever.retrieve(queries)
-    monkeypatch.setattr(store.client, "search", lambda *a, **k: pytest.fail("searched"))
+    monkeypatch.setattr(store.connection.client, "search", lambda *a, **k: pytest.fail("searched"))
     assert torch.equal(retriever.retrieve(queries[::-1]).ids, first.ids.flip(0))
 
 
@@ -288,12 +291,12 @@ def test_types_and_indexes_that_are_not_known_there(place, tokenizer, embedder):
     identity = Identity.of(tokenizer, embedder, CHUNK)
     store = place.store()
     with pytest.raises(KnowledgeBaseError, match="float16 vectors need a Milvus server 2.4"):
-        store.create(identity, vector_dtype="float16")
+        store.create(identity, NewCollection(vector_dtype="float16"))
     message = (
         "Milvus Lite cannot build IVF_RABITQ" if place.is_lite else "needs Milvus 2.6 or newer, this server is 2.3"
     )
     with pytest.raises(KnowledgeBaseError, match=message):
-        store.create(identity, index=IndexSettings.parse("IVF_RABITQ"))
+        store.create(identity, NewCollection(IndexSettings.parse("IVF_RABITQ")))
     assert not store.exists()
 
 
@@ -335,7 +338,7 @@ def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder):
         documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
         store = place.store(f"{place.name}_h")
         if store.exists():
-            store.call("drop_collection")
+            store.connection.drop_collection(store.collection_name)
         ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
         assert rows_of(store) == expected_rows(documents, tokenizer)
         stored = {row["doc_id"]: row["metadata"] for row in store.scan(("doc_id", "metadata"))}

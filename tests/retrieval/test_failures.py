@@ -26,11 +26,13 @@ from retrieval import (
     Embedder,
     IndexSettings,
     KnowledgeBaseError,
+    MilvusAddress,
     MilvusConnection,
     MilvusRetriever,
     MilvusStore,
     ingest,
 )
+from retrieval.failures import is_transient
 
 from ..support.milvus_server import MilvusServer
 from ..support.places import CHUNK, expected_rows, rows_of
@@ -44,7 +46,7 @@ class TestServer:
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         retriever = MilvusRetriever(store, tokenizer, embedder)
         other = MilvusStore(server.uri, "dropped")
-        other.call("drop_collection")
+        other.connection.drop_collection(other.collection_name)
         for do in (lambda: retriever.retrieve([[7] * CHUNK]), store.count, lambda: store.delete(["a"])):
             with pytest.raises(KnowledgeBaseError, match="'dropped' at http.* was dropped or renamed"):
                 do()
@@ -53,18 +55,18 @@ class TestServer:
         store = MilvusStore(server.uri, "released")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         retriever = MilvusRetriever(store, tokenizer, embedder)
-        store.call("release_collection")
+        store.connection.release_collection(store.collection_name)
         assert retriever.retrieve([[7] * CHUNK]).attention_mask.any()
 
     def test_no_such_database(self, server):
         with pytest.raises(KnowledgeBaseError, match="no database 'nope' at http"):
-            MilvusStore(server.uri, "c", database="nope")
+            MilvusStore(MilvusAddress(server.uri, database="nope"), "c")
         with pytest.raises(KnowledgeBaseError, match="no database .* at http.*/nope2"):
             MilvusStore(f"{server.uri}/nope2", "c")
 
     def test_another_database_has_other_collections(self, server, documents, tokenizer, embedder):
-        MilvusConnection(server.uri).call("create_database", "second")
-        store = MilvusStore(server.uri, "c", database="second")
+        MilvusConnection(server.uri).client.create_database("second")
+        store = MilvusStore(MilvusAddress(server.uri, database="second"), "c")
         ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
         assert MilvusStore.open(f"{server.uri}/second", "c").count() == store.count()
         assert not MilvusStore(server.uri, "c").exists()
@@ -94,17 +96,17 @@ def test_an_index_is_built_anew_although_others_load_the_collection(
     """Who searches loads a collection that is not, and Milvus drops no index of a loaded one."""
     store, other = MilvusStore(server.uri, "again"), MilvusStore(server.uri, "again")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
-    call, loads = store.call, iter(range(2))
+    drop_index, loads = store.connection.drop_index, iter(range(2))
 
-    def interrupted(method, *args, **kwargs):
-        if method == "drop_index" and next(loads, None) is not None:
-            other.call("load_collection")
-        return call(method, *args, **kwargs)
+    def interrupted(name, index):
+        if next(loads, None) is not None:
+            other.connection.load_collection(name)
+        drop_index(name, index)
 
-    monkeypatch.setattr(store, "call", interrupted)
+    monkeypatch.setattr(store.connection, "drop_index", interrupted)
     store.reindex(IndexSettings.parse("HNSW"))
     assert next(loads, None) is None
-    assert other.call("describe_index", "embedding")["index_type"] == "HNSW"
+    assert other.connection.describe_index("again", "embedding")["index_type"] == "HNSW"
 
 
 @pytest.mark.server
@@ -175,7 +177,7 @@ class TestGuardedServer:
     def test_let_in(self, guarded, documents, tokenizer, embedder, monkeypatch):
         server, tls = guarded
         monkeypatch.setenv("MILVUS_TOKEN", "root:Milvus")
-        store = MilvusStore(server.uri, "c", tls=tls)
+        store = MilvusStore(MilvusAddress(server.uri, tls=tls), "c")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         assert rows_of(store) == expected_rows(documents[:2], tokenizer)
         assert "root" not in repr(store) + repr(store.connection)
@@ -190,17 +192,17 @@ class TestGuardedServer:
     def test_wrong_or_no_token(self, guarded, token):
         server, tls = guarded
         with pytest.raises(KnowledgeBaseError, match="does not let this program in: check the token") as caught:
-            MilvusConnection(server.uri, token=token, tls=tls, timeout=5)
+            MilvusConnection(MilvusAddress(server.uri, token=token, tls=tls, timeout=5))
         assert "wrong" not in str(caught.value)
 
     def test_no_certificate(self, guarded):
         uri = guarded[0].uri.replace("127.0.0.1", "localhost")  # not the channel of the tests above
         with pytest.raises(KnowledgeBaseError, match="https:// and which certificate"):
-            MilvusConnection(uri, token="root:Milvus", timeout=5)
+            MilvusConnection(MilvusAddress(uri, token="root:Milvus", timeout=5))
 
     def test_gone(self, guarded, documents, tokenizer, embedder):
         server, tls = guarded
-        store = MilvusStore(server.uri, "gone", token="root:Milvus", tls=tls, timeout=4)
+        store = MilvusStore(MilvusAddress(server.uri, token="root:Milvus", tls=tls, timeout=4), "gone")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         retriever = MilvusRetriever(store, tokenizer, embedder)
         server.stop()
@@ -209,7 +211,7 @@ class TestGuardedServer:
             retriever.retrieve([[7] * CHUNK])
         assert time.monotonic() - started > 3  # it went on trying for a while: at least until the last try within 4 s
         with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
-            MilvusStore(server.uri, "gone", token="root:Milvus", tls=tls, timeout=4)
+            MilvusStore(MilvusAddress(server.uri, token="root:Milvus", tls=tls, timeout=4), "gone")
 
     def test_tls_files_that_cannot_be(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no TLS file"):
@@ -322,10 +324,8 @@ class TestOneFileForSeveralProcesses:
     def test_a_process_that_is_just_ending_is_waited_out(self, tmp_path):
         connection = MilvusConnection(str(tmp_path / "kb.db"))
         ending = MilvusException(1, "MilvusLite is closed")
-        assert not connection._passes(ending)  # its own file
-        connection.owns_file = False
-        assert connection._passes(ending)  # another process': the next attempt opens the file
-        connection.owns_file = True
+        assert not is_transient(ending, owns_file=connection.owns_file)  # its own file
+        assert is_transient(ending, owns_file=False)  # another process's: the next attempt opens the file
         connection.close()
 
     def test_serve_says_who_serves_already(self, tmp_path):
@@ -366,7 +366,7 @@ def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_fo
 def test_a_file_is_let_go_when_its_database_is_not_there(tmp_path):
     uri = str(tmp_path / "kb.db")
     with pytest.raises(KnowledgeBaseError, match="no database 'nope'"):
-        MilvusConnection(uri, database="nope")
+        MilvusConnection(MilvusAddress(uri, database="nope"))
     serving = Forked(tmp_path / "log", retrieval.cli.main, ["serve", "--uri", uri])
     serving.wait_for_output("is served at")
     serving.send_signal(signal.SIGINT)

@@ -137,7 +137,7 @@ def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is
 
     retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=9)
     remembered = retriever.retrieve([[1] * CHUNK])
-    monkeypatch.setattr(store.client, "search", failing)
+    monkeypatch.setattr(store.connection.client, "search", failing)
     with pytest.raises(KnowledgeBaseError, match="refused search on 'retro' at .*not now"):
         retriever.retrieve([[2] * CHUNK])
     retriever.on_retrieval_error = "skip"

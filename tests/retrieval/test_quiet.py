@@ -35,7 +35,7 @@ store.create(store.identity())  # as by two ingestions that start at once
 assert second.retrieve([[5] * 8]).doc_ids[0][0] and store.delete_documents(["d1"]) and store.health()
 export_knowledge_base(store, folder + "/library-export", bulk)
 try:
-    store.connection.call("describe_collection", "none")
+    store.connection.describe_collection("none")
 except KnowledgeBaseError:
     pass
 store.close()
@@ -77,7 +77,7 @@ def test_errors_of_another_user_of_pymilvus_are_still_logged(tmp_path, caplog):
     store = MilvusStore(tmp_path / "kb.db", "retro")
     with caplog.at_level(logging.WARNING):
         with pytest.raises(KnowledgeBaseError):
-            store.call("describe_collection")
+            store.connection.describe_collection("c")
         assert not caplog.records
         other = MilvusClient(store.connection.serving, dedicated=True)
         with pytest.raises(MilvusException):

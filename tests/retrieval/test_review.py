@@ -6,13 +6,14 @@ from retrieval import (
     Document,
     Identity,
     KnowledgeBaseError,
+    MilvusAddress,
     MilvusRetriever,
     MilvusStore,
     ingest,
     read_documents,
 )
 from retrieval.cli import main
-from retrieval.store import IDENTITY
+from retrieval.collection import IDENTITY
 
 from ..support.places import CHUNK
 
@@ -35,7 +36,7 @@ from ..support.places import CHUNK
 )
 def test_a_password_in_the_uri_is_never_shown(uri, shown):
     with pytest.raises(KnowledgeBaseError) as caught:
-        MilvusStore(uri, "c", timeout=1)
+        MilvusStore(MilvusAddress(uri, timeout=1), "c")
     assert shown in str(caught.value) and "S3c" not in str(caught.value) and "ret@" not in str(caught.value)
 
 
@@ -52,10 +53,10 @@ def test_a_collection_whose_index_was_never_made_gets_it(tmp_path, tokenizer, em
     store = MilvusStore(tmp_path / "kb.db", "retro")
     card = Identity.of(tokenizer, embedder, CHUNK).to_json()
     store.create(Identity.from_json(card, "here"))
-    store.client.release_collection("retro")
-    store.client.drop_index("retro", "embedding")
-    assert store.exists() and store.client.list_indexes("retro") == ["embedding"]
-    assert IDENTITY in store.client.describe_collection("retro")["properties"]
+    store.connection.client.release_collection("retro")
+    store.connection.client.drop_index("retro", "embedding")
+    assert store.exists() and store.connection.client.list_indexes("retro") == ["embedding"]
+    assert IDENTITY in store.connection.client.describe_collection("retro")["properties"]
     store.close()
 
 
