@@ -72,7 +72,6 @@ def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
         ("kb", r"'kb' names no knowledge base\. Give http://host:port, or a file that ends in \.db \(kb\.db\)"),
         ("", "No knowledge base is named.*MILVUS_URI"),
         (" ", "No knowledge base is named"),
-        (None, "No knowledge base is named"),
         ("grpc://host:1", "'grpc://host:1' does not name a knowledge base: give http"),
         ("http://", "not the address of a server"),
         ("http://host:99999", "a port from 1 to 65535"),
@@ -91,6 +90,38 @@ def test_what_cannot_be_opened(folder, monkeypatch, uri, words):
     with pytest.raises(KnowledgeBaseError, match=words):
         MilvusConnection(uri, timeout=3)
     assert sorted(path.name for path in folder.rglob("*")) == ["full.db", "plain.db", "text.txt"]
+
+
+@pytest.mark.parametrize("variable", [None, ""])
+def test_a_missing_address_is_named_with_the_variable_that_could_hold_it(monkeypatch, variable):
+    if variable is None:
+        monkeypatch.delenv("MILVUS_URI", raising=False)
+    else:
+        monkeypatch.setenv("MILVUS_URI", variable)
+    with pytest.raises(KnowledgeBaseError, match="No knowledge base is named.*MILVUS_URI"):
+        MilvusConnection(None)
+
+
+@pytest.mark.parametrize(
+    "uri, shown",
+    [
+        ("http://root:S3c@ret@127.0.0.1:1/db", "http://127.0.0.1:1/db"),
+        ("http://root:S3c@ret@127.0.0.1:x", "'http://127.0.0.1:x'"),
+        ("ftp://root:S3c@ret@h", "'ftp://h'"),
+        ("root:S3c@ret@127.0.0.1:1", "http://127.0.0.1:1:"),
+        ("root:S3c@ret@127.0.0.1", "'127.0.0.1'"),
+        ("root:S3c://ret@127.0.0.1:1", "'127.0.0.1:1'"),
+        ("root:S3c@ret@http://h:1", "'http://h:1'"),
+        ("http:/root:S3c@ret@h:1", "'h:1'"),
+        ("http:/root:S3c@ret@h/kb.db", "'h/kb.db'"),
+        ("http//root:S3c@ret@h:1", "'h:1'"),
+        ("file:root:S3c@ret@x", "'x'"),
+    ],
+)
+def test_a_password_in_the_uri_is_never_shown(uri, shown):
+    with pytest.raises(KnowledgeBaseError) as caught:
+        MilvusStore(uri, "c", timeout=1)
+    assert shown in str(caught.value) and "S3c" not in str(caught.value) and "ret@" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a-b", "a b", "été", "1a", "", "a.b", "a" * 256])

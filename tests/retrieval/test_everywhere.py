@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from retrieval import (
@@ -55,13 +55,30 @@ def some_chunks(documents, tokenizer, count):
     return whole[:: max(1, len(whole) // count)][:count]
 
 
-def test_ingested_twice_changed_and_shortened(place, tokenizer, embedder, documents):
-    store = build(place, documents, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(documents, tokenizer) and store.count() == len(rows_of(store))
-    changed = [Document(documents[0].id, documents[0].text[:90]), Document(documents[1].id, "")]
-    report = ingest(changed + documents[2:], store, tokenizer, embedder, chunk_size=CHUNK)
+def test_every_chunk_is_there_once_with_what_follows_it(place, tokenizer, embedder, documents):
+    store = place.store()
+    report = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    rows = expected_rows(documents, tokenizer)
+    assert rows_of(store) == rows
+    assert report.documents == len(documents) and report.chunks_written == store.count() == len(rows)
+    again = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    assert again.chunks_written == again.chunks_deleted == 0 and again.chunks_unchanged == len(rows)
+
+
+def test_a_changed_document_leaves_no_stale_chunk(place, tokenizer, embedder, documents):
+    first = [*documents, Document("empty", "")]
+    report = ingest(first, store := place.store(), tokenizer, embedder, chunk_size=CHUNK)
+    assert report.empty_documents == 1
+    changed = [
+        Document(documents[0].id, documents[0].text[:90]),
+        Document(documents[1].id, ""),
+        Document(documents[2].id, documents[2].text[:90] + " and something else"),
+        *documents[3:],
+        Document("empty", "a text"),
+    ]
+    report = ingest(changed, store, tokenizer, embedder, chunk_size=CHUNK)
     assert report.chunks_unchanged > 0 and report.chunks_deleted > 0
-    assert rows_of(store) == expected_rows(changed + documents[2:], tokenizer)
+    assert rows_of(store) == expected_rows(changed, tokenizer) and store.count() == len(rows_of(store))
 
 
 def test_exclusion_is_exact_among_hundreds_of_near_copies(place, tokenizer, embedder, documents):
@@ -199,13 +216,17 @@ def test_a_retriever_in_use_sees_additions_changes_and_deletions_at_its_next_chu
     assert tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist()) == "apples"
 
 
-def test_what_is_remembered_is_not_searched_again(place, tokenizer, embedder, documents, monkeypatch):
+def test_a_remembered_chunk_is_not_searched_again(place, tokenizer, embedder, documents, monkeypatch):
     store = build(place, documents, tokenizer, embedder)
-    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=10)
-    queries = [c.tokens for c in some_chunks(documents, tokenizer, 4)]
-    first = retriever.retrieve(queries)
+    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=4)
+    queries = [c.tokens for c in some_chunks(documents, tokenizer, 5)]
+    first = retriever.retrieve(queries[:4])
     monkeypatch.setattr(store.client, "search", lambda *a, **k: pytest.fail("searched"))
-    assert torch.equal(retriever.retrieve(queries[::-1]).ids, first.ids.flip(0))
+    again = retriever.retrieve(queries[3::-1])
+    assert torch.equal(again.ids, first.ids.flip(0)) and again.doc_ids == first.doc_ids[::-1]
+    monkeypatch.undo()
+    retriever.retrieve(queries)
+    assert len(retriever._cache) == 4
 
 
 @pytest.mark.parametrize("attempt", range(4))
@@ -299,22 +320,25 @@ def test_types_and_indexes_that_are_not_known_there(place, tokenizer, embedder):
 
 anything = st.text(st.characters(exclude_categories=()), min_size=1, max_size=60)
 text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
-hostile = st.sampled_from(
-    [
-        '" or doc_id != "',
-        "\\",
-        '\\"',
-        "\n",
-        "\0",
-        "\u202eabc",
-        "k" * 1024,
-        "') or ('1' == '1",
-        "{x}",
-        "%s",
-        "*",
-        "é" * 100,
-    ]
-)
+HOSTILE = [
+    '" or doc_id != "',
+    "\\",
+    '\\"',
+    "'\"\\",
+    "\n",
+    "a\nb\tc",
+    "\0",
+    "\x01",
+    "\u202eabc",
+    "k" * 1024,
+    "') or ('1' == '1",
+    "{x}",
+    "%s",
+    "*",
+    "é" * 100,
+    "🙂" * 200,
+]
+hostile = st.sampled_from(HOSTILE)
 values = st.one_of(
     text, hostile, st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False)
 )
@@ -331,6 +355,7 @@ def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder):
         max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
     )
     @given(drawn_documents)
+    @example({id_: (f"text number {number} of a list", id_) for number, id_ in enumerate(HOSTILE)})
     def check(drawn):
         documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
         store = place.store(f"{place.name}_h")
@@ -359,6 +384,8 @@ def equal(a, b):
 
 
 @given(anything, anything, anything)
+@example("id", "\ud800", "value")
+@example("id", "a\udfffb", "value")
 def test_what_cannot_be_data_is_refused(id_, body, value):
     try:
         for part in (id_, body, value):

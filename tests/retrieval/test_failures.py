@@ -343,11 +343,6 @@ class TestOneFileForSeveralProcesses:
         assert other.wait() == 1 and "in use by process" in other.output and "one machine only" in other.output
         connection.close()
 
-    def test_something_that_is_no_knowledge_base(self, tmp_path):
-        (tmp_path / "kb.db").write_text("a text")
-        with pytest.raises(KnowledgeBaseError, match="is not a Milvus Lite knowledge base"):
-            MilvusConnection(str(tmp_path / "kb.db"))
-
 
 def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_folder, embedding_folder):
     rows = [{"id": document.id, "text": document.text} for document in texts(1)[:400]]

