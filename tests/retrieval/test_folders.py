@@ -1,4 +1,4 @@
-"""Folders as sources: which files are read, and which names they give their documents."""
+"""Folders as sources: the files that are read, and the names of their documents."""
 
 import pytest
 

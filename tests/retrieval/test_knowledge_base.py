@@ -50,7 +50,7 @@ def build(uri, documents, tokenizer, embedder, **kwargs):
 
 
 def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
-    """Brute force: scores of the k best allowed chunks of each query, and who may be among them."""
+    """Return the scores of each query's k best allowed chunks by brute force."""
     chunks = list(chunk_documents(documents, tokenizer, CHUNK))
     vectors = embedder.encode([tokenizer.decode(chunk.tokens) for chunk in chunks])
     found = []
@@ -61,8 +61,8 @@ def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
     return found
 
 
-def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, embedder):
-    """So much later that its first text may still be on its way into the collection."""
+def test_the_last_text_of_a_repeated_id_counts(uri, tokenizer, embedder):
+    """It comes so late that its first text may still be on its way into the collection."""
     long, short = "a long text that takes several chunks " * 4, "a short one"
     others = [Document(f"doc{number}", f"text number {number}") for number in range(600)]
     store, report = build(uri, [Document("again", long), *others, Document("again", short)], tokenizer, embedder)
@@ -71,7 +71,7 @@ def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, em
     store.close()
 
 
-def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents, tokenizer, embedder, hf_tokenizer):
+def test_neighbors_are_the_best_allowed_chunks(uri, documents, tokenizer, embedder, hf_tokenizer):
     store, _ = build(uri, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, hf_tokenizer, embedder, num_neighbors=4)
     chunks = [c for c in chunk_documents(documents[:6], tokenizer, CHUNK) if len(c.tokens) == CHUNK]
@@ -95,9 +95,7 @@ def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents,
             assert tokens == ([] if doc_id is None else texts[doc_id][start : start + 2 * CHUNK])
 
 
-def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is_used(
-    uri, documents, tokenizer, embedder, monkeypatch
-):
+def test_a_failed_search_raises_or_is_skipped_and_uses_the_cache(uri, documents, tokenizer, embedder, monkeypatch):
     from pymilvus import MilvusException
 
     store, _ = build(uri, documents[:2], tokenizer, embedder)
@@ -129,7 +127,7 @@ def many_documents():
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.2])
-def test_an_ingestion_that_was_killed_is_completed_by_the_next(
+def test_the_next_ingestion_completes_a_killed_one(
     uri, tokenizer, tokenizer_folder, embedding_folder, embedder, delay, tmp_path
 ):
     process = Forked(tmp_path / "log", ingest_bit_by_bit, uri, str(tokenizer_folder), str(embedding_folder))
@@ -141,8 +139,8 @@ def test_an_ingestion_that_was_killed_is_completed_by_the_next(
     assert rows_of(store) == expected_rows(many_documents(), tokenizer)
 
 
-def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokenizer, embedder):
-    # as Milvus Lite leaves it when it is killed before the schema is written
+def test_a_half_made_collection_can_be_made(uri, documents, tokenizer, embedder):
+    # Milvus Lite leaves this if it is killed before it writes the schema.
     left = Path(uri) / "collections" / "retro"
     left.mkdir(parents=True)
     (left / "schema.json.tmp").write_text("{")
@@ -151,7 +149,7 @@ def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokeni
     assert rows_of(MilvusStore.open(uri, "retro")) == expected_rows(documents, tokenizer)
 
 
-def test_a_collection_whose_index_was_never_made_gets_it(uri, tokenizer, embedder):
+def test_a_collection_without_its_index_gets_it(uri, tokenizer, embedder):
     store = MilvusStore(uri, "retro")
     card = Identity.of(tokenizer, embedder, CHUNK).to_json()
     store.create(Identity.from_json(card, "here"))
@@ -229,7 +227,7 @@ def command_line(folder, arguments):
     retrieval.cli.main(arguments)
 
 
-def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder, embedding_folder):
+def test_the_command_line_ingests_searches_and_informs(tmp_path, tokenizer_folder, embedding_folder):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     (tmp_path / "texts" / "one.txt").write_text("the first text is about a tree and a forest " * 5)
     (tmp_path / "texts" / "sub" / "two.txt").write_text("def function(argument): return argument " * 5)
@@ -261,7 +259,7 @@ def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder,
 
 
 class TestAddedTokens:
-    """A tokenizer that got special tokens, and a model with embeddings for them, read a knowledge base as before."""
+    """A tokenizer and a model that got special tokens read a knowledge base as before."""
 
     @pytest.fixture
     def padded(self, hf_tokenizer):
@@ -273,7 +271,7 @@ class TestAddedTokens:
         return BulkTokenizer(tokenizer)
 
     @pytest.mark.parametrize("added_to", ["the model's", "the knowledge base's"])
-    def test_a_model_reads_the_same(self, uri, documents, tokenizer, padded, embedder, added_to):
+    def test_a_model_reads_the_same_neighbors(self, uri, documents, tokenizer, padded, embedder, added_to):
         built, used = (tokenizer, padded) if added_to == "the model's" else (padded, tokenizer)
         store, _ = build(uri, documents, built, embedder)
         same, other = MilvusRetriever(store, built, embedder), MilvusRetriever(store, used, embedder)
@@ -288,11 +286,11 @@ class TestAddedTokens:
         model.set_retriever(other)
         ids = torch.tensor([queries[0] + queries[1]])
         assert model(ids).logits.shape[-1] == len(used.hf_tokenizer)
-        # ingesting with either goes on in the same collection
+        # both tokenizers ingest into the same collection
         assert ingest(documents, store, used, embedder, chunk_size=CHUNK).chunks_written == 0
 
-    def test_ids_beyond_the_knowledge_bases_can_be_searched(self, uri, documents, tokenizer, padded, embedder):
-        """The id of a pad token, and ids of embeddings that no token has."""
+    def test_queries_may_hold_ids_that_the_knowledge_base_lacks(self, uri, documents, tokenizer, padded, embedder):
+        """These are the id of a pad token and ids without a token."""
         store, _ = build(uri, documents, tokenizer, embedder)
         retriever = MilvusRetriever(store, padded, embedder)
         words = list(next(chunk_documents(documents, tokenizer, CHUNK)).tokens)
@@ -300,7 +298,7 @@ class TestAddedTokens:
         found = retriever.retrieve([words, [*words[:-2], pad, beyond], [pad] * CHUNK, [beyond] * CHUNK])
         assert all(None not in row for row in found.doc_ids) and found.ids[0, 0, :CHUNK].tolist() == words
 
-    def test_an_export_goes_into_collections_of_the_other(self, uri, tmp_path, documents, tokenizer, padded, embedder):
+    def test_an_export_fits_collections_of_both_tokenizers(self, uri, tmp_path, documents, tokenizer, padded, embedder):
         store, _ = build(uri, documents[:2], padded, embedder)
         export_knowledge_base(store, tmp_path / "out", tokenizer)
         other = MilvusStore(uri, "other")
@@ -308,10 +306,10 @@ class TestAddedTokens:
         import_knowledge_base(str(tmp_path / "out"), other)
         assert rows_of(other) == expected_rows(documents[:4], tokenizer)
 
-    def test_a_collection_of_format_2_is_read_written_and_shared(
+    def test_a_collection_of_format_2_is_read_written_and_exported(
         self, uri, tmp_path, documents, tokenizer, padded, embedder
     ):
-        """Made while the fingerprint was that of the whole tokenizer."""
+        """Its fingerprint is that of the whole tokenizer."""
         fields = json.loads(Identity.of(tokenizer, embedder, CHUNK).to_json())
         size = len(tokenizer.hf_tokenizer)
         fields |= {"format_version": 2, "vocab_size": size, "tokenizer_fingerprint": tokenizer.whole_fingerprint(size)}
@@ -329,7 +327,7 @@ class TestAddedTokens:
         with pytest.raises(IdentityMismatch, match="format_version is 3 and 2.*Import into another collection"):
             import_knowledge_base(str(tmp_path / "out"), other)
 
-    def test_a_document_with_an_end_of_text_in_it_is_whole(self, uri, tokenizer, embedder):
+    def test_a_text_that_spells_a_special_token_is_stored_whole(self, uri, tokenizer, embedder):
         text = "before <|endoftext|> and after"
         store, _ = build(uri, [Document("a", text)], tokenizer, embedder)
         tokens = sum((row[2] for row in rows_of(store)), [])
