@@ -131,8 +131,8 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
         where: the beginning of each error message.
 
     Raises:
-        ValueError: no such module or function, or a wrong filter. The function raises it for a value
-            that cannot be compared.
+        ValueError: no such module or function, or a wrong filter. The returned function raises it,
+            too, for a value that cannot be compared.
     """
     if condition is None:
         return lambda row: True

@@ -149,7 +149,7 @@ class Identity:
             differences.append(f"its chunk_size is {self.chunk_size}, yours is {chunk_size}")
         if differences:
             raise IdentityMismatch(
-                f"{where} was built differently: {'; '.join(differences)}. Use the same as it does, or ingest into "
+                f"{where} was built differently: {'; '.join(differences)}. Use what it was built with, or ingest into "
                 "another collection."
             )
 
