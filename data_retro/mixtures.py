@@ -15,6 +15,7 @@ from datasets.distributed import split_dataset_by_node
 
 from retrieval import BulkTokenizer
 from retrieval.chunking import Document
+from retrieval.filters import row_predicate
 from retrieval.sources import documents_from_numbered_rows, is_of_the_network, read_rows, same_name, source_name
 
 from .packing import pack_documents, packed_dataset
@@ -23,13 +24,6 @@ logger = logging.getLogger(__name__)
 
 FEATURES = Features({"id": Value("string"), "text": Value("string")})
 _END = object()
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    "!=": lambda a, b: a != b,
-}
 
 
 @dataclass(frozen=True)
@@ -132,49 +126,48 @@ def sample(streams: Sequence[DocumentStream], count: int) -> dict[str, list[dict
 def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Callable[[Mapping[str, Any]], bool]:
     """Return `DocumentStream.filter` as a function of a row.
 
+    Args:
+        condition: "module:function", a filter as in [`retrieval.filters`], or None to keep all.
+        where: the beginning of each error message.
+
     Raises:
-        ValueError: no such module or function, or a comparison that there is not; from the function, a value that cannot be
-            compared.
+        ValueError: no such module or function, or a wrong filter. The returned function raises it,
+            too, for a value that cannot be compared.
     """
     if condition is None:
         return lambda row: True
     if isinstance(condition, str):
-        module, _, name = condition.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{where}filter {condition!r} is no function that can be imported, such as 'package.module:function' ({error})."
-            ) from error
-        if not callable(function):
-            raise ValueError(f"{where}filter {condition!r} is no function, but {function!r}.")
-        return function
+        return _imported_filter(condition, where)
     if not isinstance(condition, Mapping):
         raise ValueError(
             f"{where}filter must be 'module:function' or a mapping of columns to values, not {condition!r}."
         )
-    for column, wanted in condition.items():
-        if isinstance(wanted, Mapping) and (unknown := wanted.keys() - COMPARISONS.keys()):
-            raise ValueError(
-                f"{where}filter on {column!r} has {sorted(unknown)}; there are {', '.join(COMPARISONS)}, a value, or a list."
-            )
+    try:
+        matches = row_predicate(condition)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
 
     def keeps(row: Mapping[str, Any]) -> bool:
-        for column, wanted in condition.items():
-            value = row.get(column)
-            if value is None:
-                return False
-            if isinstance(wanted, Mapping):
-                try:
-                    if not all(COMPARISONS[sign](value, bound) for sign, bound in wanted.items()):
-                        return False
-                except TypeError as error:
-                    raise ValueError(f"{where}filter on {column!r}: {value!r} cannot be compared ({error}).") from error
-            elif value not in (wanted if isinstance(wanted, list | tuple) else [wanted]):
-                return False
-        return True
+        try:
+            return matches(row)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
 
     return keeps
+
+
+def _imported_filter(name: str, where: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Import the filter "module:function"."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{where}Cannot import the filter {name!r} ({error}). Name a function like 'package.module:function'."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"{where}The filter {name!r} is {function!r}. Name a function like 'package.module:function'.")
+    return function
 
 
 def network_retries(attempts: int = 6) -> tenacity.Retrying:

@@ -1,4 +1,4 @@
-"""Embedding: text → unit-length vectors, by any sentence-transformers model."""
+"""Embedding: text to unit-length vectors with any sentence-transformers model."""
 
 import os
 from collections.abc import Sequence
@@ -21,17 +21,18 @@ PROBE_LENGTH = 32
 class Embedder:
     """A sentence-transformers model that gives unit-length float32 vectors.
 
-    A copy is the same object. A pickle holds no weights: they are loaded again on first use, from where they were loaded.
+    Copying returns the same object. A pickle holds no weights: they are loaded again on first use,
+    from the same place.
 
     Args:
-        model: hub name or folder.
-        device: as in `SentenceTransformer`; None takes the best there is.
-        dtype: of the weights, such as `torch.bfloat16`; None keeps the model's own.
-        batch_size: texts that go through the model together.
+        model: name on the hub, or a folder.
+        device: the model's device, such as "cpu" or "cuda:1"; None takes the best available.
+        dtype: the weights' type, such as `torch.bfloat16`; None keeps the model's own.
+        batch_size: texts in one forward pass.
 
     Raises:
-        OSError: there is no such model, or it cannot be reached.
-        ValueError: there is no such device.
+        OSError: the model does not exist or cannot be reached.
+        ValueError: the device does not exist.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Embedder:
         self._source = os.path.abspath(model) if os.path.isdir(model) else str(model)
         self._device = None if device is None else str(device)
         self._dtype = dtype
-        self.model  # noqa: B018  loaded now, so that a wrong name fails here
+        self.model  # noqa: B018  load now, so that a wrong name fails here
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("model", "_probe_vector")}
@@ -60,8 +61,8 @@ class Embedder:
 
     @cached_property
     def model(self) -> "SentenceTransformer":
-        """The model itself, loaded on first use."""
-        # Imported lazily: it takes seconds, and a program that embeds nothing should not wait for it
+        """The underlying `SentenceTransformer`, loaded on first use."""
+        # Imported lazily: it takes seconds.
         from sentence_transformers import SentenceTransformer
 
         if self._device is not None:
@@ -75,8 +76,8 @@ class Embedder:
         except (OSError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise OSError(
-                f"Cannot load the embedding model {self._source!r}: {reason}. Give the name of a sentence-transformers model on "
-                "the hub, or the folder of one."
+                f"Cannot load the embedding model {self._source!r}: {reason}. Give the name of a sentence-transformers "
+                "model on the hub, or the folder of one."
             ) from error
 
     @cached_property
@@ -85,22 +86,22 @@ class Embedder:
 
     @property
     def dimension(self) -> int:
-        """Length of a vector."""
+        """The number of components of a vector."""
         return len(self._probe_vector)
 
     @property
     def probe(self) -> list[float]:
-        """First numbers of the embedding of a fixed sentence: recognizes the model, whatever it is called."""
+        """The first numbers of a fixed sentence's embedding: they identify the model."""
         return [round(float(value), 6) for value in self._probe_vector[:PROBE_LENGTH]]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts; the model sorts them by length by itself.
+        """Embed texts. The model sorts them by length itself.
 
         Returns:
             (len(texts), dimension) float32, each row of length 1.
 
         Raises:
-            ValueError: the model gave a vector that is not finite.
+            ValueError: a vector is not finite.
         """
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32)
@@ -113,7 +114,10 @@ class Embedder:
         ).astype(np.float32, copy=False)
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if bad.size:
-            raise ValueError(f"{self.label} gave an embedding that is not finite for the text {texts[bad[0]]!r}.")
+            raise ValueError(
+                f"{self.label} gave an embedding that is not finite for the text {texts[bad[0]]!r}. "
+                "Use another embedding model or another dtype."
+            )
         return vectors
 
 
@@ -123,5 +127,5 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"There is no device {device!r} here ({reason}). Name another one, or none to take the best there is."
+            f"There is no device {device!r} here ({reason}). Name another one, or none to take the best available."
         ) from error

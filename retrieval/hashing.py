@@ -1,13 +1,13 @@
-"""Hashes of texts: the same on every machine and in every version, since collections keep them."""
+"""Hashes of texts. Collections store them, so they must never change."""
 
 import hashlib
 
 
 def sha256(text: str) -> bytes:
-    """Return the hash of the text's UTF-8."""
+    """Return the SHA-256 of the text's UTF-8 bytes."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def hash64(text: str) -> int:
-    """Return 64 bits of that hash, signed, as Milvus stores integers."""
+    """Return the first 64 bits of [`sha256`] as a signed integer, as Milvus stores them."""
     return int.from_bytes(sha256(text)[:8], "big", signed=True)

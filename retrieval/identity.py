@@ -1,4 +1,4 @@
-"""The identity of a collection: which tokenizer, which embedding model and which chunk size its rows are made with."""
+"""The identity of a collection: the tokenizer, embedding model and chunk size of its rows."""
 
 import dataclasses
 import json
@@ -10,28 +10,32 @@ from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .tokenization import BulkTokenizer
 
-FORMAT_VERSION = 3  # 2: metadata; 3: special tokens do not count in tokenizer_fingerprint and vocab_size
+# 2: metadata. 3: special tokens do not count in tokenizer_fingerprint and vocab_size.
+FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
 
-# Cosine of two probes of the same model. Half precision and other hardware stay above 0.9999; other models are far off.
+# Least cosine of two probes of the same model. Half precision and other hardware stay above 0.9999;
+# other models are far below.
 PROBE_SIMILARITY = 0.999
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The card that ties a collection to its writers and readers. Stored with it, checked on opening.
+    """The card that ties a collection to its writers and readers.
+
+    It is stored with the collection and checked on opening.
 
     Attributes:
-        tokenizer: label, for people and as a default to load.
-        tokenizer_fingerprint: hash of what decides which ids a text becomes; this is what is compared. In format 2,
-            hash of the whole tokenizer.
+        tokenizer: name, for people and as a default to load.
+        tokenizer_fingerprint: hash of everything that decides which ids a text becomes. This is
+            compared. In format 2 it is the hash of the whole tokenizer.
         vocab_size: every id in a chunk is below this.
-        embedding_model: label, for people and as a default to load.
-        embedding_dimension: length of an embedding.
-        embedding_probe: first numbers of the embedding of a fixed sentence; compared by cosine, so that the same model
-            passes under any name or folder, and another model fails under the same name.
+        embedding_model: name, for people and as a default to load.
+        embedding_dimension: components of an embedding.
+        embedding_probe: first numbers of a fixed sentence's embedding. They are compared by cosine:
+            the same model passes under any name, another model fails under the same name.
         chunk_size: tokens in a chunk.
-        format_version: of the layout of a row and of this identity.
+        format_version: version of a row's columns and of this card.
     """
 
     tokenizer: str
@@ -45,7 +49,7 @@ class Identity:
 
     @classmethod
     def of(cls, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> "Identity":
-        """The identity that these three give a collection."""
+        """Return the identity of a collection that is built with these three."""
         return cls(
             tokenizer=tokenizer.name,
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -57,14 +61,18 @@ class Identity:
         )
 
     def to_json(self) -> str:
+        """Return the card as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Identity":
-        """Read what `to_json` wrote; `where` names the collection in errors.
+        """Read a card from JSON.
+
+        Args:
+            where: name of the collection in errors.
 
         Raises:
-            KnowledgeBaseError: written by an unknown version of the format, or not an identity at all.
+            KnowledgeBaseError: the card is damaged, or its format is unknown.
         """
         try:
             fields = json.loads(text)
@@ -72,15 +80,17 @@ class Identity:
             if version in READABLE_VERSIONS:
                 return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
-            raise KnowledgeBaseError(f"{where} has a damaged identity card: {error!r}.") from error
+            raise KnowledgeBaseError(
+                f"{where} has a damaged identity card: {error!r}. Ingest its documents into a new collection."
+            ) from error
         raise KnowledgeBaseError(
             f"{where} has format version {version}; this installation reads versions "
             f"{' and '.join(map(str, READABLE_VERSIONS))}. "
-            "Ingest it again, or install the version of transformers-retro that wrote it."
+            "Ingest its documents again, or install the version of transformers-retro that wrote it."
         )
 
     def differences(self, other: "Identity") -> list[str]:
-        """List why two collections cannot share rows; names and labels do not count."""
+        """List the reasons why two collections cannot share rows. Names do not count."""
         different = [
             f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
             for name in ("format_version", "tokenizer_fingerprint", "embedding_dimension", "chunk_size")
@@ -93,10 +103,10 @@ class Identity:
         return different
 
     def fits(self, tokenizer: BulkTokenizer) -> bool:
-        """Return True if the tokenizer gives every text the ids that it has in this collection.
+        """Return True if the tokenizer gives every text the same ids as in this collection.
 
-        Special tokens may differ, since no text becomes one. Format 2 knows the hash of all special tokens alone; there,
-        further ones may follow those that it was built with.
+        Special tokens may differ, since no text becomes one. Format 2 has only a hash that counts
+        special tokens: there, more of them may follow the ones it was built with.
         """
         if self.format_version == 2:
             return tokenizer.whole_fingerprint(self.vocab_size) == self.tokenizer_fingerprint
@@ -110,10 +120,13 @@ class Identity:
         embedder: Embedder | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        """Compare this identity, a collection's, with what a caller brings; None is not compared.
+        """Compare a collection's identity with the caller's parts. None is not compared.
+
+        Args:
+            where: name of the collection in errors.
 
         Raises:
-            IdentityMismatch: naming both sides of each difference.
+            IdentityMismatch: a part differs. The message names both sides of each difference.
         """
         differences = []
         if tokenizer is not None and not self.fits(tokenizer):
@@ -129,8 +142,8 @@ class Identity:
             )
         elif embedder is not None and (similarity := _cosine(self.embedding_probe, embedder.probe)) < PROBE_SIMILARITY:
             differences.append(
-                f"its embedding model is {self.embedding_model!r}, yours is {embedder.label!r}: the same sentence gets "
-                f"other embeddings (cosine {similarity:.4f})"
+                f"its embedding model is {self.embedding_model!r}, yours is {embedder.label!r}: they embed the same "
+                f"sentence differently (cosine {similarity:.4f})"
             )
         if chunk_size is not None and chunk_size != self.chunk_size:
             differences.append(f"its chunk_size is {self.chunk_size}, yours is {chunk_size}")

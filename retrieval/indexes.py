@@ -1,4 +1,4 @@
-"""Vector indexes: which there are, their parameters, and which one suits a server and a size."""
+"""Vector indexes: their kinds and parameters, and a recommendation for a number of rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ class Kind:
     """One type of index.
 
     Attributes:
-        build, search: parameter → (least, most, default). A default of None leaves it to Milvus.
-        since: first version of a server that knows it.
-        lite: whether Milvus Lite builds it. (It accepts the names of others, and fails later.)
+        build, search: parameter → (least, most, default). With None, Milvus chooses the default.
+        since: first version of Milvus that has it.
+        lite: True if Milvus Lite can build it. (It accepts the names of others and fails later.)
     """
 
     build: Mapping[str, tuple[int, int, int | None]] = field(default_factory=dict)
@@ -40,17 +40,20 @@ KINDS: dict[str, Kind] = {
         since=(2, 4),
     ),
 }
-SMALL = 50_000  # rows up to which exact search on a laptop takes some hundredths of a second
-GRAPH_IN_MEMORY = 100_000_000  # rows up to which a graph and all vectors in memory are worth their cost
+SMALL = 50_000  # up to so many rows, an exact search takes some hundredths of a second on a laptop
+GRAPH_IN_MEMORY = 100_000_000  # up to so many rows, a graph and all vectors are kept in memory
 
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """An index type with all its parameters. Build one with [`IndexSettings.parse`] or [`recommend`].
+    """An index type with all its parameters.
+
+    Build one with [`IndexSettings.parse`], [`IndexSettings.of`] or [`recommend`].
 
     Attributes:
-        kind: a name of `KINDS`.
-        build, search: its parameters.
+        kind: a name in `KINDS`.
+        build: parameters for building it.
+        search: parameters for searching.
     """
 
     kind: str
@@ -59,10 +62,10 @@ class IndexSettings:
 
     @classmethod
     def parse(cls, text: str) -> "IndexSettings":
-        """Read "HNSW" or "HNSW:M=32,efConstruction=400,ef=128"; what is not named has its default.
+        """Read "HNSW" or "HNSW:M=32,efConstruction=400,ef=128". The rest has its defaults.
 
         Raises:
-            ValueError: no such index or parameter, or a value out of its range.
+            ValueError: the index or a parameter is unknown, or a value is out of its range.
         """
         name, _, rest = text.partition(":")
         name = name.strip().upper()
@@ -70,13 +73,17 @@ class IndexSettings:
         for item in filter(None, (item.strip() for item in rest.split(","))):
             key, equals, value = item.partition("=")
             if not equals:
-                raise ValueError(f"{item!r} in {text!r} is not of the form parameter=value.")
+                raise ValueError(f"{item!r} in {text!r} is not of the form parameter=value, such as M=32.")
             pairs[key.strip()] = value.strip()
         return cls.of(name, pairs)
 
     @classmethod
     def of(cls, kind: str, parameters: Mapping[str, Any]) -> "IndexSettings":
-        """Settings of this kind with some parameters given; raises as `parse` does."""
+        """Return settings of this kind with some parameters given.
+
+        Raises:
+            ValueError: as [`IndexSettings.parse`].
+        """
         if kind not in KINDS:
             raise ValueError(f"There is no index {kind!r}; there are {', '.join(KINDS)}.")
         known = {**KINDS[kind].build, **KINDS[kind].search}
@@ -99,17 +106,20 @@ class IndexSettings:
         return cls(kind, build, search)
 
     def check(self, where: str, *, is_lite: bool, version: tuple[int, ...], dimension: int) -> None:
-        """Compare with what a server can do, before anything is built.
+        """Check that Milvus can build this index, before anything is built.
+
+        Args:
+            where: name of the collection in errors.
 
         Raises:
-            KnowledgeBaseError: it does not know the index.
-            ValueError: parameters that do not go with the dimension.
+            KnowledgeBaseError: this Milvus does not have the index.
+            ValueError: the parameters do not suit the dimension.
         """
         kind = KINDS[self.kind]
         if is_lite and not kind.lite:
             can = ", ".join(name for name, other in KINDS.items() if other.lite)
             raise KnowledgeBaseError(
-                f"{where}: Milvus Lite cannot build {self.kind}; it has {can}. Others need a server."
+                f"{where}: Milvus Lite cannot build {self.kind}; it has {can}. Use one of these, or a server."
             )
         if not is_lite and version < kind.since:
             raise KnowledgeBaseError(
@@ -120,15 +130,21 @@ class IndexSettings:
             raise ValueError(f"m of IVF_PQ must divide the dimension {dimension}, and {self.build['m']} does not.")
 
     def parts(self, dimension: int) -> int:
-        """`m` of IVF_PQ: into how many parts a vector is cut; by default as many as keep recall, two numbers a part."""
+        """Return `m` of IVF_PQ, the number of parts of a vector.
+
+        By default a part has two numbers, which keeps recall high.
+        """
         return self.build.get("m") or max(1, dimension // 2)
 
     def build_params(self, dimension: int) -> dict[str, int]:
-        """Return the parameters of building, as Milvus takes them."""
+        """Return the parameters for building, as Milvus takes them."""
         return {**self.build, "m": self.parts(dimension)} if self.kind == "IVF_PQ" else dict(self.build)
 
     def search_params(self, limit: int) -> dict[str, dict[str, int]]:
-        """Return the parameters of a search for the `limit` nearest; no list that is walked may be shorter."""
+        """Return the parameters of a search for the `limit` nearest rows.
+
+        The list of candidates is never shorter than `limit`.
+        """
         params = dict(self.search)
         for name in ("ef", "search_list", "itopk_size"):
             if name in params:
@@ -137,10 +153,10 @@ class IndexSettings:
 
 
 def recommend(rows: int, *, is_lite: bool) -> IndexSettings:
-    """The index for about this many rows.
+    """Return the index for about this many rows.
 
-    Exact search while it is quick; then a graph, which finds the true neighbors soonest; and on disk when vectors and
-    graph no longer fit the memory of a few machines.
+    Small collections get exact search. Larger ones get a graph, which finds the true neighbors
+    soonest. The graph lies on disk when it no longer fits the memory of a few machines.
     """
     if rows <= SMALL:
         return IndexSettings.parse("FLAT")

@@ -1,4 +1,4 @@
-"""Labels of tokenizers and embedding models, which tell nothing about a machine."""
+"""Names of tokenizers and embedding models, without paths of a machine."""
 
 
 def short_name(name_or_folder: str) -> str:

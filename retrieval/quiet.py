@@ -1,4 +1,4 @@
-"""Keep other libraries quiet: no errors that are raised as well, no progress bars that nobody asked for."""
+"""Silence other libraries: errors that are also raised, and unwanted progress bars."""
 
 import contextlib
 import logging
@@ -14,10 +14,12 @@ _RAISED: ContextVar[list[BaseException] | None] = ContextVar("_RAISED", default=
 
 @contextlib.contextmanager
 def errors_are_raised() -> Iterator[list[BaseException]]:
-    """Print no error of pymilvus or Milvus Lite in this block, whose caller raises or handles them all.
+    """Silence error logs of pymilvus and Milvus Lite in this block.
+
+    The caller must raise or handle all of these errors.
 
     Yields:
-        The exceptions that they would have printed, in a list that grows.
+        A list that grows with each silenced exception.
     """
     errors: list[BaseException] = []
     token = _RAISED.set(errors)
@@ -29,7 +31,7 @@ def errors_are_raised() -> Iterator[list[BaseException]]:
 
 @contextlib.contextmanager
 def no_dataset_bars() -> Iterator[None]:
-    """Show no progress bars of `datasets` in this block, which shows its own."""
+    """Hide progress bars of `datasets` in this block."""
     shown = not are_progress_bars_disabled()
     if shown:
         disable_progress_bars()
@@ -41,17 +43,20 @@ def no_dataset_bars() -> Iterator[None]:
 
 
 def quiet_program() -> None:
-    """Show no bars "Loading weights" in this program, and no news of missing kernels. Downloads keep their bars."""
+    """Hide the bars "Loading weights" and warnings about missing kernels in this program.
+
+    Downloads keep their bars.
+    """
     downloads = not huggingface_hub.utils.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()
     if downloads:
         huggingface_hub.utils.enable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # the kernels that it misses are used by nothing here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nothing here uses its kernels
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     errors = _RAISED.get()
-    if errors is None:  # a caller of pymilvus outside this package
+    if errors is None:  # pymilvus was called from outside this package
         return True
     if record.exc_info and record.exc_info[1] is not None:
         errors.append(record.exc_info[1])
@@ -62,9 +67,9 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info
 
 
-# They log in the caller's thread
+# These log in the caller's thread.
 for _name in ("pymilvus.decorators", "pymilvus.client.connection_manager", "milvus_lite.server_manager"):
     logging.getLogger(_name).addFilter(_is_news)
-# They log in the embedded server's threads, tracebacks of errors whose words the client gets and raises
+# These log tracebacks in the embedded server's threads. The client raises the same errors.
 for _name in ("grpc._server", "milvus_lite.adapter.grpc.servicer"):
     logging.getLogger(_name).addFilter(_has_no_traceback)

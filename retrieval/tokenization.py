@@ -1,4 +1,7 @@
-"""Bulk tokenization: text to the ids of a Hugging Face tokenizer, by tiktoken where the two provably agree."""
+"""Bulk tokenization with a Hugging Face tokenizer's ids.
+
+tiktoken does the work where it provably gives the same ids.
+"""
 
 import hashlib
 import json
@@ -16,11 +19,11 @@ from .labels import short_name
 
 logger = logging.getLogger(__name__)
 
-# The regular expression of `ByteLevel` pre-tokenization (GPT-2's), as `tokenizers` has it.
+# The regular expression of `ByteLevel` pre-tokenization (GPT-2's), copied from `tokenizers`.
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-# Text on which tokenizers differ. Only characters that every Unicode version since 6.0 knows: the ids of this text are
-# part of the fingerprint, which must not change with the version of a library.
+# Text on which tokenizers differ. All its characters are in Unicode 6.0 and later: its ids are
+# part of the fingerprint, which must not change with a library's version.
 PROBE_TEXT = (
     "It's we'LL don't I'd've 'tis 3.14159 1,000,000 x=[0]*64;\tif a<=b:\r\n\r\n    return f\"{a!r}\"  \n\n\n   end   \n"
     " e\u0301 \u00e9 na\u00efve \u0416\u0443\u043a \u6f22\u5b57 \u0e44\u0e17\u0e22 \u0645\u0631\u062d\u0628\u0627 "
@@ -28,18 +31,21 @@ PROBE_TEXT = (
     "<|endoftext|> </s>[MASK] \x00\x07\x1b\x7f\u0085 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ________________ ....!?"
 )
 
-# What is added to the names of special tokens, so that no text contains them. Nobody can know it beforehand.
+# Appended to the names of special tokens, so that no text contains them. It is random, so that
+# nobody can write it into a text.
 MARK = "\U0010ffff" + secrets.token_hex(8)
 
 
 class BulkTokenizer:
     """Encode text as ordinary tokens, several times faster in bulk than the tokenizer itself.
 
-    Text is data: what spells a special token, such as "<|endoftext|>", becomes the ordinary tokens of its letters. For
-    all other text the ids are those of `tokenizer(text, add_special_tokens=False)`.
+    Text is data: a text that spells a special token, such as "<|endoftext|>", becomes the ordinary
+    tokens of its letters. For all other text the ids equal those of
+    `tokenizer(text, add_special_tokens=False)`.
 
-    tiktoken does the work for byte-level BPE with GPT-2's regular expression and merges in the order of their ids. For
-    anything else, and whenever a check of equality fails, the Hugging Face tokenizer does.
+    tiktoken encodes if the tokenizer is a byte-level BPE with GPT-2's regular expression and with
+    merges in the order of their ids. Otherwise, or if both give different ids for a probe text,
+    the Hugging Face tokenizer encodes.
 
     Args:
         hf_tokenizer: any `transformers` tokenizer.
@@ -48,7 +54,8 @@ class BulkTokenizer:
         vocab_size: every id that text can become is below this.
 
     Raises:
-        ValueError: the tokenizer turns the text of a special token into that token, and nothing can stop it.
+        ValueError: the tokenizer turns the text of a special token into that token, and nothing
+            can stop it. Encoding raises this, too.
     """
 
     def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,22 +64,23 @@ class BulkTokenizer:
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
         backend = _backend_json(hf_tokenizer)
         self._reserved = reserved_tokens(hf_tokenizer, backend)
-        self._unknown_id = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
-        ids = {*self._ordinary_vocabulary().values(), self._unknown_id} - {None}
-        self.vocab_size = 1 + max(ids)
+        self._unknown_id: int | None = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
+        self.vocab_size = 1 + max([*self._ordinary_vocabulary().values(), self._unknown_id or 0])
         self._backend: Tokenizer | None = None
-        self._encoding, reason = None, "it has no backend that can be told to take text as data"
+        self._encoding: tiktoken.Encoding | None = None
+        reason = "it has no backend that takes all text as data"
         if backend and self._agrees(text_backend := Tokenizer.from_str(_text_json(backend, self._reserved))):
             self._backend = text_backend
             self._encoding, reason = tiktoken_encoding(text_backend, self.name)
         probe = self._encode_hf([PROBE_TEXT])
-        if self._encoding is not None and self._encode_tiktoken([PROBE_TEXT]) != probe:
-            self._encoding, reason = None, "the two disagree on the probe text"
+        if self._encoding is not None and self._encode_tiktoken(self._encoding, [PROBE_TEXT]) != probe:
+            self._encoding, reason = None, "their ids for the probe text differ"
         if self._encoding is None:
-            logger.info("Tokenizing with %s itself, not with tiktoken: %s", self.name, reason)
+            logger.info("Tokenizing with %s itself, not with tiktoken: %s.", self.name, reason)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.hf_tokenizer,)  # MARK is another one in each process, and caches compare pickles
+        # MARK differs between processes, and caches compare pickles
+        return type(self), (self.hf_tokenizer,)
 
     @property
     def uses_tiktoken(self) -> bool:
@@ -80,19 +88,21 @@ class BulkTokenizer:
         return self._encoding is not None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text: no special tokens around it, and none for what spells one inside it."""
-        return self._encode_tiktoken(texts) if self.uses_tiktoken else self._encode_hf(texts)
+        """Return the token ids of each text, without special tokens around or inside it."""
+        return self._encode_hf(texts) if self._encoding is None else self._encode_tiktoken(self._encoding, texts)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids; a character cut in half at either end becomes U+FFFD."""
-        return self.hf_tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Return the text of token ids. A character cut in half at either end becomes U+FFFD."""
+        text = self.hf_tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one list of ids has one text"
+        return text
 
     @cached_property
     def fingerprint(self) -> str:
-        """The hash (hex) of all that decides which ids a text becomes.
+        """The hash (hex) of everything that decides which ids a text becomes.
 
-        It is equal for tokenizers that give every text the same ids, wherever they were loaded from and whatever the
-        versions of the libraries. Special tokens do not count, since no text becomes one.
+        Tokenizers that give every text the same ids have the same hash. Their folder and the
+        libraries' versions do not matter, nor do special tokens, since no text becomes one.
         """
         backend = _backend_json(self.hf_tokenizer)
         scores = enumerate(backend["model"]["vocab"]) if _is_unigram(backend) else ()
@@ -111,10 +121,12 @@ class BulkTokenizer:
         return _hash(content)
 
     def whole_fingerprint(self, vocab_size: int) -> str | None:
-        """Return the hash (hex) of the first `vocab_size` ids, special tokens too, as format 2 of the identity has it.
+        """Return format 2's fingerprint: the hash (hex) of the first `vocab_size` ids.
+
+        It counts special tokens, too. See [`Identity.fits`].
 
         Returns:
-            None if there are not so many ids, or those after them are not special tokens alone.
+            The hash, or None if there are fewer ids, or if later ids are not all special tokens.
         """
         vocabulary = self.hf_tokenizer.get_vocab()
         later: dict[int, str] = {}
@@ -137,7 +149,7 @@ class BulkTokenizer:
         return {token: index for token, index in self.hf_tokenizer.get_vocab().items() if index not in self._reserved}
 
     def _agrees(self, backend: Tokenizer) -> bool:
-        """Return False if the tokenizer's Python class changes what its backend gives, or ids have moved."""
+        """Return False if ids have moved or the tokenizer's Python class changes them."""
         added = self.hf_tokenizer.added_tokens_decoder
         if any(
             backend.id_to_token(index) not in (token.content, _marked(token.content)) for index, token in added.items()
@@ -149,11 +161,11 @@ class BulkTokenizer:
         expected = self.hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return backend.encode(text, add_special_tokens=False).ids == expected
 
-    def _encode_tiktoken(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_tiktoken(self, encoding: tiktoken.Encoding, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        except Exception as error:  # e.g. its regular expression engine gives up on a run of a million spaces
-            logger.debug("tiktoken failed on a batch (%s); using %s itself", error, self.name)
+            return encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        except Exception as error:  # for example, its regular expressions fail on a million spaces
+            logger.debug("tiktoken failed on a batch (%s). Using %s itself.", error, self.name)
             return self._encode_hf(texts)
 
     def _encode_hf(self, texts: Sequence[str]) -> list[list[int]]:
@@ -167,16 +179,19 @@ class BulkTokenizer:
             for index in (self._reserved.keys() & ids) - {self._unknown_id}:
                 raise ValueError(
                     f"The tokenizer {self.name} turns text into its special token {self._reserved[index]!r}. Use its "
-                    "fast version, which can be told to take all text as data."
+                    "fast version, which takes all text as data."
                 )
         return batch
 
 
 def reserved_tokens(tokenizer: PreTrainedTokenizerBase, backend: dict) -> dict[int, str]:
-    """Return the special tokens that no text may become, by their ids. `backend` is empty for a slow tokenizer.
+    """Return the special tokens that no text may become, by their ids.
 
-    An ordinary token that was declared special, such as a letter that pads, is not among them: nothing else could stand
-    for its text.
+    An ordinary token that was declared special, such as a letter used for padding, is left out:
+    its text has no other token.
+
+    Args:
+        backend: the tokenizer's JSON; empty for a slow tokenizer.
     """
     vocabulary = _vocabulary(backend) if backend else {}
     merged = {left + right for left, right in _merges(backend)}
@@ -191,27 +206,19 @@ def reserved_tokens(tokenizer: PreTrainedTokenizerBase, backend: dict) -> dict[i
 
 
 def tiktoken_encoding(tokenizer: Tokenizer, name: str) -> tuple[tiktoken.Encoding | None, str]:
-    """Return a tiktoken encoding equal to `tokenizer`, or (None, why there is none). Needs no network.
+    """Build a tiktoken encoding equal to `tokenizer`, without a network.
 
-    tiktoken merges two neighbors when their bytes together are a token, lowest id first; Hugging Face when the pair is
-    in the list of merges, first in the list first. The two are the same when the results of the merges have rising ids
-    and every token comes out whole when its own bytes are encoded.
+    tiktoken merges two neighbors if their bytes together are a token, lowest id first. Hugging
+    Face merges pairs in the order of its list of merges. Both give the same ids if the results
+    of the merges have rising ids and every token, encoded on its own, stays one token.
+
+    Returns:
+        The encoding and "", or None and the reason why there is none.
     """
     backend = json.loads(tokenizer.to_str())
-    model = backend["model"]
-    if model["type"] != "BPE":
-        return None, f"its model is {model['type']}, not BPE"
-    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
-        return None, "its BPE has dropout, a prefix, a suffix or byte fallback"
-    if model.get("ignore_merges") or backend.get("normalizer") is not None:
-        return None, "it ignores merges or normalizes text"
-    pre = backend.get("pre_tokenizer") or {}
-    if pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") or not pre.get("use_regex", True):
-        return None, "its pre-tokenizer is not GPT-2's"
-    if not all(token["special"] for token in backend["added_tokens"]):
-        return None, "it has added tokens that split text"
-
-    vocabulary: dict[str, int] = model["vocab"]
+    if reason := _unlike_gpt2(backend):
+        return None, reason
+    vocabulary: dict[str, int] = backend["model"]["vocab"]
     byte_of = _byte_decoder()
     merged = [left + right for left, right in _merges(backend)]
     if not all(character in vocabulary for character in byte_of):
@@ -222,9 +229,9 @@ def tiktoken_encoding(tokenizer: Tokenizer, name: str) -> tuple[tiktoken.Encodin
     if any(second <= first for first, second in zip(ids, ids[1:], strict=False)):
         return None, "its merges are not in the order of their ids"
     if set(vocabulary) - set(merged) - set(byte_of) - {token["content"] for token in backend["added_tokens"]}:
-        return None, "its vocabulary has tokens that no merge makes"
+        return None, "some tokens of its vocabulary come from no merge"
     if any(len(tokenizer.model.tokenize(token)) != 1 for token in merged):
-        return None, "some of its tokens do not come out whole"
+        return None, "some of its tokens do not stay one token when encoded"
 
     ranks = {bytes(map(byte_of.__getitem__, token)): vocabulary[token] for token in [*byte_of, *merged]}
     if len(ranks) != len(byte_of) + len(merged):
@@ -232,17 +239,35 @@ def tiktoken_encoding(tokenizer: Tokenizer, name: str) -> tuple[tiktoken.Encodin
     return tiktoken.Encoding(name or "bulk", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}), ""
 
 
+def _unlike_gpt2(backend: dict) -> str:
+    """Return a difference from GPT-2's algorithm, or "" if there is none."""
+    model = backend["model"]
+    if model["type"] != "BPE":
+        return f"its model is {model['type']}, not BPE"
+    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
+        return "its BPE has dropout, a prefix, a suffix or byte fallback"
+    if model.get("ignore_merges") or backend.get("normalizer") is not None:
+        return "it ignores merges or normalizes text"
+    pre = backend.get("pre_tokenizer") or {}
+    if pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") or not pre.get("use_regex", True):
+        return "its pre-tokenizer is not GPT-2's"
+    if not all(token["special"] for token in backend["added_tokens"]):
+        return "it has added tokens that split text"
+    return ""
+
+
 def _text_json(backend: dict, reserved: dict[int, str]) -> str:
-    """Return a backend without special tokens, for which all text is data; ids stay what they are."""
+    """Return the JSON of a backend that takes all text as data. Ids do not change."""
     backend = _renamed(backend, reserved)
     kept = [token for token in backend["added_tokens"] if token["id"] in reserved or not token["special"]]
     return json.dumps(backend | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None})
 
 
 def _renamed(backend: dict, tokens: dict[int, str]) -> dict:
-    """Return a backend whose `tokens` have names that no text contains, in the model as among the added tokens.
+    """Return a backend whose `tokens` have names that no text contains.
 
-    Leaving special tokens unparsed would not do: Unigram and whole-word models find them in their own vocabulary.
+    They are renamed among the added tokens and in the model: Unigram and whole-word models would
+    otherwise find them in their own vocabulary.
     """
     model = dict(backend["model"])
     if _is_unigram(backend):
@@ -250,7 +275,7 @@ def _renamed(backend: dict, tokens: dict[int, str]) -> dict:
     else:
         model["vocab"] = {_marked(p) if n in tokens else p: n for p, n in model["vocab"].items()}
         unknown = model.get("unk_token")
-        if unknown in tokens.values():
+        if unknown is not None and unknown in tokens.values():
             model["unk_token"] = _marked(unknown)
     added = [t | {"content": _marked(t["content"])} if t["id"] in tokens else t for t in backend["added_tokens"]]
     return backend | {"model": model, "added_tokens": added, "post_processor": None}
@@ -287,13 +312,16 @@ def _backend_json(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def _merges(backend: dict) -> list[list[str]]:
-    """The pairs of a BPE model; old files write "a b", new ones ["a", "b"]."""
+    """Return the pairs of a BPE model. Old files write "a b", new ones ["a", "b"]."""
     merges = backend.get("model", {}).get("merges") or []
     return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
 
 
 def _byte_decoder() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: character → byte (`bytes_to_unicode` in OpenAI's encoder.py)."""
+    """Return the byte of each of GPT-2's 256 printable characters.
+
+    This is the inverse of `bytes_to_unicode` in OpenAI's encoder.py.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

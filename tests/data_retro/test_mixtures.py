@@ -134,8 +134,11 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         ({"weight": -1}, "weight is -1"),
         ({"shuffle_buffer": 1.5}, "shuffle_buffer is 1.5"),
         ({"num_shards": 2, "shard_index": 2}, "shard_index is 2, but there are 2 shards"),
-        ({"filter": "no.such:thing"}, "no function that can be imported"),
-        ({"filter": {"score": {"~": 1}}}, r"\['~'\]; there are >,"),
+        ({"filter": "no.such:thing"}, "Cannot import the filter 'no.such:thing'"),
+        ({"filter": {"score": {"~": 1}}}, "'rows': '~' is no comparison for 'score'; there are <, <=, >, >=, !="),
+        ({"filter": {"score": {}}}, "'rows': The range for 'score' is empty"),
+        ({"filter": {"lang": []}}, "'rows': The list of wanted values for 'lang' is empty"),
+        ({"filter": "json:__name__"}, "The filter 'json:__name__' is 'json'"),
         ({"filter": 7}, "not 7"),
         ({"dataset": ""}, "needs the name"),
     ],
@@ -154,6 +157,8 @@ def test_mixtures_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="has no field 'text'; it has 'content'"):
         list(mix([DocumentStream(str(tmp_path / "rows.jsonl"))]))
     assert row_filter(None)({})
+    with pytest.raises(ValueError, match="^Here: In field 'score' of a row, 'high' cannot be compared with 3"):
+        row_filter({"score": {">": 3}}, "Here: ")({"score": "high"})
 
 
 class TestNetwork:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on real text, a fast embedding model with random weights, Milvus Lite and a server."""
+"""Fixtures: a trained tokenizer, a random embedding model, documents, Milvus Lite and a server."""
 
 import pydoc_data.topics
 import uuid
@@ -46,7 +46,7 @@ def embedder(embedding_folder):
 
 @pytest.fixture(scope="session")
 def documents():
-    """Python's reference: real text, 12 documents of some hundred words, and near-copies of three of them."""
+    """Twelve documents of real text (Python's reference), and near-copies of three of them."""
     texts = [text[:700] for text in list(pydoc_data.topics.topics.values())[:12]]
     originals = [Document(f"topic {i}", text) for i, text in enumerate(texts)]
     copies = [Document(f"copy {c} of {i}", texts[i] + f" v{c}") for i in range(3) for c in range(12)]
@@ -55,7 +55,10 @@ def documents():
 
 @pytest.fixture(scope="session")
 def server_process(tmp_path_factory):
-    """A real Milvus server. Its tests are marked, as they take a download of 50 MB and some seconds to start it."""
+    """A real Milvus server.
+
+    Its tests are marked: they download 50 MB and take some seconds to start it.
+    """
     server = MilvusServer(tmp_path_factory.mktemp("milvus") / "data")
     yield server
     server.stop()
@@ -63,7 +66,7 @@ def server_process(tmp_path_factory):
 
 @pytest.fixture
 def server(server_process):
-    """The same, running, whatever the last test did with it."""
+    """The same server, started again if the last test stopped it."""
     server_process.start()
     return server_process
 

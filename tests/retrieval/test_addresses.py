@@ -1,4 +1,4 @@
-"""An address of a knowledge base works as a person types it, or gets a sentence that says what to type."""
+"""Addresses of knowledge bases: they work as people type them, or the error says what to type."""
 
 import os
 import re
@@ -24,14 +24,14 @@ from ..support.places import CHUNK
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working directory and the home, empty."""
+    """An empty folder that is both the working directory and the home."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
-def test_ways_to_write_one_file(folder):
-    """All are the same file, which is open as long as one of them is."""
+def test_all_ways_to_write_one_file_share_a_connection(folder):
+    """The file stays open until the last of them closes."""
     (folder / "link.db").symlink_to(folder / "kb.db")
     uris = [
         "kb.db",
@@ -60,7 +60,7 @@ def test_ways_to_write_one_file(folder):
     assert not (folder / "kb.db.served").exists()
 
 
-def test_other_names_of_files(folder):
+def test_unusual_file_names_are_taken(folder):
     assert locate("file:///a%20b/kb.db") == ("file:///a%20b/kb.db", "/a b/kb.db")
     for uri in ("KB.DB", "missing/folder/kb.db", "a b é.db"):
         MilvusConnection(uri).close()
@@ -80,7 +80,6 @@ def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
         ("kb", r"'kb' names no knowledge base\. Give http://host:port, or a file that ends in \.db \(kb\.db\)"),
         ("", "No knowledge base is named.*MILVUS_URI"),
         (" ", "No knowledge base is named"),
-        (None, "No knowledge base is named"),
         ("grpc://host:1", "'grpc://host:1' does not name a knowledge base: give http"),
         ("http://", "not the address of a server"),
         ("http://host:99999", "a port from 1 to 65535"),
@@ -91,7 +90,7 @@ def test_a_server_needs_no_scheme_and_may_end_in_a_slash():
         ("/proc/kb.db", r"/proc/kb\.db cannot be opened: .*there and writable"),
     ],
 )
-def test_what_cannot_be_opened(folder, monkeypatch, uri, words):
+def test_a_wrong_address_is_explained_and_makes_no_file(folder, monkeypatch, uri, words):
     monkeypatch.setenv("MILVUS_URI", "")
     (folder / "plain.db").write_text("a text")
     (folder / "full.db").mkdir()
@@ -101,14 +100,46 @@ def test_what_cannot_be_opened(folder, monkeypatch, uri, words):
     assert sorted(path.name for path in folder.rglob("*")) == ["full.db", "plain.db", "text.txt"]
 
 
+@pytest.mark.parametrize("variable", [None, ""])
+def test_a_missing_address_is_named_with_the_variable_that_could_hold_it(monkeypatch, variable):
+    if variable is None:
+        monkeypatch.delenv("MILVUS_URI", raising=False)
+    else:
+        monkeypatch.setenv("MILVUS_URI", variable)
+    with pytest.raises(KnowledgeBaseError, match="No knowledge base is named.*MILVUS_URI"):
+        MilvusConnection(None)
+
+
+@pytest.mark.parametrize(
+    "uri, shown",
+    [
+        ("http://root:S3c@ret@127.0.0.1:1/db", "http://127.0.0.1:1/db"),
+        ("http://root:S3c@ret@127.0.0.1:x", "'http://127.0.0.1:x'"),
+        ("ftp://root:S3c@ret@h", "'ftp://h'"),
+        ("root:S3c@ret@127.0.0.1:1", "http://127.0.0.1:1:"),
+        ("root:S3c@ret@127.0.0.1", "'127.0.0.1'"),
+        ("root:S3c://ret@127.0.0.1:1", "'127.0.0.1:1'"),
+        ("root:S3c@ret@http://h:1", "'http://h:1'"),
+        ("http:/root:S3c@ret@h:1", "'h:1'"),
+        ("http:/root:S3c@ret@h/kb.db", "'h/kb.db'"),
+        ("http//root:S3c@ret@h:1", "'h:1'"),
+        ("file:root:S3c@ret@x", "'x'"),
+    ],
+)
+def test_a_password_in_the_uri_is_never_shown(uri, shown):
+    with pytest.raises(KnowledgeBaseError) as caught:
+        MilvusStore(MilvusAddress(uri, timeout=1), "c")
+    assert shown in str(caught.value) and "S3c" not in str(caught.value) and "ret@" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["a-b", "a b", "été", "1a", "", "a.b", "a" * 256])
-def test_names_that_milvus_does_not_allow(folder, name):
+def test_collection_names_that_servers_refuse_are_refused(folder, name):
     with pytest.raises(ValueError, match="letters from a to z, digits and underscores, no digit first, at most 255"):
         MilvusStore("kb.db", name)
     assert not (folder / "kb.db").exists()
 
 
-def test_a_collection_of_a_name_that_only_milvus_lite_allows_opens_as_before(folder, documents, tokenizer, embedder):
+def test_a_collection_name_that_only_milvus_lite_allows_still_opens(folder, documents, tokenizer, embedder):
     store = MilvusStore("kb.db", "texts")
     ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
     rows = store.count()
@@ -121,12 +152,12 @@ def test_a_collection_of_a_name_that_only_milvus_lite_allows_opens_as_before(fol
     store.close()
 
 
-def test_settings_of_a_retriever(folder, documents, tokenizer, embedder):
+def test_retriever_settings_out_of_range_are_refused(folder, documents, tokenizer, embedder):
     store = MilvusStore("kb.db", "_ok")
     ingest(documents[:1], store, tokenizer, embedder, chunk_size=CHUNK)
     more = store.count() + 5
     found = MilvusRetriever(store, tokenizer, embedder, num_neighbors=more).retrieve([[7] * CHUNK])
-    assert found.attention_mask.any(-1).sum() == more - 5  # those that are not there are masked out
+    assert found.attention_mask.any(-1).sum() == more - 5  # missing neighbors are masked out
     for setting, words in {
         ("num_neighbors", 0): "from 1 to 16376, not 0",
         ("num_neighbors", 20_000): "from 1 to 16376, not 20000",
@@ -137,7 +168,7 @@ def test_settings_of_a_retriever(folder, documents, tokenizer, embedder):
     store.close()
 
 
-def test_embedding_models_and_devices_that_are_not_there(folder, embedding_folder, monkeypatch):
+def test_missing_embedding_models_and_devices_are_named(folder, embedding_folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "texts").mkdir()
     for name in ("no/such-model", "texts"):
@@ -147,7 +178,7 @@ def test_embedding_models_and_devices_that_are_not_there(folder, embedding_folde
         Embedder(embedding_folder, device="gpu")
 
 
-def test_too_little_memory_is_not_called_a_wrong_name(embedding_folder, monkeypatch):
+def test_too_little_memory_is_not_reported_as_a_wrong_name(embedding_folder, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,4 +1,4 @@
-"""Bulk files: what Milvus' own import makes of them, and what an interruption or a change leaves in the folder."""
+"""Bulk files: Milvus imports them, and an interrupted or changed run leaves whole parts."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ def parts(folder):
 # Milvus 2.3 imports through this interface alone; newer servers have an HTTP one
 @pytest.mark.filterwarnings("ignore:.* is an ORM-style PyMilvus API:FutureWarning")
 @pytest.mark.server
-def test_a_server_imports_what_an_ingestion_would_have_inserted(server, tmp_path, documents, tokenizer, embedder):
+def test_a_server_imports_the_rows_of_an_ingestion(server, tmp_path, documents, tokenizer, embedder):
     half = len(documents) // 2
     write(documents[:half], tmp_path, tokenizer, embedder)  # as two processes would
     write(documents[half:], tmp_path, tokenizer, embedder, rank=1)
@@ -44,11 +44,11 @@ def test_a_server_imports_what_an_ingestion_would_have_inserted(server, tmp_path
     while store.count() < len(expected_rows(documents, tokenizer)) and time.monotonic() < deadline:
         time.sleep(0.3)
     assert rows_of(store) == expected_rows(documents, tokenizer)
-    again = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)  # an ingestion goes on from there
+    again = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)  # an ingestion continues from there
     assert (again.chunks_written, again.chunks_unchanged) == (0, len(expected_rows(documents, tokenizer)))
 
 
-def test_an_interrupted_run_leaves_whole_parts_and_the_next_goes_on(
+def test_an_interrupted_run_leaves_whole_parts_and_the_next_continues(
     tmp_path, monkeypatch, documents, tokenizer, embedder
 ):
     monkeypatch.setattr(bulk, "PART", 20)

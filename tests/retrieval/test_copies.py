@@ -1,4 +1,7 @@
-"""Copies of a retriever share its connection; pickled and forked ones connect anew, and hold no secret."""
+"""Copies of a retriever.
+
+They share its connection. Pickled and forked ones connect again and hold no secret.
+"""
 
 import copy
 import os
@@ -61,7 +64,7 @@ def small_model(tokenizer, retriever=None):
         vocab_size=tokenizer.vocab_size, chunk_size=CHUNK, bos_token_id=end, eos_token_id=end, copy_head=True, **sizes
     )
     model = RetroForCausalLM(config, retriever=retriever).eval()
-    for parameter in model.parameters():  # what begins as a no-op would hide which neighbors were read
+    for parameter in model.parameters():  # layers that start as a no-op would hide the neighbors
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -99,7 +102,7 @@ def test_a_copy_of_a_model_reads_the_same(retriever, tokenizer):
     assert quantized.retriever.embedder is model.retriever.embedder  # shared, not copied
 
 
-def test_closing_one_of_the_copies_is_said_by_the_others(tmp_path, documents, tokenizer, embedder):
+def test_after_closing_one_copy_the_others_say_so(tmp_path, documents, tokenizer, embedder):
     retriever = build(tmp_path / "kb.db", documents[:2], tokenizer, embedder)
     twin = copy.deepcopy(retriever)
     retriever.close()
@@ -108,7 +111,10 @@ def test_closing_one_of_the_copies_is_said_by_the_others(tmp_path, documents, to
 
 
 def test_a_saved_model_loads_without_its_knowledge_base(tmp_path, documents, tokenizer, embedding_folder):
-    """Loading works where there is neither knowledge base nor embedding model; the first search says what is missing."""
+    """Loading needs neither the knowledge base nor the embedding model.
+
+    The first search says what is missing.
+    """
     moved = shutil.copytree(embedding_folder, tmp_path / "embedding")
     retriever = build(tmp_path / "kb.db", documents[:2], tokenizer, Embedder(moved, device="cpu"))
     model = small_model(tokenizer, retriever)
@@ -150,7 +156,7 @@ def test_another_knowledge_base_in_its_place_is_refused(
 
 @pytest.fixture
 def connected(monkeypatch):
-    """Connect to nothing; the tokens of all attempts, in a list that grows."""
+    """Replace connecting by a list that grows with the token of each attempt."""
     tokens = []
 
     def connect(self):
@@ -178,8 +184,8 @@ def test_secrets_are_not_pickled(monkeypatch, connected, uri, token):
     assert connected == ["root:S3cret", "root:other"]
 
 
-def test_a_file_takes_no_token_in_another_process(tmp_path, monkeypatch, connected):
-    """Milvus Lite knows none; a program may have one for its server."""
+def test_a_milvus_lite_file_gets_no_token_in_another_process(tmp_path, monkeypatch, connected):
+    """Milvus Lite has no tokens, but the program may have one for its server."""
     monkeypatch.setenv("MILVUS_TOKEN", "root:S3cret")
     pickled = pickle.dumps(MilvusConnection(tmp_path / "kb.db"))
     (tmp_path / "kb.db").mkdir()
@@ -201,7 +207,7 @@ def test_the_first_call_in_another_process_waits_for_the_server(monkeypatch, con
     assert twin.list_collections() == []
 
 
-def test_a_forked_process_that_cannot_connect_is_told_of_spawn(monkeypatch, connected):
+def test_a_forked_process_that_cannot_connect_gets_the_advice_to_spawn(monkeypatch, connected):
     def away(self):
         raise KnowledgeBaseError("nothing answers.")
 
@@ -213,8 +219,8 @@ def test_a_forked_process_that_cannot_connect_is_told_of_spawn(monkeypatch, conn
 
 
 @pytest.mark.parametrize("start, workers", [("fork", 2), ("spawn", 1)])
-def test_workers_fetch_neighbors(retriever, start, workers):
-    """Whatever starts them, and while the file is open in this process, which serves it to them."""
+def test_data_loader_workers_fetch_neighbors(retriever, start, workers):
+    """This process has the file open and serves it to the workers."""
     sequences = [
         {"input_ids": query + query[::-1], "doc_ids": [[f"topic {number}"]] * 2} for number, query in enumerate(QUERIES)
     ]
@@ -236,7 +242,7 @@ def test_processes_of_datasets_fetch_neighbors(retriever, expected):
 
 
 def test_a_forked_process_leaves_the_file_to_its_parent(retriever, expected):
-    """It may close its retriever and end as a program does, which stops the embedded servers of a process."""
+    """The child may close its retriever and stop all embedded servers of its process."""
     child = os.fork()
     if not child:
         result = 1
@@ -256,7 +262,7 @@ def test_a_forked_process_leaves_the_file_to_its_parent(retriever, expected):
     )
 
 
-def test_a_tokenizer_is_the_same_after_pickling(tokenizer, documents):
+def test_a_pickled_tokenizer_gives_the_same_ids(tokenizer, documents):
     twin = pickle.loads(pickle.dumps(tokenizer))
     texts = [document.text for document in documents[:5]]
     assert (

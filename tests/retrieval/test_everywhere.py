@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from retrieval import (
@@ -33,7 +33,10 @@ def build(place, documents, tokenizer, embedder, **kwargs):
 
 
 def exact(queries, allowed, documents, tokenizer, embedder, k):
-    """Brute force: for each query the scores of the k best chunks of documents for which `allowed(query number, chunk)`."""
+    """Return the scores of each query's k best chunks by brute force.
+
+    Only chunks for which `allowed(query number, chunk)` is true count.
+    """
     chunks = list(chunk_documents(documents, tokenizer, CHUNK))
     vectors = embedder.encode([tokenizer.decode(chunk.tokens) for chunk in chunks])
     found = []
@@ -56,13 +59,30 @@ def some_chunks(documents, tokenizer, count):
     return whole[:: max(1, len(whole) // count)][:count]
 
 
-def test_ingested_twice_changed_and_shortened(place, tokenizer, embedder, documents):
-    store = build(place, documents, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(documents, tokenizer) and store.count() == len(rows_of(store))
-    changed = [Document(documents[0].id, documents[0].text[:90]), Document(documents[1].id, "")]
-    report = ingest(changed + documents[2:], store, tokenizer, embedder, chunk_size=CHUNK)
+def test_every_chunk_is_there_once_with_what_follows_it(place, tokenizer, embedder, documents):
+    store = place.store()
+    report = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    rows = expected_rows(documents, tokenizer)
+    assert rows_of(store) == rows
+    assert report.documents == len(documents) and report.chunks_written == store.count() == len(rows)
+    again = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
+    assert again.chunks_written == again.chunks_deleted == 0 and again.chunks_unchanged == len(rows)
+
+
+def test_a_changed_document_leaves_no_stale_chunk(place, tokenizer, embedder, documents):
+    first = [*documents, Document("empty", "")]
+    report = ingest(first, store := place.store(), tokenizer, embedder, chunk_size=CHUNK)
+    assert report.empty_documents == 1
+    changed = [
+        Document(documents[0].id, documents[0].text[:90]),
+        Document(documents[1].id, ""),
+        Document(documents[2].id, documents[2].text[:90] + " and something else"),
+        *documents[3:],
+        Document("empty", "a text"),
+    ]
+    report = ingest(changed, store, tokenizer, embedder, chunk_size=CHUNK)
     assert report.chunks_unchanged > 0 and report.chunks_deleted > 0
-    assert rows_of(store) == expected_rows(changed + documents[2:], tokenizer)
+    assert rows_of(store) == expected_rows(changed, tokenizer) and store.count() == len(rows_of(store))
 
 
 def test_exclusion_is_exact_among_hundreds_of_near_copies(place, tokenizer, embedder, documents):
@@ -83,8 +103,8 @@ def test_exclusion_is_exact_among_hundreds_of_near_copies(place, tokenizer, embe
     same(found, exact(queries, lambda n, c: c.doc_id not in excluded[n], everything, tokenizer, embedder, 3))
 
 
-def test_k_neighbors_although_the_index_is_too_coarse_to_find_them(place, tokenizer, embedder, documents):
-    """An index that looks at one list of many, and a filter that leaves a handful of rows."""
+def test_a_coarse_index_still_gives_k_neighbors(place, tokenizer, embedder, documents):
+    """The index probes one list of many, and the filter leaves a handful of rows."""
     coarse = IndexSettings.parse("IVF_FLAT:nlist=64,nprobe=1")
     store = build(place, documents * 1, tokenizer, embedder, new=NewCollection(coarse))
     store.flush()
@@ -96,7 +116,7 @@ def test_k_neighbors_although_the_index_is_too_coarse_to_find_them(place, tokeni
     same(found, exact(queries, lambda n, c: c.doc_id not in keys, documents, tokenizer, embedder, 4))
 
 
-def test_nothing_excluded_costs_one_search(place, tokenizer, embedder, documents, monkeypatch):
+def test_without_exclusions_there_is_one_search(place, tokenizer, embedder, documents, monkeypatch):
     store = build(place, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, tokenizer, embedder)
     search, searches = store.connection.client.search, []
@@ -117,7 +137,7 @@ def longest_common_run(a, b):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_neighbors_that_share_too_long_a_run_are_left_out(place, tokenizer, embedder, documents, share):
+def test_neighbors_that_share_a_long_run_are_left_out(place, tokenizer, embedder, documents, share):
     store = build(place, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=3, max_leakage=share)
     chunks = some_chunks(documents[:5], tokenizer, 8)
@@ -151,7 +171,7 @@ FILTERS = [
 ]
 
 
-def test_metadata_filters_searches_and_deletions(place, tokenizer, embedder, documents):
+def test_filters_on_metadata_apply_to_searches_and_deletions(place, tokenizer, embedder, documents):
     tagged = [Document(d.id, d.text, METADATA[i % len(METADATA)]) for i, d in enumerate(documents)]
     metadata = {d.id: d.metadata for d in tagged}
     store = build(place, tagged, tokenizer, embedder)
@@ -179,13 +199,13 @@ def test_metadata_filters_searches_and_deletions(place, tokenizer, embedder, doc
     assert "topic 4" not in {row[0] for row in rows_of(store)}
 
 
-def test_new_metadata_alone_is_a_change(place, tokenizer, embedder):
+def test_a_document_with_new_metadata_is_written_again(place, tokenizer, embedder):
     store = build(place, [Document("a", "the same text", {"year": 1})], tokenizer, embedder)
     report = ingest([Document("a", "the same text", {"year": 2})], store, tokenizer, embedder, chunk_size=CHUNK)
     assert report.chunks_written == 1 and store.count('metadata["year"] == 2') == store.count() == 1
 
 
-def test_a_retriever_in_use_sees_additions_changes_and_deletions_at_its_next_chunk(place, tokenizer, embedder):
+def test_an_open_retriever_sees_additions_changes_and_deletions(place, tokenizer, embedder):
     store = build(place, [Document("old", "one two three four")], tokenizer, embedder)
     other = place.store()
     assert other.exists()
@@ -202,18 +222,25 @@ def test_a_retriever_in_use_sees_additions_changes_and_deletions_at_its_next_chu
     assert tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist()) == "apples"
 
 
-def test_what_is_remembered_is_not_searched_again(place, tokenizer, embedder, documents, monkeypatch):
+def test_a_remembered_chunk_is_not_searched_again(place, tokenizer, embedder, documents, monkeypatch):
     store = build(place, documents, tokenizer, embedder)
-    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=10)
-    queries = [c.tokens for c in some_chunks(documents, tokenizer, 4)]
-    first = retriever.retrieve(queries)
+    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=4)
+    queries = [c.tokens for c in some_chunks(documents, tokenizer, 5)]
+    first = retriever.retrieve(queries[:4])
     monkeypatch.setattr(store.connection.client, "search", lambda *a, **k: pytest.fail("searched"))
-    assert torch.equal(retriever.retrieve(queries[::-1]).ids, first.ids.flip(0))
+    again = retriever.retrieve(queries[3::-1])
+    assert torch.equal(again.ids, first.ids.flip(0)) and again.doc_ids == first.doc_ids[::-1]
+    monkeypatch.undo()
+    retriever.retrieve(queries)
+    assert len(retriever._cache) == 4
 
 
 @pytest.mark.parametrize("attempt", range(4))
-def test_ingestions_at_once(place, tokenizer, embedder, documents, attempt):
-    """Into a collection that is not there when they start; they share documents. A race needs several attempts."""
+def test_concurrent_ingestions_lose_no_document(place, tokenizer, embedder, documents, attempt):
+    """They create the same collection and share documents.
+
+    A race needs several attempts to show.
+    """
     shares = [documents[:32], documents[16:], documents[8:40]]
     stores = [place.store() for _ in shares]
     errors = []
@@ -236,7 +263,7 @@ def test_ingestions_at_once(place, tokenizer, embedder, documents, attempt):
 @pytest.mark.parametrize(
     "kind", ["HNSW:M=8,efConstruction=64,ef=200", "IVF_FLAT:nlist=8,nprobe=8", "FLAT", "AUTOINDEX"]
 )
-def test_an_index_is_built_over_the_same_rows(place, tokenizer, embedder, documents, kind):
+def test_another_index_keeps_the_rows_and_finds_the_same(place, tokenizer, embedder, documents, kind):
     store = build(place, documents, tokenizer, embedder)
     store.reindex(IndexSettings.parse(kind))
     assert rows_of(store) == expected_rows(documents, tokenizer)
@@ -246,7 +273,7 @@ def test_an_index_is_built_over_the_same_rows(place, tokenizer, embedder, docume
     same(retriever.retrieve(queries), exact(queries, lambda n, c: True, documents, tokenizer, embedder, 2))
 
 
-def test_export_and_import_without_embedding_again(place, tokenizer, embedder, documents, tmp_path):
+def test_an_import_equals_its_export(place, tokenizer, embedder, documents, tmp_path):
     from datasets import load_dataset
 
     tagged = [Document(d.id, d.text, METADATA[i % len(METADATA)]) for i, d in enumerate(documents)]
@@ -287,7 +314,7 @@ def test_a_damaged_export_is_refused(place, tokenizer, embedder, documents, tmp_
         import_knowledge_base(str(tmp_path / "out"), place.store(f"{place.name}_copy"))
 
 
-def test_types_and_indexes_that_are_not_known_there(place, tokenizer, embedder):
+def test_vector_types_and_indexes_that_milvus_lacks_are_refused(place, tokenizer, embedder):
     identity = Identity.of(tokenizer, embedder, CHUNK)
     store = place.store()
     with pytest.raises(KnowledgeBaseError, match="float16 vectors need a Milvus server 2.4"):
@@ -302,29 +329,32 @@ def test_types_and_indexes_that_are_not_known_there(place, tokenizer, embedder):
 
 anything = st.text(st.characters(exclude_categories=()), min_size=1, max_size=60)
 text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
-hostile = st.sampled_from(
-    [
-        '" or doc_id != "',
-        "\\",
-        '\\"',
-        "\n",
-        "\0",
-        "\u202eabc",
-        "k" * 1024,
-        "') or ('1' == '1",
-        "{x}",
-        "%s",
-        "*",
-        "é" * 100,
-    ]
-)
+HOSTILE = [
+    '" or doc_id != "',
+    "\\",
+    '\\"',
+    "'\"\\",
+    "\n",
+    "a\nb\tc",
+    "\0",
+    "\x01",
+    "\u202eabc",
+    "k" * 1024,
+    "') or ('1' == '1",
+    "{x}",
+    "%s",
+    "*",
+    "é" * 100,
+    "🙂" * 200,
+]
+hostile = st.sampled_from(HOSTILE)
 values = st.one_of(
     text, hostile, st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False, allow_infinity=False)
 )
 
 
 def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder):
-    # a server takes seconds to make a collection: as many documents in fewer of them
+    # A server takes seconds to make a collection: use fewer of them, with more documents.
     examples, most = (25, 6) if place.is_lite else (6, 25)
     drawn_documents = st.dictionaries(
         st.one_of(text, hostile), st.tuples(st.one_of(text, hostile), values), min_size=most // 3, max_size=most
@@ -334,6 +364,7 @@ def test_any_id_text_and_metadata_are_data(place, tokenizer, embedder):
         max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
     )
     @given(drawn_documents)
+    @example({id_: (f"text number {number} of a list", id_) for number, id_ in enumerate(HOSTILE)})
     def check(drawn):
         documents = [Document(id_, text, {"value": value}) for id_, (text, value) in drawn.items()]
         store = place.store(f"{place.name}_h")
@@ -362,7 +393,9 @@ def equal(a, b):
 
 
 @given(anything, anything, anything)
-def test_what_cannot_be_data_is_refused(id_, body, value):
+@example("id", "\ud800", "value")
+@example("id", "a\udfffb", "value")
+def test_invalid_text_is_refused(id_, body, value):
     try:
         for part in (id_, body, value):
             part.encode()

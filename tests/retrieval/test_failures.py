@@ -1,4 +1,4 @@
-"""Failures of Milvus: this library waits where that helps, says what happened where not, and loses nothing."""
+"""Failures of Milvus: the library waits if that helps, explains the rest, and loses nothing."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ from ..support.processes import ACCELERATE, Forked
 
 @pytest.mark.server
 class TestServer:
-    def test_dropped_underneath(self, server, documents, tokenizer, embedder):
+    def test_a_collection_that_was_dropped_is_named(self, server, documents, tokenizer, embedder):
         store = MilvusStore(server.uri, "dropped")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         retriever = MilvusRetriever(store, tokenizer, embedder)
@@ -51,14 +51,14 @@ class TestServer:
             with pytest.raises(KnowledgeBaseError, match="'dropped' at http.* was dropped or renamed"):
                 do()
 
-    def test_released_by_someone_else(self, server, documents, tokenizer, embedder):
+    def test_a_collection_that_was_released_is_loaded_again(self, server, documents, tokenizer, embedder):
         store = MilvusStore(server.uri, "released")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
         retriever = MilvusRetriever(store, tokenizer, embedder)
         store.connection.release_collection(store.collection_name)
         assert retriever.retrieve([[7] * CHUNK]).attention_mask.any()
 
-    def test_no_such_database(self, server):
+    def test_a_missing_database_is_named(self, server):
         with pytest.raises(KnowledgeBaseError, match="no database 'nope' at http"):
             MilvusStore(MilvusAddress(server.uri, database="nope"), "c")
         with pytest.raises(KnowledgeBaseError, match="no database .* at http.*/nope2"):
@@ -73,8 +73,8 @@ class TestServer:
 
 
 @pytest.mark.server
-def test_searches_while_the_index_is_built_anew(server, documents, tokenizer, embedder):
-    """A collection is not loaded then: searches wait, and find what they found before."""
+def test_searches_wait_while_an_index_is_built(server, documents, tokenizer, embedder):
+    """The collection is not loaded then. Searches wait, and find the same as before."""
     store = MilvusStore(server.uri, "indexing")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
     retriever = MilvusRetriever(MilvusStore(server.uri, "indexing"), tokenizer, embedder)
@@ -90,10 +90,8 @@ def test_searches_while_the_index_is_built_anew(server, documents, tokenizer, em
 
 
 @pytest.mark.server
-def test_an_index_is_built_anew_although_others_load_the_collection(
-    server, documents, tokenizer, embedder, monkeypatch
-):
-    """Who searches loads a collection that is not, and Milvus drops no index of a loaded one."""
+def test_an_index_is_built_although_others_load_the_collection(server, documents, tokenizer, embedder, monkeypatch):
+    """A search loads the collection, and Milvus drops no index of a loaded collection."""
     store, other = MilvusStore(server.uri, "again"), MilvusStore(server.uri, "again")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
     drop_index, loads = store.connection.drop_index, iter(range(2))
@@ -111,7 +109,7 @@ def test_an_index_is_built_anew_although_others_load_the_collection(
 
 @pytest.mark.server
 def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokenizer, embedder):
-    """Killed in the middle of an ingestion and of searches, and started again: both wait, go on, and miss nothing."""
+    """An ingestion and searches wait for the killed server, continue, and miss nothing."""
     half = len(documents) // 2
     store = MilvusStore(server.uri, "outage")
     ingest(documents[:half], store, tokenizer, embedder, chunk_size=CHUNK)
@@ -151,13 +149,13 @@ def test_a_server_away_for_half_a_minute_loses_nothing(server, documents, tokeni
             ended.set()
         found = searches.result(timeout=600)
     assert rows_of(store) == expected_rows(documents, tokenizer)
-    # an answer is one of the knowledge base before the other half, or with some of it: never less similar, never fewer
+    # The other half can only improve an answer: neighbors are never fewer or less similar.
     assert len(found) > 1 and all((scores >= before - 1e-5).all() for scores in found)
 
 
 @pytest.fixture(scope="module")
 def guarded(server_process, tmp_path_factory):
-    """A server with TLS and passwords, and the certificate that it shows; the other one is stopped meanwhile."""
+    """A server with TLS and passwords, and its certificate. The other one is stopped meanwhile."""
     server_process.stop()
     folder = tmp_path_factory.mktemp("guarded")
     key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
@@ -174,7 +172,7 @@ def guarded(server_process, tmp_path_factory):
 
 @pytest.mark.server
 class TestGuardedServer:
-    def test_let_in(self, guarded, documents, tokenizer, embedder, monkeypatch):
+    def test_the_token_and_certificate_are_accepted(self, guarded, documents, tokenizer, embedder, monkeypatch):
         server, tls = guarded
         monkeypatch.setenv("MILVUS_TOKEN", "root:Milvus")
         store = MilvusStore(MilvusAddress(server.uri, tls=tls), "c")
@@ -189,18 +187,18 @@ class TestGuardedServer:
             pickle.loads(pickled).count()
 
     @pytest.mark.parametrize("token", ["root:wrong", None])
-    def test_wrong_or_no_token(self, guarded, token):
+    def test_a_wrong_or_missing_token_is_explained(self, guarded, token):
         server, tls = guarded
         with pytest.raises(KnowledgeBaseError, match="does not let this program in: check the token") as caught:
             MilvusConnection(MilvusAddress(server.uri, token=token, tls=tls, timeout=5))
         assert "wrong" not in str(caught.value)
 
-    def test_no_certificate(self, guarded):
+    def test_a_missing_certificate_is_explained(self, guarded):
         uri = guarded[0].uri.replace("127.0.0.1", "localhost")  # not the channel of the tests above
         with pytest.raises(KnowledgeBaseError, match="https:// and which certificate"):
             MilvusConnection(MilvusAddress(uri, token="root:Milvus", timeout=5))
 
-    def test_gone(self, guarded, documents, tokenizer, embedder):
+    def test_a_server_that_is_gone_is_named(self, guarded, documents, tokenizer, embedder):
         server, tls = guarded
         store = MilvusStore(MilvusAddress(server.uri, token="root:Milvus", tls=tls, timeout=4), "gone")
         ingest(documents[:2], store, tokenizer, embedder, chunk_size=CHUNK)
@@ -209,11 +207,11 @@ class TestGuardedServer:
         started = time.monotonic()
         with pytest.raises(KnowledgeBaseError, match=f"{server.uri} did not answer .* for .*server up"):
             retriever.retrieve([[7] * CHUNK])
-        assert time.monotonic() - started > 3  # it went on trying for a while: at least until the last try within 4 s
+        assert time.monotonic() - started > 3  # it retried, at least until the last try within 4 s
         with pytest.raises(KnowledgeBaseError, match=f"{server.uri}: nothing answers there"):
             MilvusStore(MilvusAddress(server.uri, token="root:Milvus", tls=tls, timeout=4), "gone")
 
-    def test_tls_files_that_cannot_be(self, tmp_path):
+    def test_wrong_tls_files_are_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no TLS file"):
             TLS(str(tmp_path / "none.pem"))
         with pytest.raises(ValueError, match="both"):
@@ -221,7 +219,11 @@ class TestGuardedServer:
 
 
 def run_ingestion(uri, tokenizer, embedding, version, most_bytes=None):
-    """Ingest a version of the documents; `most_bytes`: no file may grow beyond that, which is how a full disk looks."""
+    """Ingest a version of the documents.
+
+    Args:
+        most_bytes: size limit of a file, which looks like a full disk.
+    """
     tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
     store = MilvusStore(uri, "retro")
     print("ready", flush=True)
@@ -234,16 +236,14 @@ def run_ingestion(uri, tokenizer, embedding, version, most_bytes=None):
 
 
 def texts(version):
-    """Documents that get longer and shorter from version to version."""
+    """Return documents whose lengths change from version to version."""
     return [
         Document(f"d{i}", f"version {version} of {i} " + "word " * ((i * 7 + version * 13) % 90)) for i in range(1500)
     ]
 
 
-def test_twenty_kills_at_random_points_leave_what_one_run_would(
-    tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
-):
-    """Each run brings another version of the documents, and is killed; the last one is not."""
+def test_twenty_kills_at_random_points_lose_nothing(tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder):
+    """Each run ingests another version of the documents and is killed, except the last one."""
     uri, moments = str(tmp_path / "kb.db"), random.Random(0)
     for version in range(20):
         arguments = uri, str(tokenizer_folder), str(embedding_folder), version
@@ -260,7 +260,7 @@ def test_twenty_kills_at_random_points_leave_what_one_run_would(
 
 
 def write_on_and_on(uri, tokenizer, embedding):
-    """Print the number of each document that is written."""
+    """Write documents without end, and print the number of each written one."""
     tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
     store = MilvusStore(uri, "retro")
     ingest([], store, tokenizer, embedder, chunk_size=CHUNK)
@@ -270,13 +270,13 @@ def write_on_and_on(uri, tokenizer, embedding):
         print(i, flush=True)
 
 
-def test_what_milvus_lite_acknowledged_outlives_a_kill(tmp_path, tokenizer_folder, embedding_folder):
+def test_acknowledged_rows_survive_a_kill(tmp_path, tokenizer_folder, embedding_folder):
     uri = str(tmp_path / "kb.db")
     process = Forked(tmp_path / "log", write_on_and_on, uri, str(tokenizer_folder), str(embedding_folder))
     process.wait_for_output("\n119\n")
     process.kill()
     process.wait()
-    last = int(process.output.rpartition("\n")[0].split()[-1])  # what follows the last line's end may be half a number
+    last = int(process.output.rpartition("\n")[0].split()[-1])  # the last line may be half a number
     with contextlib.closing(MilvusStore.open(uri, "retro")) as store:
         there = {row["pk"] for row in store.scan(("pk",))}
         assert len(there) >= 20 * (last + 1)
@@ -300,7 +300,7 @@ def test_a_full_disk_loses_nothing(tmp_path, tokenizer, tokenizer_folder, embedd
 
 
 class TestOneFileForSeveralProcesses:
-    def test_the_first_serves_the_others_and_one_of_them_takes_over(
+    def test_the_first_process_serves_the_others_and_another_takes_over(
         self, tmp_path, tokenizer, tokenizer_folder, embedding_folder, embedder
     ):
         uri = str(tmp_path / "kb.db")
@@ -321,20 +321,20 @@ class TestOneFileForSeveralProcesses:
         store.close()
         assert not (tmp_path / "kb.db.served").exists()
 
-    def test_a_process_that_is_just_ending_is_waited_out(self, tmp_path):
+    def test_a_process_that_is_ending_is_waited_for(self, tmp_path):
         connection = MilvusConnection(str(tmp_path / "kb.db"))
         ending = MilvusException(1, "MilvusLite is closed")
         assert not is_transient(ending, owns_file=connection.owns_file)  # its own file
         assert is_transient(ending, owns_file=False)  # another process's: the next attempt opens the file
         connection.close()
 
-    def test_serve_says_who_serves_already(self, tmp_path):
+    def test_serve_names_the_process_that_serves_already(self, tmp_path):
         connection = MilvusConnection(str(tmp_path / "kb.db"))
         second = Forked(tmp_path / "log", retrieval.cli.main, ["serve", "--uri", connection.uri])
         assert second.wait() == 2 and f"already, at {connection.serving}" in second.output
         connection.close()
 
-    def test_a_file_of_another_machine(self, tmp_path):
+    def test_a_file_in_use_on_another_machine_is_refused(self, tmp_path):
         uri = str(tmp_path / "kb.db")
         connection = MilvusConnection(uri)
         notice = tmp_path / "kb.db.served"
@@ -342,11 +342,6 @@ class TestOneFileForSeveralProcesses:
         other = Forked(tmp_path / "log", MilvusConnection, uri)
         assert other.wait() == 1 and "in use by process" in other.output and "one machine only" in other.output
         connection.close()
-
-    def test_something_that_is_no_knowledge_base(self, tmp_path):
-        (tmp_path / "kb.db").write_text("a text")
-        with pytest.raises(KnowledgeBaseError, match="is not a Milvus Lite knowledge base"):
-            MilvusConnection(str(tmp_path / "kb.db"))
 
 
 def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_folder, embedding_folder):
@@ -363,7 +358,7 @@ def test_accelerate_launch_shares_an_ingestion(tmp_path, tokenizer, tokenizer_fo
         assert rows_of(store) == expected_rows(expected, tokenizer)
 
 
-def test_a_file_is_let_go_when_its_database_is_not_there(tmp_path):
+def test_a_file_is_released_after_a_wrong_database(tmp_path):
     uri = str(tmp_path / "kb.db")
     with pytest.raises(KnowledgeBaseError, match="no database 'nope'"):
         MilvusConnection(MilvusAddress(uri, database="nope"))

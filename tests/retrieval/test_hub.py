@@ -1,4 +1,4 @@
-"""A knowledge base on the hub: what is pushed is what was exported, and becomes the same knowledge base elsewhere."""
+"""A knowledge base on the hub: a push and an import give the same knowledge base elsewhere."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from ..support.places import CHUNK, rows_of
 PUSH = "import sys; from retrieval import push_knowledge_base; push_knowledge_base(sys.argv[1], 'owner/knowledge')"
 
 
-def test_pushed_and_imported_elsewhere(tmp_path, documents, tokenizer, embedder):
+def test_a_pushed_export_is_imported_elsewhere(tmp_path, documents, tokenizer, embedder):
     store = MilvusStore(str(tmp_path / "kb.db"), "retro")
     ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK)
     export_knowledge_base(store, tmp_path / "export", tokenizer)

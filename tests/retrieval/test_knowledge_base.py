@@ -31,6 +31,7 @@ from retrieval import (
     import_knowledge_base,
     ingest,
 )
+from retrieval.collection import IDENTITY
 
 from ..support.places import CHUNK, expected_rows, rows_of
 from ..support.processes import Forked
@@ -49,7 +50,7 @@ def build(uri, documents, tokenizer, embedder, **kwargs):
 
 
 def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
-    """Brute force: scores of the k best allowed chunks of each query, and who may be among them."""
+    """Return the scores of each query's k best allowed chunks by brute force."""
     chunks = list(chunk_documents(documents, tokenizer, CHUNK))
     vectors = embedder.encode([tokenizer.decode(chunk.tokens) for chunk in chunks])
     found = []
@@ -60,26 +61,8 @@ def exact_neighbors(queries, excluded, documents, tokenizer, embedder, k):
     return found
 
 
-def test_every_chunk_is_there_once_with_what_follows_it(uri, documents, tokenizer, embedder):
-    store, report = build(uri, documents, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(documents, tokenizer)
-    assert report.documents == len(documents) and report.chunks_written == store.count() == len(rows_of(store))
-
-
-def test_ingesting_again_writes_nothing_and_a_changed_document_leaves_no_stale_chunk(uri, tokenizer, embedder):
-    documents = [Document("a", "one two three " * 20), Document("b", "four five six " * 20), Document("c", "")]
-    store, report = build(uri, documents, tokenizer, embedder)
-    assert report.empty_documents == 1
-    _, report = build(uri, documents, tokenizer, embedder)
-    assert report.chunks_written == report.chunks_deleted == 0
-    changed = [Document("a", "one two three " * 4 + "seven"), Document("b", ""), Document("c", "eight")]
-    store, report = build(uri, changed, tokenizer, embedder)
-    assert rows_of(store) == expected_rows(changed, tokenizer)
-    assert report.chunks_deleted > 0
-
-
-def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, embedder):
-    """So much later that its first text may still be on its way into the collection."""
+def test_the_last_text_of_a_repeated_id_counts(uri, tokenizer, embedder):
+    """It comes so late that its first text may still be on its way into the collection."""
     long, short = "a long text that takes several chunks " * 4, "a short one"
     others = [Document(f"doc{number}", f"text number {number}") for number in range(600)]
     store, report = build(uri, [Document("again", long), *others, Document("again", short)], tokenizer, embedder)
@@ -88,7 +71,7 @@ def test_of_an_id_given_again_much_later_the_last_text_counts(uri, tokenizer, em
     store.close()
 
 
-def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents, tokenizer, embedder, hf_tokenizer):
+def test_neighbors_are_the_best_allowed_chunks(uri, documents, tokenizer, embedder, hf_tokenizer):
     store, _ = build(uri, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, hf_tokenizer, embedder, num_neighbors=4)
     chunks = [c for c in chunk_documents(documents[:6], tokenizer, CHUNK) if len(c.tokens) == CHUNK]
@@ -112,22 +95,7 @@ def test_neighbors_are_the_best_of_those_allowed_for_every_chunk(uri, documents,
             assert tokens == ([] if doc_id is None else texts[doc_id][start : start + 2 * CHUNK])
 
 
-def test_a_remembered_chunk_is_not_searched_again(uri, documents, tokenizer, embedder, monkeypatch):
-    store, _ = build(uri, documents, tokenizer, embedder)
-    retriever = MilvusRetriever(store, tokenizer, embedder, cache_size=2)
-    chunks = [list(range(i, i + CHUNK)) for i in (1, 2, 3)]
-    first = retriever.retrieve(chunks[:2])
-    monkeypatch.setattr(store, "search", lambda *args, **kwargs: pytest.fail("searched"))
-    second = retriever.retrieve(chunks[1::-1])
-    assert torch.equal(second.ids, first.ids.flip(0)) and second.doc_ids == first.doc_ids[::-1]
-    monkeypatch.undo()
-    retriever.retrieve(chunks)
-    assert len(retriever._cache) == 2
-
-
-def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is_used(
-    uri, documents, tokenizer, embedder, monkeypatch
-):
+def test_a_failed_search_raises_or_is_skipped_and_uses_the_cache(uri, documents, tokenizer, embedder, monkeypatch):
     from pymilvus import MilvusException
 
     store, _ = build(uri, documents[:2], tokenizer, embedder)
@@ -146,40 +114,6 @@ def test_a_failed_search_is_raised_or_skipped_as_asked_and_what_is_remembered_is
     assert retriever.skipped_chunks == 1  # equal chunks are searched once
 
 
-HOSTILE = [
-    "'\"\\",
-    "a\nb\tc",
-    '" or doc_id != "',
-    "\u202eright to left",
-    "\x01",
-    "🙂" * 200,
-    "k" * 1024,
-    "{x}",
-    "%s",
-    "*",
-]
-
-
-def test_any_document_id_is_data(uri, tokenizer, embedder):
-    documents = [Document(id_, f"text number {i} of a list") for i, id_ in enumerate(HOSTILE)]
-    store, _ = build(uri, documents, tokenizer, embedder)
-    assert {row[0] for row in rows_of(store)} == set(HOSTILE)
-    retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=100)
-    everything = set(retriever.retrieve([[5] * CHUNK]).doc_ids[0]) - {None}
-    assert everything == set(HOSTILE)
-    for id_ in HOSTILE:
-        found = set(retriever.retrieve([[5] * CHUNK], [{id_}]).doc_ids[0]) - {None}
-        assert found == set(HOSTILE) - {id_}
-    with pytest.raises(ValueError, match="4096 bytes"):
-        ingest([Document("x" * 5000, "text")], store, tokenizer, embedder, chunk_size=CHUNK)
-
-
-@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
-def test_half_a_character_is_refused(text):
-    with pytest.raises(ValueError, match="lone surrogate"):
-        Document("id", text)
-
-
 def ingest_bit_by_bit(uri, tokenizer, embedding):
     tokenizer, embedder = BulkTokenizer(AutoTokenizer.from_pretrained(tokenizer)), Embedder(embedding, device="cpu")
     store = MilvusStore(uri, "retro")
@@ -193,7 +127,7 @@ def many_documents():
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.2])
-def test_an_ingestion_that_was_killed_is_completed_by_the_next(
+def test_the_next_ingestion_completes_a_killed_one(
     uri, tokenizer, tokenizer_folder, embedding_folder, embedder, delay, tmp_path
 ):
     process = Forked(tmp_path / "log", ingest_bit_by_bit, uri, str(tokenizer_folder), str(embedding_folder))
@@ -205,14 +139,25 @@ def test_an_ingestion_that_was_killed_is_completed_by_the_next(
     assert rows_of(store) == expected_rows(many_documents(), tokenizer)
 
 
-def test_a_collection_whose_making_was_killed_can_be_made(uri, documents, tokenizer, embedder):
-    # as Milvus Lite leaves it when it is killed before the schema is written
+def test_a_half_made_collection_can_be_made(uri, documents, tokenizer, embedder):
+    # Milvus Lite leaves this if it is killed before it writes the schema.
     left = Path(uri) / "collections" / "retro"
     left.mkdir(parents=True)
     (left / "schema.json.tmp").write_text("{")
     store, _ = build(uri, documents, tokenizer, embedder)
     store.close()
     assert rows_of(MilvusStore.open(uri, "retro")) == expected_rows(documents, tokenizer)
+
+
+def test_a_collection_without_its_index_gets_it(uri, tokenizer, embedder):
+    store = MilvusStore(uri, "retro")
+    card = Identity.of(tokenizer, embedder, CHUNK).to_json()
+    store.create(Identity.from_json(card, "here"))
+    store.connection.client.release_collection("retro")
+    store.connection.client.drop_index("retro", "embedding")
+    assert store.exists() and store.connection.client.list_indexes("retro") == ["embedding"]
+    assert IDENTITY in store.connection.client.describe_collection("retro")["properties"]
+    store.close()
 
 
 def test_a_real_embedding_model_finds_the_text_that_means_the_same(uri, tokenizer):
@@ -244,6 +189,15 @@ class TestBadInput:
         with pytest.raises(IdentityMismatch, match=f"chunk_size is {CHUNK}, yours is 9"):
             ingest(documents, store, tokenizer, embedder, chunk_size=9)
 
+    def test_a_document_id_that_is_too_long(self, uri, tokenizer, embedder):
+        with pytest.raises(ValueError, match="4096 bytes"):
+            build(uri, [Document("x" * 5000, "text")], tokenizer, embedder)
+
+    def test_an_exclusion_that_is_a_plain_string(self, uri, tokenizer, embedder):
+        store, _ = build(uri, [Document("doc1", "text")], tokenizer, embedder)
+        with pytest.raises(ValueError, match=r"exclude_doc_ids\[0\] is 'doc1'"):
+            MilvusRetriever(store, tokenizer, embedder).retrieve([[1] * CHUNK], exclude_doc_ids=["doc1"])
+
     def test_an_empty_knowledge_base(self, uri, tokenizer, embedder):
         store, _ = build(uri, [Document("a", "")], tokenizer, embedder)
         with pytest.raises(KnowledgeBaseError, match="is empty: ingest"):
@@ -259,13 +213,6 @@ class TestBadInput:
         with pytest.raises(KnowledgeBaseError, match="no collection 'other'.*there: 'retro'"):
             MilvusStore.open(uri, "other")
 
-    def test_no_uri_and_odd_uri(self, monkeypatch):
-        monkeypatch.delenv("MILVUS_URI", raising=False)
-        with pytest.raises(KnowledgeBaseError, match="MILVUS_URI"):
-            MilvusStore(None, "retro")
-        with pytest.raises(KnowledgeBaseError, match=r"that ends in \.db"):
-            MilvusStore("knowledge", "retro")
-
     def test_a_closed_file_is_free_for_another_process(self, uri, documents, tokenizer, embedder, tmp_path):
         store, _ = build(uri, documents[:1], tokenizer, embedder)
         second = MilvusStore.open(uri, "retro")
@@ -280,7 +227,7 @@ def command_line(folder, arguments):
     retrieval.cli.main(arguments)
 
 
-def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder, embedding_folder):
+def test_the_command_line_ingests_searches_and_informs(tmp_path, tokenizer_folder, embedding_folder):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     (tmp_path / "texts" / "one.txt").write_text("the first text is about a tree and a forest " * 5)
     (tmp_path / "texts" / "sub" / "two.txt").write_text("def function(argument): return argument " * 5)
@@ -312,7 +259,7 @@ def test_the_command_line_ingests_searches_and_tells(tmp_path, tokenizer_folder,
 
 
 class TestAddedTokens:
-    """A tokenizer that got special tokens, and a model with embeddings for them, read a knowledge base as before."""
+    """A tokenizer and a model that got special tokens read a knowledge base as before."""
 
     @pytest.fixture
     def padded(self, hf_tokenizer):
@@ -324,7 +271,7 @@ class TestAddedTokens:
         return BulkTokenizer(tokenizer)
 
     @pytest.mark.parametrize("added_to", ["the model's", "the knowledge base's"])
-    def test_a_model_reads_the_same(self, uri, documents, tokenizer, padded, embedder, added_to):
+    def test_a_model_reads_the_same_neighbors(self, uri, documents, tokenizer, padded, embedder, added_to):
         built, used = (tokenizer, padded) if added_to == "the model's" else (padded, tokenizer)
         store, _ = build(uri, documents, built, embedder)
         same, other = MilvusRetriever(store, built, embedder), MilvusRetriever(store, used, embedder)
@@ -339,11 +286,11 @@ class TestAddedTokens:
         model.set_retriever(other)
         ids = torch.tensor([queries[0] + queries[1]])
         assert model(ids).logits.shape[-1] == len(used.hf_tokenizer)
-        # ingesting with either goes on in the same collection
+        # both tokenizers ingest into the same collection
         assert ingest(documents, store, used, embedder, chunk_size=CHUNK).chunks_written == 0
 
-    def test_ids_beyond_the_knowledge_bases_can_be_searched(self, uri, documents, tokenizer, padded, embedder):
-        """The id of a pad token, and ids of embeddings that no token has."""
+    def test_queries_may_hold_ids_that_the_knowledge_base_lacks(self, uri, documents, tokenizer, padded, embedder):
+        """These are the id of a pad token and ids without a token."""
         store, _ = build(uri, documents, tokenizer, embedder)
         retriever = MilvusRetriever(store, padded, embedder)
         words = list(next(chunk_documents(documents, tokenizer, CHUNK)).tokens)
@@ -351,7 +298,7 @@ class TestAddedTokens:
         found = retriever.retrieve([words, [*words[:-2], pad, beyond], [pad] * CHUNK, [beyond] * CHUNK])
         assert all(None not in row for row in found.doc_ids) and found.ids[0, 0, :CHUNK].tolist() == words
 
-    def test_an_export_goes_into_collections_of_the_other(self, uri, tmp_path, documents, tokenizer, padded, embedder):
+    def test_an_export_fits_collections_of_both_tokenizers(self, uri, tmp_path, documents, tokenizer, padded, embedder):
         store, _ = build(uri, documents[:2], padded, embedder)
         export_knowledge_base(store, tmp_path / "out", tokenizer)
         other = MilvusStore(uri, "other")
@@ -359,10 +306,10 @@ class TestAddedTokens:
         import_knowledge_base(str(tmp_path / "out"), other)
         assert rows_of(other) == expected_rows(documents[:4], tokenizer)
 
-    def test_a_collection_of_format_2_is_read_written_and_shared(
+    def test_a_collection_of_format_2_is_read_written_and_exported(
         self, uri, tmp_path, documents, tokenizer, padded, embedder
     ):
-        """Made while the fingerprint was that of the whole tokenizer."""
+        """Its fingerprint is that of the whole tokenizer."""
         fields = json.loads(Identity.of(tokenizer, embedder, CHUNK).to_json())
         size = len(tokenizer.hf_tokenizer)
         fields |= {"format_version": 2, "vocab_size": size, "tokenizer_fingerprint": tokenizer.whole_fingerprint(size)}
@@ -380,7 +327,7 @@ class TestAddedTokens:
         with pytest.raises(IdentityMismatch, match="format_version is 3 and 2.*Import into another collection"):
             import_knowledge_base(str(tmp_path / "out"), other)
 
-    def test_a_document_with_an_end_of_text_in_it_is_whole(self, uri, tokenizer, embedder):
+    def test_a_text_that_spells_a_special_token_is_stored_whole(self, uri, tokenizer, embedder):
         text = "before <|endoftext|> and after"
         store, _ = build(uri, [Document("a", text)], tokenizer, embedder)
         tokens = sum((row[2] for row in rows_of(store)), [])

@@ -1,4 +1,4 @@
-"""Bulk tokenization equals the Hugging Face tokenizer token for token, by tiktoken or without it."""
+"""Bulk tokenization gives the Hugging Face tokenizer's ids, with and without tiktoken."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def random_text(seed):
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
-def test_equals_the_tokenizer_on_hard_text(hf_tokenizer, tokenizer):
+def test_ids_equal_the_tokenizers_on_hard_text(hf_tokenizer, tokenizer):
     assert tokenizer.uses_tiktoken
     texts = [*HARD, *(random_text(seed) for seed in range(20)), *list(pydoc_data.topics.topics.values())[20:50]]
     expected = [hf_tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
@@ -44,7 +44,7 @@ def test_equals_the_tokenizer_on_hard_text(hf_tokenizer, tokenizer):
     assert tokenizer.encode_batch(texts) == expected
 
 
-def test_falls_back_where_it_is_not_plain_byte_level_bpe(hf_tokenizer):
+def test_other_tokenizers_are_used_themselves(hf_tokenizer):
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     lowercase = Tokenizer.from_str(hf_tokenizer.backend_tokenizer.to_str())
@@ -123,7 +123,7 @@ KINDS = [byte_level, lowercase_byte_level, split_at_spaces, word_pieces, whole_w
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_of_a_special_token_is_ordinary_text(kind):
-    """The truth is a tokenizer whose special tokens are spelled in a way that the texts do not contain."""
+    """The truth is a tokenizer whose special tokens have names that no text contains."""
     backend, twin = kind(SPELLED), kind([f"special token {i}" for i in range(len(SPECIAL))])
     backend.add_special_tokens(SPECIAL)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<pad>")
@@ -142,8 +142,8 @@ def test_the_text_of_a_special_token_is_ordinary_text(kind):
     assert 0 in tokenizer("a<|endoftext|>b")["input_ids"]  # a prompt may still have special tokens
 
 
-def test_an_ordinary_token_that_is_declared_special_stays_ordinary():
-    """A letter that pads, say: nothing else could stand for it."""
+def test_an_ordinary_token_declared_special_stays_ordinary():
+    """The text of a letter used for padding, for example, has no other token."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level([]), pad_token="n", sep_token="en", cls_token="<cls>"
     )
@@ -157,7 +157,7 @@ def test_an_ordinary_token_that_is_declared_special_stays_ordinary():
 
 
 class Words(PythonBackend):
-    """A tokenizer in Python, with or without a special token that is a word of its own vocabulary."""
+    """A tokenizer in Python. A special token may be a word of its own vocabulary."""
 
     def __init__(self, words, **settings):
         self.words = {word: i for i, word in enumerate(words)}
@@ -178,7 +178,7 @@ class Words(PythonBackend):
         return list(self.words)[index]
 
 
-def test_a_tokenizer_in_python_that_cannot_take_text_as_data_is_refused():
+def test_a_slow_tokenizer_that_parses_special_tokens_is_refused():
     words = ["?", "a", "b", "<end>"]
     bulk = BulkTokenizer(Words(words, unk_token="?", eos_token="<end>"))
     assert bulk.encode_batch(["a b c"]) == [[1, 2, 0]]
@@ -193,13 +193,13 @@ def with_tokens(hf_tokenizer, *tokens):
     return BulkTokenizer(again)
 
 
-def test_the_fingerprint_is_the_tokenizers_and_not_its_places(tokenizer, tokenizer_folder):
+def test_a_fingerprint_does_not_depend_on_the_folder(tokenizer, tokenizer_folder):
     again = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     assert BulkTokenizer(again).fingerprint == tokenizer.fingerprint
 
 
-def test_two_of_one_tokenizer_are_one_to_caches(tokenizer_folder, monkeypatch):
-    """In every process, and however they were used: `datasets` compares pickles."""
+def test_pickles_of_one_tokenizer_are_equal(tokenizer_folder, monkeypatch):
+    """`datasets` compares pickles, across processes and after use."""
     hashes = set()
     for mark in ("first", "second"):
         monkeypatch.setattr("retrieval.tokenization.MARK", mark)
@@ -211,7 +211,7 @@ def test_two_of_one_tokenizer_are_one_to_caches(tokenizer_folder, monkeypatch):
 
 
 class TestAddedTokens:
-    """A knowledge base takes every tokenizer that gives all text the same ids, and no other."""
+    """A knowledge base takes exactly the tokenizers that give all text the same ids."""
 
     PAD = AddedToken("<pad>", special=True)
 
@@ -223,7 +223,7 @@ class TestAddedTokens:
         assert Identity.of(more, embedder, CHUNK).vocab_size == tokenizer.vocab_size
         assert more.encode_batch(["<pad> in the [MASK]"]) == tokenizer.encode_batch(["<pad> in the [MASK]"])
 
-    def test_a_special_token_of_another_name_is_the_same(self, embedder):
+    def test_the_name_of_a_special_token_does_not_matter(self, embedder):
         one, other = (byte_level([name]) for name in ("<|endoftext|>", "</s>"))
         one, other = (
             BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=name))
@@ -233,7 +233,7 @@ class TestAddedTokens:
         assert one.encode_batch(["<|endoftext|></s>"]) == other.encode_batch(["<|endoftext|></s>"])
 
     @pytest.mark.parametrize("token", ["<new>", AddedToken("<new>", lstrip=True), "Python", AddedToken("[MASK]")])
-    def test_tokens_that_split_text_are_refused_in_both_directions(self, hf_tokenizer, tokenizer, embedder, token):
+    def test_added_tokens_that_split_text_are_refused(self, hf_tokenizer, tokenizer, embedder, token):
         more = with_tokens(hf_tokenizer, token)
         assert more.encode_batch([f"a {token} b"]) != tokenizer.encode_batch([f"a {token} b"])
         for built, used in ((tokenizer, more), (more, tokenizer)):
@@ -243,7 +243,7 @@ class TestAddedTokens:
         assert stripping.fingerprint != more.fingerprint
 
     @pytest.mark.parametrize("change", ["vocabulary", "merges", "scores", "unknown"])
-    def test_other_models_are_refused(self, change):
+    def test_changed_models_have_another_fingerprint(self, change):
         names, other = ["<unk>", "<|endoftext|>"], ["<unk>", "<|endoftext|>"]
         kind = {"scores": unigram, "unknown": word_pieces}.get(change, byte_level)
         backend = kind(other)
@@ -265,11 +265,11 @@ class TestAddedTokens:
 
 
 class TestFormat2:
-    """Identities that were stored while special tokens in a text were parsed, and counted."""
+    """Identities of format 2, which parsed and counted special tokens in texts."""
 
     @staticmethod
     def stored(hf_tokenizer, embedder):
-        """The identity as it was stored then."""
+        """Return the identity as format 2 stored it."""
         probe = hf_tokenizer([PROBE_TEXT], add_special_tokens=False)["input_ids"][0]
         merges = [list(m) for m in json.loads(hf_tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
         vocabulary = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -279,12 +279,12 @@ class TestFormat2:
         fields |= {"tokenizer_fingerprint": print_, "vocab_size": len(hf_tokenizer), "format_version": 2}
         return Identity.from_json(json.dumps(fields), "kb")
 
-    def test_the_hash_of_a_known_tokenizer(self, embedder):
-        """The hash is the one that the last version with this format computed."""
+    def test_a_known_tokenizer_keeps_its_hash(self, embedder):
+        """The expected hash comes from the last version with this format."""
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(SPELLED), eos_token="<|endoftext|>")
         assert self.stored(tokenizer, embedder).tokenizer_fingerprint == FORMAT_2_HASH
 
-    def test_the_same_tokenizer_and_one_with_further_special_tokens_fit(self, hf_tokenizer, tokenizer, embedder):
+    def test_the_same_tokenizer_with_or_without_more_special_tokens_fits(self, hf_tokenizer, tokenizer, embedder):
         stored = self.stored(hf_tokenizer, embedder)
         assert 0 in hf_tokenizer(PROBE_TEXT)["input_ids"]
         stored.check("kb", tokenizer=tokenizer)
@@ -292,7 +292,7 @@ class TestFormat2:
         stored.check("kb", tokenizer=with_tokens(hf_tokenizer, *later))
         assert stored.vocab_size == len(hf_tokenizer)
 
-    def test_all_others_do_not(self, hf_tokenizer, embedder):
+    def test_other_tokenizers_do_not_fit(self, hf_tokenizer, embedder):
         stored = self.stored(hf_tokenizer, embedder)
         splitting, fewer = (
             with_tokens(hf_tokenizer, "<new>"),

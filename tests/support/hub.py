@@ -1,4 +1,7 @@
-"""A hub on loopback: enough of its HTTP interface to create a repository, commit files to it and load them."""
+"""A hub on loopback, with enough of its HTTP interface for tests.
+
+A client can create a repository, commit files to it and load them.
+"""
 
 import base64
 import hashlib
@@ -13,7 +16,11 @@ COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory: `files["owner/name"]["path"]` is the content. Use as a context manager."""
+    """Repositories in memory. Use it as a context manager.
+
+    Attributes:
+        files: contents, as `files["owner/name"]["path"]`.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -21,11 +28,11 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Return the environment of a process that takes this for the hub, and keeps what it loads in `home`."""
+        """Return the environment of a process that uses this hub and keeps its cache in `home`."""
         return {**os.environ, "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
 
     def write(self, name: str, folder: Path) -> None:
-        """The files of a repository, into a folder."""
+        """Write the files of a repository into a folder."""
         for path, content in self.files[name].items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)

@@ -1,4 +1,7 @@
-"""A real Milvus server for tests: installed into a virtual environment of its own, started on free loopback ports."""
+"""A real Milvus server for tests.
+
+It is installed into a virtual environment of its own and listens on free loopback ports.
+"""
 
 import contextlib
 import getpass
@@ -18,8 +21,9 @@ from .once import made_once
 from .processes import free_ports
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-milvus"
-FIXED_PORT = 2380  # of the etcd inside the server, which cannot be chosen
-# One server at a time on a machine, because of that port: whoever holds this lock has it.
+VERSION = "2.3.5"
+FIXED_PORT = 2380  # the port of the server's etcd, which cannot be chosen
+# Because of that port, one server runs at a time on a machine: the holder of this lock.
 TURN = Path(tempfile.gettempdir()) / f"transformers-retro-milvus-{getpass.getuser()}.lock"
 COMPONENTS = [
     "proxy",
@@ -36,18 +40,18 @@ COMPONENTS = [
 
 
 def install() -> Path:
-    """Return the server's program, installed if it is not there."""
+    """Install the server unless it is there, and return its program."""
 
     def make(environment: Path) -> None:
-        print(f"Installing Milvus 2.3.5 into {environment}.", file=sys.stderr)
+        print(f"Installing Milvus {VERSION} into {environment}.", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([environment / "bin" / "pip", "install", "--quiet", "milvus==2.3.5"], check=True)
+        subprocess.run([environment / "bin" / "pip", "install", "--quiet", f"milvus=={VERSION}"], check=True)
 
     return made_once(ENVIRONMENT, make) / "bin" / "milvus-server"
 
 
 def wait_for_port(port: int) -> None:
-    """Wait until the server that was stopped has let go of the port."""
+    """Wait until a stopped server has released the port."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -57,16 +61,18 @@ def wait_for_port(port: int) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"Port {port} is in use: stop the other Milvus server (or etcd) first.") from error
+                raise RuntimeError(f"Port {port} is in use. Stop the other Milvus server (or etcd) first.") from error
             time.sleep(0.2)
 
 
 class MilvusServer:
-    """A server with its data in a folder; stop it and start it again as often as you like. Only one runs at a time.
+    """A server with its data in a folder. It can be stopped and started again.
+
+    Only one runs at a time on a machine.
 
     Args:
-        options: further ones of `milvus-server`.
-        client: what a client needs beside the address to be let in.
+        options: further options of `milvus-server`.
+        client: arguments of `MilvusClient`, such as a token.
     """
 
     def __init__(self, folder: Path, *options: str, scheme: str = "http", **client) -> None:
@@ -88,28 +94,31 @@ class MilvusServer:
         self.start()
 
     def start(self) -> None:
-        """Start the server, unless it runs, and return when it answers. Wait while another test run has a server."""
+        """Start the server unless it runs, and return when it answers.
+
+        Wait while another test run has a server.
+        """
         if self.process is not None:
             return
         try:
             self.turn.acquire(timeout=45 * 60)
         except Timeout as error:
-            raise RuntimeError(f"Another test run's Milvus server holds {TURN}: wait for its end.") from error
+            raise RuntimeError(f"Another test run's Milvus server holds {TURN}. Wait for its end.") from error
         wait_for_port(FIXED_PORT)
         command = self.command
         if (self.folder / "configs" / "milvus.yaml").exists():
-            # Started before: without the wheel's launcher, which takes a port for used as long as the dead server's
-            # connections linger in the system, and silently listens on the next one.
+            # Started before: skip the wheel's launcher. It finds the port in use while connections
+            # of the killed server linger, and silently listens on the next one.
             command = [str(self.folder / "bin" / "milvus"), "run", "standalone"]
         with open(self.folder.with_suffix(".log"), "ab") as log:
-            # a session of its own: the program that is started starts the server as its child
+            # a session of its own, since the launcher starts the server as its child
             self.process = subprocess.Popen(
                 command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         if not self._answers(seconds=180):
             self.stop()
-            said = self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"The Milvus server in {self.folder} does not start:\n{said}")
+            log_end = self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"The Milvus server in {self.folder} does not start:\n{log_end}")
 
     def _answers(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -123,7 +132,7 @@ class MilvusServer:
         return False
 
     def stop(self) -> None:
-        """Kill the server without warning, as a power cut would."""
+        """Kill the server without warning, like a power cut."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Models that tests build instead of downloading: a trained BPE tokenizer, one of letters, and a fast embedding model."""
+"""Small tokenizers and an embedding model, built by tests instead of downloaded."""
 
 import string
 
@@ -10,7 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 
 def train_tokenizer(texts, vocab_size):
-    """Ids as trained tokenizers commonly have them: end-of-text first, then the bytes, then the merges."""
+    """Train a byte-level BPE tokenizer.
+
+    Its ids are in the common order: end-of-text, then the bytes, then the merges.
+    """
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
     eot = "<|endoftext|>"
@@ -24,7 +27,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def letter_tokenizer(vocab_size, **settings):
-    """One letter or digit a token, at most 62; the last one pads, on the left."""
+    """Build a tokenizer of at most 62 letters and digits. The last one pads, on the left."""
     vocab = {character: i for i, character in enumerate((string.ascii_letters + string.digits)[:vocab_size])}
     letters = Tokenizer(models.BPE(vocab, merges=[]))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -34,7 +37,7 @@ def letter_tokenizer(vocab_size, **settings):
 
 
 def save_static_embedding(hf_tokenizer, folder, *, dim, seed):
-    """A sentence-transformers model with random token vectors; returns its folder."""
+    """Save a sentence-transformers model with random token vectors and return its folder."""
     torch.manual_seed(seed)
     embedding = StaticEmbedding(hf_tokenizer.backend_tokenizer, embedding_dim=dim)
     SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(folder))
