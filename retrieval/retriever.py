@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Asked for beyond k when rows may be left out: a chunk's own document mostly gives its few nearest rows.
 OVERFETCH = 8
+COLLECTION_NAME = "retro"  # unless another one is named
+NUM_NEIGHBORS = 2  # the paper's k, unless another number is given
 
 # A chunk, what follows it in its text where that matters, and the documents that it may not read.
 Query = tuple[tuple[int, ...], tuple[int, ...], frozenset[str]]
@@ -83,7 +85,7 @@ class MilvusRetriever:
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedder: Embedder,
         *,
-        num_neighbors: int = 2,
+        num_neighbors: int = NUM_NEIGHBORS,
         neighbor_length: int | None = None,
         filter: Filter | None = None,
         max_leakage: float | None = None,
@@ -149,7 +151,7 @@ class MilvusRetriever:
     def from_uri(
         cls,
         uri: str | None = None,
-        collection_name: str = "retro",
+        collection_name: str = COLLECTION_NAME,
         *,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,

@@ -146,7 +146,7 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_mixtures_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="sum to nothing"):
+    with pytest.raises(ValueError, match="sum to zero"):
         list(mix([DocumentStream("a", weight=0), DocumentStream("b", weight=0)]))
     with pytest.raises(ValueError, match=r"\['b'\] have none"):
         list(mix([DocumentStream("a", weight=1), DocumentStream("b")]))

@@ -18,7 +18,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from data_retro.mixtures import DocumentStream, mix
-from retrieval import Document, documents_from_rows, read_all, read_documents
+from retrieval import Document, Source, documents_from_rows, read_documents
 from retrieval.cli import main
 
 TEXTS = ["Äpfel und Birnen", "漢字 and\ttabs", 'a "quoted" word,\nand a line', "plain"]
@@ -27,7 +27,7 @@ TABLE_TEXTS = [TEXTS[0], '"Quoted," he said, "', '""', '"whole"']
 
 
 def ids_and_texts(path, **settings):
-    return [(document.id, document.text) for document in read_documents(str(path), **settings)]
+    return [(document.id, document.text) for document in read_documents(Source(str(path), **settings))]
 
 
 def write_lines(path, rows, encoding="utf-8"):
@@ -59,7 +59,7 @@ class TestIds:
     )
     def test_what_is_no_id_is_refused_with_its_row(self, value):
         rows = [{"key": "a", "text": "one"}, {"key": value, "text": "two"}]
-        documents = documents_from_rows(rows, "rows", doc_id_field="key")
+        documents = documents_from_rows(rows, Source("rows", doc_id_field="key"))
         assert next(documents).id == "a"
         with pytest.raises(ValueError, match="Row 1 of rows: the id, field 'key', is "):
             next(documents)
@@ -79,7 +79,7 @@ class TestIds:
     def test_whole_numbers_become_their_digits(self, tmp_path):
         Dataset.from_list([{"key": key, "text": str(key)} for key in (7, -1, 2**62)]).to_parquet(tmp_path / "r.parquet")
         assert ids_and_texts(tmp_path / "r.parquet", doc_id_field="key") == [(str(k), str(k)) for k in (7, -1, 2**62)]
-        (document,) = documents_from_rows([{"key": np.int64(7), "text": "a"}], "rows", doc_id_field="key")
+        (document,) = documents_from_rows([{"key": np.int64(7), "text": "a"}], Source("rows", doc_id_field="key"))
         assert document.id == "7"
         (tmp_path / "rows.csv").write_text("key,text\n007,a\n7,b\nNaN,c\nNone,d\n")  # a CSV file has only text
         assert [id_ for id_, _ in ids_and_texts(tmp_path / "rows.csv", doc_id_field="key")] == [
@@ -97,18 +97,19 @@ class TestIds:
             ValueError, match="Row 0 of rows.jsonl and Row 2 of rows.jsonl have the same id, '7', and differ"
         ):
             ids_and_texts(path, doc_id_field="key")
+        write_lines(path, rows[:2])
         other = write_lines(tmp_path / "other.jsonl", [{"key": 9, "text": "nine"}, {"key": 8, "text": "other"}])
         with pytest.raises(ValueError, match="Row 1 of rows.jsonl and Row 1 of other.jsonl"):
-            list(read_all([str(write_lines(path, rows[:2])), str(other)], doc_id_field="key"))
+            list(read_documents(*(Source(str(file), doc_id_field="key") for file in (path, other))))
 
     def test_metadata_differ_too(self):
         rows = [{"key": 7, "text": "one", "year": year} for year in (1, 2)]
         with pytest.raises(ValueError, match="have the same id"):
-            list(documents_from_rows(rows, "rows", doc_id_field="key", metadata_fields=["year"]))
+            list(documents_from_rows(rows, Source("rows", doc_id_field="key", metadata_fields=["year"])))
 
     def test_the_same_row_again_is_left_out_and_counted(self, caplog):
         rows = [{"key": i % 3, "text": f"text {i % 3}"} for i in range(9)]
-        assert [d.id for d in documents_from_rows(rows, "rows", doc_id_field="key")] == ["0", "1", "2"]
+        assert [d.id for d in documents_from_rows(rows, Source("rows", doc_id_field="key"))] == ["0", "1", "2"]
         assert "Left out 6 rows" in caplog.text
 
     def test_training_may_read_a_row_again(self, tmp_path):
@@ -139,7 +140,7 @@ class TestIds:
 
     def test_an_id_that_is_too_long_is_refused_before_it_is_embedded(self):
         with pytest.raises(ValueError, match="Row 0 of rows: The document id 'xxx.* longer than 4096 bytes"):
-            list(documents_from_rows([{"key": "x" * 5000, "text": "a"}], "rows", doc_id_field="key"))
+            list(documents_from_rows([{"key": "x" * 5000, "text": "a"}], Source("rows", doc_id_field="key")))
 
 
 class TestTextAndMetadata:
@@ -157,7 +158,7 @@ class TestTextAndMetadata:
         "value", [None, float("nan"), pd.NaT, pd.NA, np.float32("nan"), np.datetime64("NaT")], ids=repr
     )
     def test_missing_metadata_is_none(self, value):
-        (document,) = documents_from_rows([{"text": "a", "year": value}], "rows", metadata_fields=["year"])
+        (document,) = documents_from_rows([{"text": "a", "year": value}], Source("rows", metadata_fields=["year"]))
         assert document.metadata == {"source": "rows"}
 
     @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ class TestTextAndMetadata:
         ],
     )
     def test_metadata_of_other_libraries(self, value, stored):
-        (document,) = documents_from_rows([{"text": "a", "field": value}], "rows", metadata_fields=["field"])
+        (document,) = documents_from_rows([{"text": "a", "field": value}], Source("rows", metadata_fields=["field"]))
         assert document.metadata == {"source": "rows", "field": stored}
         assert type(document.metadata["field"]) is type(stored)
 
@@ -180,7 +181,7 @@ class TestTextAndMetadata:
     def test_metadata_that_cannot_be_stored_are_refused_with_their_row(self, value):
         with pytest.raises(ValueError, match="Row 1 of rows: Metadata field 'year'"):
             rows = [{"text": "a", "year": 1}, {"text": "b", "year": value}]
-            list(documents_from_rows(rows, "rows", metadata_fields=["year"]))
+            list(documents_from_rows(rows, Source("rows", metadata_fields=["year"])))
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -262,7 +263,7 @@ class TestFiles:
             file.write_table(table)
         for path in tmp_path.iterdir():
             assert ids_and_texts(path) == [(f"{path.name}#{i}", row["text"]) for i, row in enumerate(rows)]
-            documents = list(read_documents(str(path), doc_id_field="key", metadata_fields=["day"]))
+            documents = list(read_documents(Source(str(path), doc_id_field="key", metadata_fields=["day"])))
             assert documents[3] == Document("k3", "text 3", {"source": path.name, "day": "2024-01-04"})
             path.write_bytes(path.read_bytes()[:90])
             with pytest.raises(ValueError, match="Cannot read .*: it is damaged"):
@@ -299,8 +300,8 @@ class TestFiles:
             ("text,text\na,b\n", "two columns have the same name"),
             ("key,text\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
             ("key,text\n1\n", "line 2: 1 cells, but 2 columns"),
-            ('key,text\n1,"a" b\n', "line 2: .* Put cells with .* into double quotes"),
-            ('key,text\n1,"a\n2,b\n', "unexpected end of data.* Put cells with .* into double quotes"),
+            ('key,text\n1,"a" b\n', "line 2: .* Put cells that contain .* into double quotes"),
+            ('key,text\n1,"a\n2,b\n', "unexpected end of data.* Put cells that contain .* into double quotes"),
             ("key;text\n1;a\n", "Row 0 of rows.csv has no field 'text'; it has 'key;text'"),
         ],
     )
@@ -433,5 +434,5 @@ class TestIngest:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
         (tmp_path / "b" / "x.txt").write_text("x")
-        assert len(list(read_all([str(tmp_path / "a"), str(tmp_path / "b")]))) == 1
+        assert len(list(read_documents(tmp_path / "a", tmp_path / "b"))) == 1
         assert f"{tmp_path / 'a'} holds no document" in caplog.text

@@ -20,9 +20,9 @@ from ..support.training_world import CHUNK
     "settings, message",
     [
         ({"train_data": [{"dataset": "train", "wieght": 1}]}, "did you mean weight"),
-        ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to nothing"),
+        ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to zero"),
         ({"train_data": [{"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'; it has 'text'"),
-        ({"precompute_to": "rows.jsonl"}, "rows.jsonl is there already"),
+        ({"precompute_to": "rows.jsonl"}, "rows.jsonl exists already"),
         ({"train_data": [7]}, "7 is neither a name nor a mapping"),
         ({"streaming": True, "max_steps": -1}, "streaming has no end: set max_steps"),
         ({"neighbor_dropout": 1.5}, "neighbor_dropout is a share"),
