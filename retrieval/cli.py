@@ -24,7 +24,7 @@ from .connection import MilvusConnection
 from .embedding import BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
-from .filters import parse_filter
+from .filters import Filter, parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .quiet import quiet_program
@@ -165,7 +165,7 @@ def _index(text: str) -> IndexSettings:
     return _parsed(IndexSettings.parse, text)
 
 
-def _filter(text: str) -> dict:
+def _filter(text: str) -> Filter:
     return _parsed(parse_filter, text)
 
 

@@ -10,12 +10,16 @@ import dataclasses
 from typing import Any
 
 
-def same_setting(kind: type, name: str) -> Any:
-    """Return a new field with the default and the metadata of another dataclass's field."""
+def same_setting(kind: type, name: str, **changes: Any) -> Any:
+    """Return a new field with the default and the help of another dataclass's field.
+
+    Args:
+        kind, name: the other dataclass and its field.
+        **changes: `default` or `default_factory`, where it differs.
+    """
     declared = _field(kind, name)
-    return dataclasses.field(
-        default=declared.default, default_factory=declared.default_factory, metadata=declared.metadata
-    )
+    default = {"default": declared.default, "default_factory": declared.default_factory}
+    return dataclasses.field(metadata=declared.metadata, **changes or default)
 
 
 def add_option(parser: argparse.ArgumentParser, kind: type, name: str, **changes: Any) -> None:
