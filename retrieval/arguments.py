@@ -22,7 +22,7 @@ class KnowledgeBaseArguments:
     collection_name: str | None = field(
         default=None,
         metadata={
-            "help": "Collection in the knowledge base. By default the one that the model was trained with, or "
+            "help": "Collection in the knowledge base. By default the model's own when generating, else "
             f"{COLLECTION_NAME!r}."
         },
     )

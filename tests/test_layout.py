@@ -1,4 +1,4 @@
-"""Packages import one way, modules never in a circle, and the model needs no library of the knowledge base."""
+"""Packages import one way, modules never in a circle, and a model without a knowledge base."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -42,7 +42,7 @@ def imported(module, file):
 
 
 def module_of(name):
-    """Return the module of this project that an imported name is, or is in; None for another library's."""
+    """Return the module of this project that an imported name is or is in, or None."""
     while name and name not in MODULES:
         name = name.rpartition(".")[0]
     return name or None
@@ -62,7 +62,7 @@ def test_a_package_imports_only_those_below_it(package):
 
 
 @pytest.mark.parametrize("package", ["configuration_retro", "modeling_retro"])
-def test_a_model_needs_no_library_of_the_knowledge_base(package):
+def test_a_model_needs_no_knowledge_base_library(package):
     for module, file in modules(package).items():
         assert not {name.partition(".")[0] for name in imported(module, file)} & KNOWLEDGE_BASE_LIBRARIES, module
 
@@ -70,7 +70,7 @@ def test_a_model_needs_no_library_of_the_knowledge_base(package):
 def test_no_modules_import_each_other_in_a_circle():
     graph = {module: {module_of(name) for name in imported(module, file)} for module, file in MODULES.items()}
     graph = {module: found - {None, module} for module, found in graph.items()}
-    # `from .sibling import x` runs the package's own __init__ first, which imports its siblings: that is no circle
+    # A package's __init__ imports its modules. A module that names its own package makes no circle.
     packages = set(MAY_IMPORT)
     graph = {
         module: found - packages if module.partition(".")[0] in found else found for module, found in graph.items()

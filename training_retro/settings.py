@@ -108,8 +108,9 @@ class DataArguments(KnowledgeBaseArguments):
 
     def __post_init__(self) -> None:
         for name in ("train_data", "validation_data"):
-            if isinstance(getattr(self, name), str | dict):  # a single entry in YAML, not in a list
-                setattr(self, name, [getattr(self, name)])
+            entries = getattr(self, name)
+            if not isinstance(entries, list):  # in YAML, a single entry without a list, or none
+                setattr(self, name, [] if entries is None else [entries])
         has_data = {name: bool(self.streams(name)) for name in ("train_data", "validation_data")}
         for name in [name for name, given in has_data.items() if given and self.precomputed is not None]:
             raise ValueError(f"Both {name} and precomputed are given. Leave {name} out: precomputed holds it.")

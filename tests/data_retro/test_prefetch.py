@@ -1,4 +1,4 @@
-"""A prefetcher gives the same items in the same order, reads a bounded number ahead, and ends cleanly."""
+"""A prefetcher keeps the order of items, reads a bounded number ahead, and ends cleanly."""
 
 import threading
 import time
