@@ -38,7 +38,7 @@ def build_trainer(
 
     Args:
         model_arguments, data, training: the settings.
-        cache_dir: folder of the packed text, which needs some bytes more than 4 per token. The
+        cache_dir: folder of the packed text, which takes a little more than 4 bytes per token. The
             trainer reads it during training.
 
     Raises:

@@ -38,6 +38,7 @@ from ..support.training_world import CHUNK
         ({"streaming": True, "dataloader_num_workers": 2}, "dataloader_num_workers is 2: a stream"),
         ({"benchmarks": "HellaSwag", "benchmark_data": "no/such/folder"}, "no folder 'no/such/folder'|DeepEval"),
         ({"benchmarks": "HellaSwag"}, "eval_strategy is 'no'"),
+        ({"benchmarks": "HellaSwag", "benchmark_scoring": "guess"}, "one_token"),
         ({"eval_strategy": "steps", "eval_steps": 1, "validation_data": None}, "validation_data is empty"),
         ({"remove_unused_columns": True}, "Leave it False"),
         ({"prefetch_batches": -1}, "prefetch_batches is -1"),
