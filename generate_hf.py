@@ -1,22 +1,22 @@
-"""Sample from a RETRO model, and show which documents it read for each chunk. The sampling twin of train_hf.py.
+"""Sample from a RETRO model, and show which documents each chunk read.
 
-    python generate_hf.py --model runs/local --knowledge_base kb.db --prompt "Chunked cross-attention" --num_samples 2
-    python generate_hf.py --model gpt2 --prompt FILE:prompt.txt --temperature 0
+    python generate_hf.py --model runs/local --knowledge_base kb.db --prompt "Chunked
+    cross-attention" --num_samples 2 python generate_hf.py --model gpt2 --prompt FILE:prompt.txt
+    --temperature 0
 
-Without a knowledge base it is plain GPT-2 generation.
+Without a knowledge base, the decoder alone writes. This is the sampling twin of train_hf.py.
 """
-
-from transformers import HfArgumentParser
 
 from retrieval import KnowledgeBaseError
 from retrieval.quiet import quiet_program
+from training_retro.parsing import make_parser
 from training_retro.sampling import GenerateArguments, describe, load, sample
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `retro-generate`: print the samples. Ends the program with a message if settings make no sense."""
+    """Run `retro-generate`: print samples. Wrong settings end the program with a message."""
     quiet_program()
-    parser = HfArgumentParser(GenerateArguments, prog="generate_hf.py", allow_abbrev=False)
+    parser = make_parser(GenerateArguments, "generate_hf.py")
     try:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         model, tokenizer = load(arguments)

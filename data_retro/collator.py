@@ -3,63 +3,81 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from retrieval import MilvusRetriever
-
-
-# What a chunk's neighbors are handed on as: (…, k, r) twice, (…, k).
+# The columns of a row's neighbors: ids and mask are (chunks, k, r), scores are (chunks, k).
 NEIGHBOR_FIELDS = {
     "neighbor_ids": torch.long,
     "neighbor_attention_mask": torch.bool,
     "neighbor_scores": torch.float32,
 }
+IGNORED_LABEL = -100  # the label of a token that is not predicted, as in transformers
+
+
+class Retriever(Protocol):
+    """The part of [`retrieval.MilvusRetriever`] that the collator uses.
+
+    A retriever may also have `max_leakage`. If it is set, `retrieve` gets the `continuations` of
+    the chunks, too.
+    """
+
+    chunk_size: int
+    num_neighbors: int
+    neighbor_length: int
+
+    def retrieve(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the neighbors of n chunks: `ids`, `attention_mask` (n, k, r), `scores` (n, k)."""
+        ...
 
 
 @dataclass
 class RetroDataCollator:
-    """Collate what [`data_retro.packing.pack`] yields, fetching the neighbors of all chunks in one search.
+    """Collate packed sequences into a batch, and fetch all their neighbors in one search.
 
-    A chunk never reads a document that is still to come in its sequence: excluded are the documents that the chunk
-    touches and those of all later chunks. The latter matter because what a chunk reads reaches every later position; a
-    neighbor from the next document could simply be the text that the model is asked to predict.
+    Sequences are as [`data_retro.packing.pack`] yields them.
+
+    A chunk never reads a document that its sequence holds at this chunk or later. Later documents
+    matter, too: what a chunk reads reaches every later position, so a neighbor from the next
+    document could be the very text that the model is asked to predict.
 
     Args:
-        retriever: an object with `retrieve`, `chunk_size`, `num_neighbors` and `neighbor_length`, such as
-            [`MilvusRetriever`]. Not asked for sequences that come with their neighbors (see `neighbors_of`); None gives plain
-            language-model batches for those that do not.
+        retriever: finds the neighbors, for example a [`retrieval.MilvusRetriever`]. It is not used
+            for sequences that bring their neighbors. None: sequences without neighbors become plain
+            language-model batches.
     """
 
-    retriever: "MilvusRetriever | None" = None
+    retriever: Retriever | None = None
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """Make a batch of sequences.
 
         Args:
-            features: B sequences, each {"input_ids": ints, "doc_ids": for each chunk a list of document ids}. Lists, arrays and
-                tensors will do. Further columns that are read if they are there: "labels" (default: the tokens),
-                "attention_mask" (tokens with 0 are padding and are left out), and the neighbors of `neighbors_of`.
+            features: B sequences, each {"input_ids": ints, "doc_ids": for each chunk a list of
+                document ids}. Lists, arrays and tensors are accepted. Optional columns: "labels"
+                (default: the tokens), "attention_mask" (tokens with 0 are padding and are left
+                out), and the neighbors that [`neighbors_of`] returns.
 
         Returns:
-            input_ids (B, T): padded on the right with 0 to the longest sequence.
-            labels (B, T): the same tokens or the labels given, -100 where there is padding; the model shifts them.
-            attention_mask (B, T): only when there is padding.
-            neighbor_ids (B, C, k, r), neighbor_attention_mask (B, C, k, r), neighbor_scores (B, C, k): with a retriever. Slot
-                j of a row is its j-th complete chunk, C the most that a row has and at least 1; slots without a chunk are
-                masked out.
+            input_ids (B, T) int64: padded on the right with 0 to the longest sequence.
+            labels (B, T) int64: the tokens or the given labels, -100 for padding; the model shifts
+                them.
+            attention_mask (B, T) int64: only if there is padding.
+            neighbor_ids (B, C, k, r) int64, neighbor_attention_mask (B, C, k, r) bool,
+                neighbor_scores (B, C, k) float32: only with neighbors. Slot j of a row is its j-th
+                complete chunk; C is the largest number of chunks in a row, at least 1. Slots
+                without a chunk are masked out.
 
         Raises:
-            ValueError: a column that is needed is not there, or has another length than its sequence; says what to do.
+            ValueError: a column is missing, or its length is not that of its sequence.
         """
         rows = [_content(feature) for feature in features]
         lengths = torch.tensor([len(tokens) for tokens, _ in rows])
         pad = torch.nn.utils.rnn.pad_sequence
         input_ids = pad([torch.tensor(tokens, dtype=torch.long) for tokens, _ in rows], batch_first=True)
         labels = [torch.tensor(labels, dtype=torch.long) for _, labels in rows]
-        batch = {"input_ids": input_ids, "labels": pad(labels, batch_first=True, padding_value=-100)}
+        batch = {"input_ids": input_ids, "labels": pad(labels, batch_first=True, padding_value=IGNORED_LABEL)}
         attention_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         if not attention_mask.all():
             batch["attention_mask"] = attention_mask.long()
@@ -73,13 +91,18 @@ class RetroDataCollator:
         """Fetch the neighbors of each sequence's complete chunks, in one search.
 
         Returns:
-            for each sequence {"neighbor_ids": (chunks, k, r), "neighbor_attention_mask": (chunks, k, r) bool,
-            "neighbor_scores": (chunks, k) float32, cosine similarity, 0 where there is no neighbor}. A sequence without a
-            complete chunk has one slot, masked out: what reads neighbors then has its gradients, of zero, in every batch.
+            for each sequence {"neighbor_ids": (chunks, k, r) int64, "neighbor_attention_mask":
+            (chunks, k, r) bool, "neighbor_scores": (chunks, k) float32, the cosine similarity, 0
+            for a missing neighbor}. A sequence without a complete chunk has one slot, which is
+            masked out. So the parameters that read neighbors have gradients, of zero, in every
+            batch.
 
         Raises:
-            ValueError: a sequence does not say which documents its chunks come from.
+            ValueError: there is no retriever, or a sequence does not name the documents of its
+                chunks.
         """
+        if self.retriever is None:
+            raise ValueError("This collator has no retriever to find neighbors with. Give it one.")
         size = self.retriever.chunk_size
         rows = [_content(feature)[0] for feature in features]
         counts = [len(tokens) // size for tokens in rows]
@@ -110,11 +133,12 @@ def _content(feature: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Return the tokens and labels of a sequence, without its padding.
 
     Raises:
-        ValueError: it has no tokens, or labels or an attention mask of another length.
+        ValueError: the sequence has no tokens, or its labels or attention mask have another length.
     """
     if "input_ids" not in feature:
         raise ValueError(
-            f"A sequence has no input_ids, only {sorted(feature)}: tokenize and pack the text first (data_retro.packing.pack)."
+            f"A sequence has no input_ids, only {sorted(feature)}. Tokenize and pack the text first "
+            "(data_retro.packing.pack)."
         )
     tokens = _ints(feature["input_ids"])
     labels = _ints(feature.get("labels", tokens))
@@ -122,38 +146,39 @@ def _content(feature: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     for name, values in (("labels", labels), ("attention_mask", is_real)):
         if len(values) != len(tokens):
             raise ValueError(
-                f"A sequence of {len(tokens)} tokens has {len(values)} values in {name}: give one a token."
+                f"A sequence of {len(tokens)} tokens has {len(values)} values in {name}. Give one value per token."
             )
     return list(compress(tokens, is_real)), list(compress(labels, is_real))
 
 
 def _ints(values: Any) -> list[int]:
-    """Return a list of what a list, an array or a tensor holds."""
+    """Convert a list, an array or a tensor to a list."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _documents_of(feature: Mapping[str, Any], count: int) -> list[list[str]]:
-    """Return the ids of the documents that each chunk of a sequence touches.
+    """Return for each chunk of a sequence the ids of the documents in it.
 
     Raises:
-        ValueError: they are missing, for all chunks or for some.
+        ValueError: the ids are missing for some or all of the `count` complete chunks.
     """
     if "doc_ids" not in feature:
         raise ValueError(
-            f"A sequence has no doc_ids, only {sorted(feature)}: without them its chunks could read the very text that is to be "
-            "predicted. If the dataset has the column, the trainer removed it: set remove_unused_columns=False. Otherwise give "
-            "for each chunk the ids of the documents that it comes from, as data_retro.packing.pack does, or [] for text that is "
-            "not in the knowledge base."
+            f"A sequence has no doc_ids, only {sorted(feature)}, so its chunks could read the very text that is to be "
+            "predicted. If the dataset has the column, the trainer removed it: set remove_unused_columns=False. "
+            "Otherwise give for each chunk the ids of its documents, as data_retro.packing.pack does, or [] for text "
+            "that is not in the knowledge base."
         )
     if len(feature["doc_ids"]) < count:
         raise ValueError(
-            f"A sequence of {count} chunks has doc_ids for {len(feature['doc_ids'])}: give one list of document ids a chunk."
+            f"A sequence of {count} chunks has doc_ids for {len(feature['doc_ids'])}. Give one list of document ids "
+            "per chunk."
         )
     return feature["doc_ids"]
 
 
 def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:
-    """(B, C, …) each, C the most chunks of a row; the slots of a row with fewer are masked out."""
+    """Stack the neighbors of B rows to (B, C, …), padding with masked slots to the most chunks."""
     stacked = {}
     for name, dtype in NEIGHBOR_FIELDS.items():
         rows = [torch.as_tensor(feature[name], dtype=dtype) for feature in features]
@@ -162,7 +187,7 @@ def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _documents_from_chunk_on(doc_ids: list[list[str]]) -> list[frozenset[str]]:
-    """For each chunk of a sequence, the documents that it or a later chunk touches."""
+    """Return for each chunk of a sequence the documents in it and in all later chunks."""
     documents: list[frozenset[str]] = []
     for touched in reversed(doc_ids):
         documents.append(frozenset(touched) | (documents[-1] if documents else frozenset()))

@@ -1,4 +1,4 @@
-"""Packing: documents → sequences of one length, each chunk with the ids of the documents it touches."""
+"""Packing: documents → sequences of one length; each chunk has the ids of the documents in it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,30 +13,34 @@ from datasets.exceptions import DatasetGenerationError
 from retrieval.chunking import Document, tokenize_documents
 from retrieval.tokenization import BulkTokenizer
 
-NO_TEXT = "There is no text to pack: every document is empty, or there are none (a stream needs one for each process)."
+NO_TEXT = "There is no text to pack: no document has a text. A stream needs at least one document for each process."
 FEATURES = Features({"input_ids": List(Value("int32")), "doc_ids": List(List(Value("string")))})
-Place = tuple[int, int]  # documents that are used up, and tokens of the next one
+Place = tuple[int, int]  # documents that are used up, and used tokens of the next one
 
 
 def pack(
     documents: Iterable[tuple[str, Sequence[int]]], block_size: int, chunk_size: int, end_of_text_id: int
 ) -> Iterator[dict]:
-    """Join tokenized documents, each closed by end-of-text, and cut the stream every `block_size` tokens.
+    """Join tokenized documents and cut the stream every `block_size` tokens.
 
-    The chunk grid is that of the sequence: chunk j is tokens [j * chunk_size, (j + 1) * chunk_size), whatever documents
-    they come from. `block_size` need not be a multiple of `chunk_size`; the last chunk is then shorter.
+    End-of-text follows each document.
 
-    The last sequence is kept although it is shorter: a text smaller than one block still trains, and an evaluation
-    measures every token it was given. Only a lone last token is dropped, since nothing predicts it.
+    Chunk j of a sequence is its tokens [j * chunk_size, (j + 1) * chunk_size), whatever documents
+    they come from. If `block_size` is not a multiple of `chunk_size`, the last chunk is shorter.
+
+    The last sequence is kept although it is shorter. So a text smaller than one block still trains,
+    and an evaluation measures every token. Only a single last token is dropped: nothing predicts
+    it.
 
     Args:
-        documents: pairs (document id, token ids); a document without tokens leaves nothing behind.
+        documents: pairs (document id, token ids). A document without tokens is skipped.
         block_size: tokens in a sequence.
         chunk_size: tokens in a chunk.
-        end_of_text_id: the token after each document; it counts as touched by the document that it closes.
+        end_of_text_id: the token after each document; it belongs to the document before it.
 
     Yields:
-        {"input_ids": up to block_size ints, "doc_ids": for each chunk, the partial last one too, a list of ids}.
+        {"input_ids": up to block_size ints, "doc_ids": a list of document ids for each chunk,
+        including a partial last one}.
     """
     return (sequence for sequence, _ in pack_from(documents, block_size, chunk_size, end_of_text_id))
 
@@ -48,7 +52,11 @@ def pack_from(
     end_of_text_id: int,
     start: int = 0,
 ) -> Iterator[tuple[dict, Place]]:
-    """The same from token `start` of the first document on, with the place in the documents where each sequence ends."""
+    """Pack as [`pack`] does, from token `start` of the first document on.
+
+    Yields:
+        a sequence, and the place in the documents where it ends.
+    """
     tokens: list[int] = []
     touched: list[list[str]] = []
     number = -1
@@ -74,21 +82,28 @@ def pack_from(
 def pack_documents(
     documents: Iterable[Document], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, start: int = 0
 ) -> Iterator[tuple[dict, Place]]:
-    """The same for texts."""
+    """Tokenize documents and pack them as [`pack_from`] does.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text token (eos_token), which separates documents. Set one.")
     tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, tokenizer))
     return pack_from(tokenized, block_size, chunk_size, tokenizer.eos_token_id, start)
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Packed sequences of a stream of documents, epoch after epoch without end, which can go on where it stopped.
+    """Packs a stream of documents, epoch after epoch without end; it can continue where it stopped.
 
     Args:
-        documents: epoch → its documents; the same epoch gives the same ones in the same order.
-        tokenizer: gives the tokens.
+        documents: maps an epoch's number to its documents. The same epoch must give the same
+            documents in the same order.
+        tokenizer: computes the tokens.
         block_size, chunk_size: as for [`pack`].
 
     Raises (while it is read):
-        ValueError: an epoch without a sequence.
+        ValueError: an epoch has no sequence.
     """
 
     def __init__(
@@ -96,8 +111,9 @@ class PackedStream(torch.utils.data.IterableDataset):
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
         self.block_size, self.chunk_size = block_size, chunk_size
-        self._start = (0, 0, 0)  # epoch, documents, tokens
-        # after so many sequences; a queue, as one thread reads ahead and another one asks
+        self._start = (0, 0, 0)  # epoch, documents used up in it, tokens used of the next document
+        # (sequences so far, place after them): a queue, since one thread reads ahead and another
+        # one asks
         self._places: deque[tuple[int, tuple[int, int, int]]] = deque()
 
     def __iter__(self) -> Iterator[dict]:
@@ -118,32 +134,34 @@ class PackedStream(torch.utils.data.IterableDataset):
             epoch, skipped, start = epoch + 1, 0, 0
 
     def state_after(self, count: int) -> list[int]:
-        """Where to go on when the first `count` sequences were used, whatever was read ahead; [`load_state`] takes it.
+        """Return the state after the first `count` sequences, from which [`load_state`] continues.
 
-        A run goes only forward: earlier places are forgotten.
+        Sequences that were read ahead do not matter. Earlier places are forgotten: `count` may only
+        grow.
         """
         while self._places[0][0] < count:
             self._places.popleft()
         return list(self._places[0][1])
 
     def load_state(self, state: Sequence[int]) -> None:
-        """Go on from there, by reading the documents before it once more without tokenizing them."""
-        self._start = tuple(state)
+        """Continue from a state; its epoch's earlier documents are read again, not tokenized."""
+        epoch, documents, tokens = state
+        self._start = (epoch, documents, tokens)
 
 
 def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Path) -> Dataset:
-    """Write packed sequences to an Arrow file in `cache_dir`, in bounded memory, and open it as a `Dataset`.
+    """Write packed sequences to an Arrow file, in bounded memory, and open it as a `Dataset`.
 
     Args:
-        sequences: returns a fresh iterator over what [`pack`] yields.
-        cache_dir: where the file goes; it must outlive the dataset.
+        sequences: returns a new iterator over sequences as [`pack`] yields them.
+        cache_dir: the folder of the file, which must exist as long as the dataset is used.
 
     Raises:
-        ValueError: there was not a single sequence.
+        ValueError: there is no sequence.
     """
     if next(sequences(), None) is None:
         raise ValueError(NO_TEXT)
-    # a fresh fingerprint: `datasets` would otherwise reuse an old file although the text behind it has changed
+    # A new fingerprint: otherwise `datasets` reuses an old file although its text has changed.
     try:
         return Dataset.from_generator(
             sequences, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False
@@ -151,4 +169,4 @@ def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Pat
     except DatasetGenerationError as error:
         if error.__cause__ is None:
             raise
-        raise error.__cause__ from None  # it says what is wrong, and where
+        raise error.__cause__ from None  # names the problem and its place

@@ -1,4 +1,4 @@
-"""Precomputed neighbors: sequences stored with their neighbors, and loaded again."""
+"""Precomputed neighbors: store sequences with their neighbors, and load them again."""
 
 import json
 import os
@@ -15,14 +15,16 @@ from retrieval import BulkTokenizer, MilvusRetriever
 from .collator import NEIGHBOR_FIELDS, RetroDataCollator
 from .packing import FEATURES
 
-CARD = "neighbors.json"  # what the neighbors of a precomputed folder were found with
-FORMAT = 3  # of the folder: from 2 on, with the neighbors' similarities; from 3 on, with a slot for every sequence
+CARD = "neighbors.json"  # the file that says how the neighbors of a folder were found
+FORMAT = 3  # of the folder; 2 added the neighbors' similarities, 3 a slot for every sequence
+SEQUENCES_PER_SEARCH = 64
 
 
 def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
-    """Describe what sequences with neighbors are made for, and can be used with.
+    """Return the card of sequences with neighbors: their tokenizer and their sizes.
 
-    They have special tokens in them, so that the whole tokenizer counts, unlike in a knowledge base.
+    Unlike the rows of a knowledge base, sequences contain special tokens, so the whole tokenizer
+    counts.
     """
     sizes = {name: getattr(config, name) for name in ("chunk_size", "num_neighbors", "neighbor_length")}
     fingerprint = tokenizer.whole_fingerprint(len(tokenizer.hf_tokenizer))
@@ -32,17 +34,25 @@ def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> d
 def precompute(
     parts: dict[str, Dataset], retriever: MilvusRetriever, card: dict[str, Any], folder: str | os.PathLike
 ) -> None:
-    """Store sequences with their chunks' neighbors, as Arrow files; the folder appears when all is there.
+    """Store sequences with the neighbors of their chunks as Arrow files.
+
+    The folder appears when it is complete.
+
+    Args:
+        parts: the packed sequences, by the name of the part ("train", "validation").
+        retriever: finds the neighbors.
+        card: as made by [`card_of`].
+        folder: a new folder.
 
     Raises:
-        FileExistsError: there is such a folder already.
+        FileExistsError: the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already: precompute into a new folder, or delete it.")
+        raise FileExistsError(f"{folder} exists already. Precompute into a new folder, or delete it.")
     collator = RetroDataCollator(retriever)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    draft.mkdir(parents=True)  # before all the retrieval: a folder that cannot be written would lose it
+    draft.mkdir(parents=True)  # before the searches, which a folder that cannot be written would lose
 
     def find(batch: dict[str, list]) -> dict[str, list]:
         rows = [
@@ -56,7 +66,13 @@ def precompute(
     try:
         stored = DatasetDict(
             {
-                name: part.map(find, batched=True, batch_size=64, features=features, new_fingerprint=uuid4().hex)
+                name: part.map(
+                    find,
+                    batched=True,
+                    batch_size=SEQUENCES_PER_SEARCH,
+                    features=features,
+                    new_fingerprint=uuid4().hex,
+                )
                 for name, part in parts.items()
             }
         )
@@ -69,11 +85,15 @@ def precompute(
 
 
 def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[DatasetDict, dict[str, Any]]:
-    """The sequences that `precompute` stored, and what they were found with.
+    """Load what [`precompute`] stored.
+
+    Returns:
+        the sequences by part, and the folder's card.
 
     Raises:
-        FileNotFoundError: it is no such folder.
-        ValueError: they were made for another tokenizer, block size or chunk grid; names both sides.
+        FileNotFoundError: the folder holds no precomputed neighbors.
+        ValueError: they were made for another tokenizer, block size or chunk grid. The message
+            names both sides.
     """
     path = Path(folder) / CARD
     if not path.is_file():
@@ -82,6 +102,7 @@ def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[D
     for name, value in card.items():
         if theirs.get(name) != value:
             raise ValueError(
-                f"{folder} was precomputed with {name} {theirs.get(name)}, this run has {value}: use the same, or precompute again."
+                f"{folder} was precomputed with {name} {theirs.get(name)}, this run has {value}. Use the same, or "
+                "precompute again."
             )
     return load_from_disk(str(folder)), theirs

@@ -1,4 +1,4 @@
-"""Prefetcher: the next batches are made, neighbors and all, while the model computes."""
+"""Prefetcher: a thread makes the next batches, with their neighbors, while the model computes."""
 
 import queue
 import threading
@@ -8,23 +8,26 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _END = object()
+SECONDS_PER_TRY = 0.1  # after which the thread checks whether it was stopped
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over the items of another one, which a thread reads ahead: at most `depth` of them wait.
+    """Iterate over the items of another iterator, which a thread reads ahead.
 
-    The first item is read by the caller itself, as what an iterator does at its beginning (agreeing with other processes on
-    a seed, say) must not run beside the caller's own communication.
+    The caller itself reads the first item. An iterator may communicate at its beginning, for
+    example to agree on a seed with other processes, which must not happen beside the caller's own
+    messages.
 
     Args:
-        items: read by nobody else from now on.
-        depth: items ready and waiting, at least 1.
+        items: the iterator; nobody else may read it.
+        depth: items that may be ready and waiting, at least 1.
 
     Attributes:
-        seconds_waited: that the caller has waited for items.
+        seconds_waited: seconds that the caller has waited for items.
 
     Raises (from `next`):
-        Exception: what reading an item raised, with its own traceback; then it is over.
+        Exception: the exception that reading an item raised, with its own traceback. Then the
+            iteration is over.
     """
 
     def __init__(self, items: Iterator[T], depth: int = 2) -> None:
@@ -46,14 +49,14 @@ class Prefetcher(Generic[T]):
         started = time.perf_counter()
         if self._thread is None:
             try:
-                item = next(self._items)
+                first = next(self._items)
             except BaseException:
                 self._over = True
                 raise
             self.seconds_waited += time.perf_counter() - started
             self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
             self._thread.start()
-            return item
+            return first
         item, error = self._ready.get()
         self.seconds_waited += time.perf_counter() - started
         if error is not None or item is _END:
@@ -62,7 +65,9 @@ class Prefetcher(Generic[T]):
         return item
 
     def _read(self) -> None:
-        item, error = None, None
+        """Read items until the end, an error, or `close`; runs in the thread."""
+        item: T | object | None = None
+        error: BaseException | None = None
         while not self._stopped.is_set() and item is not _END and error is None:
             try:
                 item = next(self._items, _END)
@@ -70,13 +75,16 @@ class Prefetcher(Generic[T]):
                 error = raised
             while not self._stopped.is_set():
                 try:
-                    self._ready.put((item, error), timeout=0.1)
+                    self._ready.put((item, error), timeout=SECONDS_PER_TRY)
                     break
                 except queue.Full:
                     pass
 
     def close(self) -> None:
-        """Stop reading; returns when the item that is being read is finished. What waits is dropped."""
+        """Stop reading and drop the items that wait.
+
+        Returns when the item that is being read is finished.
+        """
         self._over = True
         self._stopped.set()
         if self._thread is not None:

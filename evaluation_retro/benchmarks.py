@@ -41,10 +41,22 @@ class BenchmarkSettings:
         FileNotFoundError: there is no folder `data`.
     """
 
-    names: Sequence[str]
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    data: str | None = None
-    scoring: str = "likelihood"
+    names: Sequence[str] = field(
+        metadata={"help": "DeepEval benchmarks to run at each evaluation: HellaSwag MMLU Winogrande ARC TruthfulQA …"}
+    )
+    options: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict,
+        metadata={"help": "Arguments of the benchmarks' classes: {HellaSwag: {n_shots: 0, n_problems_per_task: 20}}."},
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Folder with copies of the benchmarks' datasets, named as on the Hub."}
+    )
+    scoring: str = field(
+        default="likelihood",
+        metadata={
+            "help": "likelihood compares the answers' texts; one_token compares their letters, as DeepEval does."
+        },
+    )
     batch_size: int = 8
 
     def __post_init__(self) -> None:

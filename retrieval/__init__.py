@@ -12,7 +12,7 @@ from .identity import Identity
 from .indexes import IndexSettings
 from .ingestion import IngestReport, documents_of_rank, ingest
 from .retriever import MilvusRetriever, Neighbors
-from .sources import documents_from_rows, read_all, read_documents
+from .sources import Source, documents_from_rows, read_documents
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -34,6 +34,7 @@ __all__ = [
     "MilvusStore",
     "Neighbors",
     "NewCollection",
+    "Source",
     "chunk_documents",
     "documents_from_rows",
     "documents_of_rank",
@@ -41,7 +42,6 @@ __all__ = [
     "import_knowledge_base",
     "ingest",
     "push_knowledge_base",
-    "read_all",
     "read_documents",
     "write_bulk_files",
 ]

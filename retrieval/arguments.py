@@ -1,41 +1,60 @@
-"""The settings that name a knowledge base, declared once for every script that reads one."""
+"""The settings that name a knowledge base, declared once for every program that reads one."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .retriever import MilvusRetriever
+from .retriever import COLLECTION_NAME, MilvusRetriever
 from .tokenization import BulkTokenizer
 
 
 @dataclass
 class KnowledgeBaseArguments:
-    """Where neighbors come from; fields for `HfArgumentParser`, to inherit."""
+    """The knowledge base that neighbors come from; fields for `HfArgumentParser`, to inherit."""
 
     knowledge_base: str | None = field(
-        default=None, metadata={"help": "Milvus Lite file or server URI (token: MILVUS_TOKEN). Default: no retrieval."}
+        default=None,
+        metadata={
+            "help": "Knowledge base: a Milvus Lite file, or a server's URI (its token: MILVUS_TOKEN). Without one, "
+            "nothing is retrieved."
+        },
     )
-    collection_name: str | None = field(default=None, metadata={"help": "Collection in the knowledge base."})
+    collection_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Collection in the knowledge base. By default the model's own when generating, else "
+            f"{COLLECTION_NAME!r}."
+        },
+    )
     embedding_model: str | None = field(
         default=None,
-        metadata={"help": "Where to load the knowledge base's embedding model from, if not from its name."},
+        metadata={
+            "help": "Folder or Hub name to load the embedding model from. By default the name stored in the knowledge "
+            "base."
+        },
     )
 
     def open_retriever(
-        self, tokenizer: PreTrainedTokenizerBase | BulkTokenizer, *, collection_name: str | None = None, **kwargs: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
+        *,
+        num_neighbors: int,
+        neighbor_length: int | None = None,
+        cache_size: int = 0,
+        collection_name: str | None = None,
     ) -> MilvusRetriever:
         """Open the knowledge base that is named.
 
         Args:
-            collection_name: used where the settings name none; None leaves it to `MilvusRetriever.from_uri`.
-            **kwargs: as for [`MilvusRetriever`].
+            tokenizer, num_neighbors, neighbor_length, cache_size: as for [`MilvusRetriever`].
+            collection_name: the collection, if the settings name none.
         """
-        name = self.collection_name or collection_name
         return MilvusRetriever.from_uri(
             self.knowledge_base,
-            **({} if name is None else {"collection_name": name}),
+            self.collection_name or collection_name or COLLECTION_NAME,
             tokenizer=tokenizer,
             embedding_model=self.embedding_model,
-            **kwargs,
+            num_neighbors=num_neighbors,
+            neighbor_length=neighbor_length,
+            cache_size=cache_size,
         )

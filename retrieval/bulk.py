@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .chunking import Chunk, Document, check_chunk_size
+from .chunking import CHUNK_SIZE, Chunk, Document, check_chunk_size
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
@@ -31,7 +31,7 @@ def write_bulk_files(
     tokenizer: BulkTokenizer,
     embedder: Embedder,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
     rank: int = 0,
     progress: bool = False,
 ) -> IngestReport:

@@ -6,24 +6,29 @@ from dataclasses import dataclass, field
 from .filters import Scalar, check_metadata
 from .tokenization import BulkTokenizer
 
-# Documents are tokenized in batches: enough text to keep the threads busy, little enough to forget about memory.
+CHUNK_SIZE = 64  # tokens in a chunk, unless another size is asked for; RetroConfig has the same default
+MAX_CHUNK_SIZE = 4096  # tokens; Milvus stores no longer array
+MAX_ID_BYTES = 4096  # of a document id
+# Documents are tokenized in batches: enough text to keep the threads busy, little enough to fit in
+# memory.
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1_000_000
-MAX_ID_BYTES = 4096  # of a document id
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the id under which the knowledge base knows it. Both may be any Unicode text.
+    """A text and its id in the knowledge base. Both may be any Unicode text.
 
     Attributes:
-        metadata: what else is known of it, such as source, date and license; searches and deletions can be filtered by it.
-            Up to 32 named strings, finite numbers and truth values.
+        id: the document's id, 1 to 4096 bytes of UTF-8.
+        text: the text.
+        metadata: further facts such as source, date and license, which searches and deletions can
+            be filtered by. Up to 32 named strings, finite numbers and truth values.
 
     Raises:
-        ValueError: the id is empty or longer than 4096 bytes, either contains a lone surrogate (half a character, which
-            UTF-8 cannot write), or the metadata cannot be stored.
-        TypeError: either is not a string.
+        ValueError: the id is empty or too long; the id or the text contains a lone surrogate (half
+            a character, which UTF-8 cannot write); or the metadata cannot be stored.
+        TypeError: the id or the text is not a string.
     """
 
     id: str
@@ -48,9 +53,9 @@ class Document:
 def check_id(doc_id: str) -> None:
     """Raise ValueError unless a document's id has 1 to 4096 bytes of UTF-8."""
     if not doc_id:
-        raise ValueError("A document needs an id that is not empty.")
+        raise ValueError("A document has an empty id. Give it an id of at least one character.")
     if len(doc_id.encode()) > MAX_ID_BYTES:
-        raise ValueError(f"The document id {doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8.")
+        raise ValueError(f"The document id {doc_id[:60]!r}… is longer than {MAX_ID_BYTES} bytes of UTF-8. Shorten it.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,10 @@ class Chunk:
     Attributes:
         doc_id: the document's id.
         index: the chunk's number in its document, from 0.
-        tokens: 1 to chunk_size token ids; fewer than chunk_size only in the last chunk of a document.
-        continuation: the up to chunk_size token ids that follow in the document; empty for the last chunk.
-        metadata: the document's.
+        tokens: 1 to chunk_size token ids; only a document's last chunk has fewer than chunk_size.
+        continuation: up to chunk_size token ids that follow in the document; empty for the last
+            chunk.
+        metadata: the document's metadata.
     """
 
     doc_id: str
@@ -73,7 +79,7 @@ class Chunk:
 
 
 def source_names(texts: Iterable[Document | Chunk]) -> set[str]:
-    """Where these are from, as far as their metadata tells."""
+    """Collect the names of the sources in the metadata of documents or chunks."""
     return {str(text.metadata["source"]) for text in texts if "source" in text.metadata}
 
 
@@ -86,7 +92,7 @@ def split_tokens(document: Document, tokens: Sequence[int], chunk_size: int) -> 
 
 
 def tokenize_documents(documents: Iterable[Document], tokenizer: BulkTokenizer) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with its token ids, in order, in bounded memory."""
+    """Yield each document with its token ids, in order and in bounded memory."""
     for batch in document_batches(documents):
         yield from zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True)
 
@@ -95,9 +101,12 @@ def chunk_documents(documents: Iterable[Document], tokenizer: BulkTokenizer, chu
     """Stream documents into chunks. A document without tokens leaves no chunk.
 
     Args:
-        documents: any iterable; read once, a batch at a time.
-        tokenizer: gives the token ids.
+        documents: any iterable; it is read once, a batch at a time.
+        tokenizer: computes the token ids.
         chunk_size: tokens in a chunk.
+
+    Raises:
+        ValueError: chunk_size is out of its range.
     """
     check_chunk_size(chunk_size)
     for document, tokens in tokenize_documents(documents, tokenizer):
@@ -105,13 +114,13 @@ def chunk_documents(documents: Iterable[Document], tokenizer: BulkTokenizer, chu
 
 
 def check_chunk_size(chunk_size: int) -> None:
-    """Raises ValueError unless 1 <= chunk_size <= 4096, the longest array that Milvus stores."""
-    if not 1 <= chunk_size <= 4096:
-        raise ValueError(f"chunk_size must be between 1 and 4096 tokens, got {chunk_size}.")
+    """Raise ValueError unless chunk_size is from 1 to 4096 tokens."""
+    if not 1 <= chunk_size <= MAX_CHUNK_SIZE:
+        raise ValueError(f"chunk_size must be between 1 and {MAX_CHUNK_SIZE} tokens, got {chunk_size}.")
 
 
 def document_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Some million characters of documents at a time."""
+    """Group documents into lists of at most 256 documents and about a million characters."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

@@ -1,4 +1,4 @@
-"""The knowledge base on the command line: ingest, search, info, index, delete, export, import, serve (`retro-kb`)."""
+"""The command line of the knowledge base, `retro-kb`."""
 
 import argparse
 import contextlib
@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,110 +19,159 @@ from rich.text import Text
 
 from .addresses import TLS, MilvusAddress
 from .bulk import write_bulk_files
-from .chunking import Document, check_chunk_size
+from .chunking import CHUNK_SIZE, check_chunk_size
 from .collection import NewCollection
 from .connection import MilvusConnection
-from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
+from .embedding import BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
-from .filters import parse_filter
+from .filters import Filter, parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .quiet import quiet_program
-from .retriever import MilvusRetriever
+from .retriever import COLLECTION_NAME, NUM_NEIGHBORS, MilvusRetriever
 from .rows import VECTOR_TYPES
-from .sources import at_least_one, read_all
+from .settings import add_option
+from .sources import Source, at_least_one, read_documents
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
 console = Console(highlight=False)
 INDEX_HELP = f"{', '.join(KINDS)}; with parameters as in HNSW:M=32,ef=128"
+LONGEST_INGESTION = timedelta(days=30)  # the first process to finish waits so long for the last one
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m retrieval", description="A RETRO knowledge base in Milvus.")
     commands = parser.add_subparsers(dest="command", required=True)
-    place = argparse.ArgumentParser(add_help=False)
-    place.add_argument(
-        "--uri", help="Milvus Lite file (.db) or http(s)://host:port; default: MILVUS_URI. The token: MILVUS_TOKEN"
-    )
-    place.add_argument("--collection-name", default="retro")
-    place.add_argument("--database", help="of the server; default: the server's own")
-    place.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for Milvus (default: 120)")
-    place.add_argument("--tls-authority", metavar="PEM", help="certificate that the server's is signed by")
-    place.add_argument("--tls-certificate", metavar="PEM", help="this client's own, if the server asks for one")
-    place.add_argument("--tls-key", metavar="PEM", help="its key")
-    place.add_argument("--tls-server-name", help="name in the server's certificate, if not that of the URI")
-    models = argparse.ArgumentParser(add_help=False)
-    models.add_argument("--tokenizer", help="name or folder of the model's tokenizer")
-    models.add_argument("--embedding-model", help="name or folder of a sentence-transformers model")
-    models.add_argument("--device", help="where the embedding model runs; default: the best there is")
-    made = argparse.ArgumentParser(add_help=False)
-    made.add_argument("--index", type=_index, help=f"of a new collection: {INDEX_HELP}")
-    made.add_argument("--expected-chunks", type=int, help="of a new collection, to choose its index by")
-    made.add_argument("--vector-dtype", choices=VECTOR_TYPES, default="float32", help="of a new collection")
-
-    add = commands.add_parser("ingest", parents=[place, models, made], help="add documents to the knowledge base")
-    add.add_argument(
-        "sources", nargs="+", help="files (text, .jsonl, .csv, .parquet …, compressed or not), folders, datasets"
-    )
-    add.add_argument("--text-field", default="text", help="field of a row with the text (default: text)")
-    add.add_argument("--doc-id-field", help="field of a row with its id; default: source and number")
-    add.add_argument("--metadata-fields", nargs="+", default=(), help="fields of a row to filter by")
-    add.add_argument("--subset", help="of a dataset of the hub")
-    add.add_argument("--split", default="train", help="of a dataset of the hub")
-    add.add_argument("--chunk-size", type=int, default=64, help="tokens in a chunk (default: 64)")
-    add.add_argument("--batch-size", type=int, default=32, help="of the embedding model (default: 32)")
-    add.add_argument(
-        "--bulk-files", metavar="FOLDER", help="write Parquet files for Milvus' bulk import instead of inserting"
-    )
-    add.set_defaults(run=run_ingest)
-
-    find = commands.add_parser("search", parents=[place, models], help="show the neighbors of a text")
-    find.add_argument("query", help="text to search for; only its first chunk is used")
-    find.add_argument("-k", "--num-neighbors", type=int, default=2)
-    find.add_argument("--filter", type=_filter, help='of metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}')
-    find.set_defaults(run=run_search)
-
-    info = commands.add_parser("info", parents=[place], help="show identity, size, index and health")
+    place, models, new = _place_options(), _model_options(), _new_collection_options()
+    _add_ingest(commands.add_parser("ingest", parents=[place, models, new], help="Add documents."))
+    _add_search(commands.add_parser("search", parents=[place, models], help="Show the neighbors of a text."))
+    info = commands.add_parser("info", parents=[place], help="Show identity, size, index and health.")
     info.set_defaults(run=run_info)
-
-    index = commands.add_parser("index", parents=[place], help="build another index over the same rows")
-    index.add_argument("index", type=_index, help=INDEX_HELP)
+    index = commands.add_parser("index", parents=[place], help="Build another index over the same rows.")
+    index.add_argument("index", type=_index, help=f"The index: {INDEX_HELP}.")
     index.set_defaults(run=run_index)
-
-    delete = commands.add_parser("delete", parents=[place], help="delete documents")
-    delete.add_argument("doc_ids", nargs="*", help="ids of documents")
-    delete.add_argument("--filter", type=_filter, help="all documents whose metadata match, as for search")
+    delete = commands.add_parser("delete", parents=[place], help="Delete documents.")
+    delete.add_argument("doc_ids", nargs="*", help="Ids of the documents.")
+    delete.add_argument("--filter", type=_filter, help="Delete all documents with this metadata, as for search.")
     delete.set_defaults(run=run_delete)
-
-    export = commands.add_parser(
-        "export", parents=[place], help="write the knowledge base as a dataset of Parquet files"
-    )
-    export.add_argument("folder")
-    export.add_argument("--tokenizer", help="name or folder; default: the name that the knowledge base was built with")
-    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder as a dataset, private at first")
-    export.set_defaults(run=run_export)
-
-    import_ = commands.add_parser("import", parents=[place, made], help="build a knowledge base from an exported one")
-    import_.add_argument("source", help="an exported folder, or the name of a dataset on the hub")
+    _add_export(commands.add_parser("export", parents=[place], help="Write a copy as a dataset of Parquet files."))
+    import_ = commands.add_parser("import", parents=[place, new], help="Read an exported copy.")
+    import_.add_argument("source", help="An exported folder, or the name of a dataset on the Hub.")
     import_.set_defaults(run=run_import)
-
-    serve = commands.add_parser("serve", parents=[place], help="keep a Milvus Lite file open for other processes")
+    serve = commands.add_parser("serve", parents=[place], help="Serve a Milvus Lite file to other processes.")
     serve.set_defaults(run=run_serve)
     return parser
 
 
+def _place_options() -> argparse.ArgumentParser:
+    """Return the options that say where the collection is."""
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument(
+        "--uri", help="Milvus Lite file (.db) or http(s)://host:port. Default: MILVUS_URI. The token: MILVUS_TOKEN."
+    )
+    place.add_argument(
+        "--collection-name", default=COLLECTION_NAME, help=f"Name of the collection. Default: {COLLECTION_NAME}."
+    )
+    place.add_argument("--database", help="Database on the server. Default: the server's own.")
+    place.add_argument("--timeout", type=float, default=120.0, help="Seconds to wait for Milvus. Default: 120.")
+    place.add_argument("--tls-authority", metavar="PEM", help="Certificate of the authority that signed the server's.")
+    place.add_argument("--tls-certificate", metavar="PEM", help="This client's certificate, if the server wants one.")
+    place.add_argument("--tls-key", metavar="PEM", help="Private key of this client's certificate.")
+    place.add_argument("--tls-server-name", help="Name in the server's certificate. Default: the host in the URI.")
+    return place
+
+
+def _model_options() -> argparse.ArgumentParser:
+    """Return the options that name the tokenizer and the embedding model."""
+    models = argparse.ArgumentParser(add_help=False)
+    models.add_argument(
+        "--tokenizer", help="Tokenizer of the model, a name or folder. Default for search: the stored name."
+    )
+    models.add_argument(
+        "--embedding-model",
+        help="sentence-transformers model, a name or folder. "
+        f"Default: {DEFAULT_EMBEDDING_MODEL} for ingest, the stored name for search.",
+    )
+    models.add_argument("--device", help="Device of the embedding model. Default: the best available.")
+    return models
+
+
+def _new_collection_options() -> argparse.ArgumentParser:
+    """Return the options of a collection that is created."""
+    new = argparse.ArgumentParser(add_help=False)
+    new.add_argument("--index", type=_index, help=f"Index of a new collection: {INDEX_HELP}. Default: by its size.")
+    new.add_argument("--expected-chunks", type=int, help="Chunks that a new collection will hold, to choose its index.")
+    new.add_argument(
+        "--vector-dtype",
+        choices=VECTOR_TYPES,
+        default="float32",
+        help="Number type of the vectors in a new collection. Default: float32.",
+    )
+    return new
+
+
+def _add_ingest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="Files (text, .jsonl, .csv, .parquet …, compressed or not), folders, or names of datasets on the Hub.",
+    )
+    for name in ("text_field", "doc_id_field", "subset", "split"):
+        add_option(parser, Source, name)
+    add_option(parser, Source, "metadata_fields", nargs="+")
+    parser.add_argument("--chunk-size", type=int, default=CHUNK_SIZE, help=f"Tokens in a chunk. Default: {CHUNK_SIZE}.")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH_SIZE,
+        help=f"Chunks that the embedding model reads at once. Default: {BATCH_SIZE}.",
+    )
+    parser.add_argument(
+        "--bulk-files", metavar="FOLDER", help="Write Parquet files for Milvus' bulk import instead of inserting rows."
+    )
+    parser.set_defaults(run=run_ingest)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("query", help="The text to search for. Only its first chunk is used.")
+    parser.add_argument(
+        "-k",
+        "--num-neighbors",
+        type=int,
+        default=NUM_NEIGHBORS,
+        help=f"Neighbors to show. Default: {NUM_NEIGHBORS}.",
+    )
+    parser.add_argument(
+        "--filter", type=_filter, help='Condition on metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}.'
+    )
+    parser.set_defaults(run=run_search)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="Folder to write; it must not exist.")
+    parser.add_argument("--tokenizer", help="The tokenizer, a name or folder. Default: its name at ingestion.")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="Upload the folder as a private dataset.")
+    parser.set_defaults(run=run_export)
+
+
 def _index(text: str) -> IndexSettings:
-    return _argument(IndexSettings.parse, text)
+    return _parsed(IndexSettings.parse, text)
 
 
-def _filter(text: str) -> dict:
-    return _argument(parse_filter, text)
+def _filter(text: str) -> Filter:
+    return _parsed(parse_filter, text)
 
 
-def _argument(parse, text: str):
-    """argparse hides the words of a ValueError."""
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    """Parse an option; argparse shows the message of an ArgumentTypeError, not of a ValueError."""
     try:
         return parse(text)
     except ValueError as error:
@@ -151,25 +201,20 @@ def _new_collection(arguments: argparse.Namespace) -> NewCollection:
 
 
 def run_ingest(arguments: argparse.Namespace) -> None:
+    """Ingest documents, in one process or in several that `accelerate launch` started."""
     check_chunk_size(arguments.chunk_size)
     if arguments.tokenizer is None:
-        raise ValueError("--tokenizer is needed: the tokenizer of the model that will read the knowledge base.")
+        raise ValueError("--tokenizer is missing. Name the tokenizer of the model that will read the knowledge base.")
     ranks = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # by `accelerate launch`
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        # without an accelerator it would take every process for the only one; the first to finish waits for the last
-        ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+        # Without an accelerator and cpu=True, every process would think that it is the only one.
+        ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_INGESTION)
     rank, processes = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
-    documents: Iterator[Document] = read_all(
-        arguments.sources,
-        text_field=arguments.text_field,
-        doc_id_field=arguments.doc_id_field,
-        metadata_fields=arguments.metadata_fields,
-        subset=arguments.subset,
-        split=arguments.split,
-    )
-    documents = at_least_one(documents, arguments.sources)  # said before models are loaded
+    fields = {declared.name: getattr(arguments, declared.name) for declared in dataclasses.fields(Source)[1:]}
+    documents = read_documents(*(Source(name, **fields) for name in arguments.sources))
+    documents = at_least_one(documents, arguments.sources)  # fails before models are loaded
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
     device = arguments.device or (str(ranks.device) if ranks else None)
@@ -177,6 +222,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
     settings = {"chunk_size": arguments.chunk_size, "progress": rank == 0}
+    in_all = {}
     if arguments.bulk_files:
         report = write_bulk_files(documents, arguments.bulk_files, tokenizer, embedder, rank=rank, **settings)
         if rank == 0 and arguments.uri:
@@ -190,13 +236,13 @@ def run_ingest(arguments: argparse.Namespace) -> None:
                 ranks.wait_for_everyone()
             in_all = {"chunks in all": store.count()}
     numbers = dataclasses.asdict(report) | {"seconds": f"{report.seconds:.1f}"}
-    title = f"process {rank} of {processes}" if ranks else None
-    _print_table(numbers if arguments.bulk_files else numbers | in_all, title)
+    _print_table(numbers | in_all, f"process {rank} of {processes}" if ranks else None)
 
 
 def run_search(arguments: argparse.Namespace) -> None:
+    """Print the neighbors of a text with their similarity and document."""
     if not arguments.query.strip():
-        raise ValueError("The text to search for is empty.")
+        raise ValueError("The text to search for is empty. Give a text.")
     with _opened(arguments) as store:
         identity = store.identity()
         tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
@@ -215,6 +261,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
+    """Print the identity, size, index and health of a collection."""
     with _opened(arguments) as store:
         identity = dataclasses.asdict(store.identity())
         identity.pop("embedding_probe")
@@ -223,18 +270,21 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 
 def run_index(arguments: argparse.Namespace) -> None:
+    """Build another index."""
     with _opened(arguments) as store:
         store.reindex(arguments.index)
         _print_table({"collection": store.where, **store.health()})
 
 
 def run_delete(arguments: argparse.Namespace) -> None:
+    """Delete documents, by id or by metadata."""
     with _opened(arguments) as store:
         deleted = store.delete_documents(arguments.doc_ids or None, arguments.filter)
         _print_table({"chunks deleted": deleted, "chunks left": store.count()})
 
 
 def run_export(arguments: argparse.Namespace) -> None:
+    """Write a copy of the knowledge base to a folder, and upload it if asked to."""
     with _opened(arguments) as store:
         tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer or store.identity().tokenizer))
         chunks = export_knowledge_base(store, arguments.folder, tokenizer, progress=True)
@@ -245,12 +295,14 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> None:
+    """Read an exported copy into a collection."""
     with _opened(arguments, new=True) as store:
         chunks = import_knowledge_base(arguments.source, store, new=_new_collection(arguments), progress=True)
         _print_table({"chunks read": chunks, "chunks in all": store.count()})
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
+    """Keep a Milvus Lite file open for other processes until interrupted."""
     connection = MilvusConnection(_address(arguments))
     try:
         if not connection.is_file:
@@ -267,13 +319,15 @@ def run_serve(arguments: argparse.Namespace) -> None:
         connection.close()
 
 
-def _tokenizer(name: str):
+def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
 
 
-def _print_table(rows: dict, title: str | None = None) -> None:
+def _print_table(rows: dict[str, Any], title: str | None = None) -> None:
+    """Print names and values as a table."""
     table = Table(show_header=False, box=None, title=title, title_justify="left")
     for name, value in rows.items():
         table.add_row(Text(name.replace("_", " ")), Text(str(value)))
@@ -281,7 +335,7 @@ def _print_table(rows: dict, title: str | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `retro-kb`. A mistake of the user's ends it with one line and exit code 2."""
+    """Run `retro-kb`. A user error ends it with one line and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     quiet_program()
     arguments = build_parser().parse_args(argv)

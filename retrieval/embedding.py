@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-mpnet-base-v2"
+BATCH_SIZE = 32  # texts that go through the model together, unless another number is given
 PROBE_SENTENCE = "The quick brown fox jumps over the lazy dog; 3 foxes, 14 dogs, def fox(dog): return not lazy."
 PROBE_LENGTH = 32
 
@@ -41,7 +42,7 @@ class Embedder:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        batch_size: int = 32,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         self.label = short_name(model)
         self.batch_size = batch_size

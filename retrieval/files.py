@@ -1,4 +1,4 @@
-"""Rows of files as people keep them: text, JSON, CSV, Parquet and Arrow, compressed or not, and folders of all these."""
+"""Read the rows of files (text, JSON, CSV, Parquet, Arrow, compressed or not) and of folders."""
 
 import bz2
 import codecs
@@ -23,22 +23,24 @@ logger = logging.getLogger(__name__)
 
 Row = Mapping[Any, Any]
 
-# Keys of ids that are made up here; objects, so that no field of a file can be one of them
+# Keys of ids that this module makes up. They are objects, so that no field of a file can have the
+# same name.
 FILE_ID = object()  # in the row of a whole text, beside "text"
 ROW_ID = object()  # in a row of a file in a folder, beside its fields
-DATASET_CARDS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` of `datasets` adds
-NAMED = 20  # files left out that are named one by one; the others are counted
-ROWS_AT_ONCE = 256  # of a Parquet or Arrow file
+DATASET_CARDS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # files that `save_to_disk` writes
+NAMED = 20  # skipped files that the log names one by one; further ones are counted
+ROWS_AT_ONCE = 256  # rows read at once from a Parquet or Arrow file
+LARGEST_CELL = 2**31 - 1  # characters in a cell of a table; the csv module's default is 128 KiB
 
-DECOMPRESS: dict[str, Callable[..., BinaryIO]] = {
+DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": lambda path, mode: pa.CompressedInputStream(path.open(mode), "zstd"),
+    ".zst": lambda path: pa.CompressedInputStream(path.open("rb"), "zstd"),
 }
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)  # what they raise
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)  # raised while damaged data is decompressed
 
-# UTF-32 first: its mark begins like that of UTF-16
+# UTF-32 comes first: its mark begins like that of UTF-16.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -49,7 +51,7 @@ NOT_TEXT = "it is not UTF-8 text, nor UTF-16 or UTF-32 with a byte order mark. I
 
 
 class Unreadable(ValueError):
-    """A file cannot be read as what it is; `why` tells the reason without its name."""
+    """Raised when a file cannot be read; `why` is the reason without the file's name."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"Cannot read {readable(str(path))}: {why}.")
@@ -57,28 +59,37 @@ class Unreadable(ValueError):
 
 
 def readable(name: str) -> str:
-    """Return a file's name as valid text; bytes that are not UTF-8 are written as \\xNN."""
+    """Return a file's name as valid text; bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def read_file(path: Path, name: str) -> Iterator[Row]:
-    """Read the rows of one file; the suffix tells its format, and anything without a known one is a text.
+    """Read the rows of one file.
+
+    The suffix tells its format; a file without a known suffix is one text.
 
     Args:
+        path: the file.
         name: the id of a file that is one text.
 
     Raises:
-        ValueError: the file cannot be read as what it is; names it, and the line if there is one.
+        ValueError: the file cannot be read in its format. The message names it, and the line if
+            there is one.
     """
     reader = READERS.get(_format(path))
     return reader(path) if reader else iter([{FILE_ID: name, "text": read_text(path)}])
 
 
 def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
-    """Read all files below a folder but hidden ones, in the order of their names. Links are followed.
+    """Read all files below a folder except hidden ones, in the order of their names.
 
-    What is not text, and what cannot be reached, is left out with a warning. A CSV, TSV or JSON file without
-    `text_field` is read as one text.
+    Links are followed. Files that are not text or cannot be reached are skipped with a warning. A
+    CSV, TSV or JSON file without `text_field` is read as one text.
+
+    Args:
+        folder: the folder.
+        name: what ids begin with.
+        text_field: the field of a row that holds the text.
 
     Raises:
         ValueError: a file with rows is damaged.
@@ -95,7 +106,7 @@ def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
         id_ = f"{name}/{readable(file.relative_to(folder).as_posix())}"
         rows = None
         if _describes_a_dataset(file):
-            leave_out(file, "it describes the dataset that lies beside it")
+            leave_out(file, "it describes the dataset beside it")
             continue
         if _format(file) in READERS:
             rows = _rows_with(text_field, file) if _format(file) in MAYBE_ROWS else read_file(file, id_)
@@ -116,22 +127,23 @@ def read_text(path: Path) -> str:
     """Read a file that is one text.
 
     Raises:
-        Unreadable: it is not text, or damaged.
+        Unreadable: the file is not text, or damaged.
     """
     with _open(path) as file, _naming(path):
         data = file.read()
-        text = data.decode(_encoding(data))  # not read as a text file, which would turn \r\n into \n
+        text = data.decode(_encoding(data))  # reading it as a text file would turn \r\n into \n
     if "\0" in text:
         raise Unreadable(path, NOT_TEXT)
     return text
 
 
 def _describes_a_dataset(path: Path) -> bool:
+    """Return True for a file that `save_to_disk` wrote beside a dataset's Arrow files."""
     return path.name in DATASET_CARDS and any(any(path.parent.glob(pattern)) for pattern in ("*.arrow", "*/*.arrow"))
 
 
 def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
-    """Return a file's rows, or None, and say so, if it has no rows with such a field."""
+    """Return a file's rows, or None if it has no rows with this field; the log says why."""
     try:
         rows = READERS[_format(path)](path)
         first = next(rows, None)
@@ -148,6 +160,7 @@ def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
 
 
 def _files_below(folder: Path, leave_out: Callable[[Path, str], None]) -> Iterator[Path]:
+    """Yield each file below a folder once; `leave_out` gets each skipped path and the reason."""
     root = folder.resolve()
     walked = {root}
 
@@ -178,7 +191,7 @@ def _files_below(folder: Path, leave_out: Callable[[Path, str], None]) -> Iterat
 
 
 def _format(path: Path) -> str:
-    """Return the suffix that tells a file's format, in small letters and without that of a compression."""
+    """Return the suffix of a file's format, in lower case and without a compression's suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in DECOMPRESS:
         suffixes.pop()
@@ -186,19 +199,23 @@ def _format(path: Path) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
+    """Open a file for reading its bytes, decompressed."""
     with _naming(path):
-        return DECOMPRESS.get(path.suffix.lower(), open)(path, "rb")
+        decompress = DECOMPRESS.get(path.suffix.lower())
+        return path.open("rb") if decompress is None else decompress(path)
 
 
 def _encoding(beginning: bytes) -> str:
+    """Return the encoding that a byte order mark names, or UTF-8."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if beginning.startswith(mark):
             return encoding
-    return "utf-8-sig"  # which is UTF-8, with a mark or without one
+    return "utf-8-sig"  # UTF-8 with or without a mark
 
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
+    """Open a file for reading its text; line ends stay as they are."""
     with _open(path) as file, _naming(path):
         encoding = _encoding(file.read(4))
     with _open(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="") as text:
@@ -207,18 +224,19 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in errors about what is in it."""
+    """Name the file in errors about its content."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise Unreadable(path, NOT_TEXT) from error
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the file system; it names the file
+            raise  # an error of the file system, which names the file
         raise Unreadable(path, f"it is damaged, or not compressed as its name says ({error})") from error
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
+    """Read an object from each line that is not blank."""
     with _open_text(path) as lines, _naming(path):
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -227,7 +245,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json_file(path: Path) -> Iterator[Row]:
-    """Read a list of objects, an object a line, or one object."""
+    """Read a list of objects, one object per line, or a single object."""
     with _open_text(path) as lines, _naming(path):
         first = next((line for line in lines if line.strip()), "")
     where = readable(str(path))
@@ -244,6 +262,7 @@ def _json_file(path: Path) -> Iterator[Row]:
 
 
 def _json(text: str, where: str) -> Any:
+    """Parse JSON; an error names the place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -251,19 +270,22 @@ def _json(text: str, where: str) -> Any:
 
 
 def _object(value: Any, where: str) -> Row:
+    """Return a parsed JSON value if it is an object; raise ValueError otherwise."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with fields, got {type(value).__name__}.")
     return value
 
 
 def _table(**dialect: Any) -> Callable[[Path], Iterator[Row]]:
+    """Return a function that reads the rows of a table in a dialect of the csv module."""
+
     def read(path: Path) -> Iterator[Row]:
-        csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
+        csv.field_size_limit(LARGEST_CELL)
         where = readable(str(path))
         advice = (
-            "A .tsv file knows no quotes: write it as .csv if there are tabs or line breaks in its cells."
+            "A .tsv file has no quotes: write it as .csv if there are tabs or line breaks in its cells."
             if dialect
-            else "Put cells with a comma, a line break or a quote in them into double quotes, and write each quote twice."
+            else "Put cells that contain a comma, a line break or a quote into double quotes, and double each quote."
         )
         with _open_text(path) as text, _naming(path):
             lines = csv.reader(text, strict=True, **dialect)
@@ -285,13 +307,14 @@ def _table(**dialect: Any) -> Callable[[Path], Iterator[Row]]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
+    """Read the rows of a Parquet file."""
     with _columnar(path) as file:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             yield from batch.to_pylist()
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    """Read an Arrow file (Feather) or an Arrow stream."""
+    """Read the rows of an Arrow file (Feather) or an Arrow stream."""
     with _columnar(path) as file:
         try:
             reader = pa.ipc.open_file(file)
@@ -306,6 +329,7 @@ def _arrow(path: Path) -> Iterator[Row]:
 
 @contextmanager
 def _columnar(path: Path) -> Iterator[BinaryIO]:
+    """Open a Parquet or Arrow file; errors about its content name it."""
     if path.suffix.lower() in DECOMPRESS:
         raise Unreadable(path, "Parquet and Arrow files are compressed inside. Decompress it first")
     with path.open("rb") as file:
@@ -314,7 +338,7 @@ def _columnar(path: Path) -> Iterator[BinaryIO]:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise Unreadable(path, f"it is damaged, or not what its name says ({error})") from error
+            raise Unreadable(path, f"it is damaged, or not in the format that its name says ({error})") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -327,4 +351,4 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".arrow": _arrow,
     ".feather": _arrow,
 }
-MAYBE_ROWS = {".json", ".csv", ".tsv"}  # which are read as a text where they have no text field
+MAYBE_ROWS = {".json", ".csv", ".tsv"}  # in a folder, read as one text if they have no text field

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
-from .chunking import Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
+from .chunking import CHUNK_SIZE, Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
 from .collection import NewCollection
 from .embedding import Embedder
 from .identity import Identity
@@ -75,7 +75,7 @@ def ingest(
     tokenizer: BulkTokenizer,
     embedder: Embedder,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
     new: NewCollection | None = None,
     progress: bool = False,
 ) -> IngestReport:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # Rows asked for beyond k where some may be left out: a chunk's nearest rows are often its own
 # document's.
 OVERFETCH = 8
+COLLECTION_NAME = "retro"  # unless another one is named
+NUM_NEIGHBORS = 2  # the paper's k, unless another number is given
 
 # A chunk's tokens, its continuation (for the leakage filter), and the documents that it may not
 # read
@@ -89,7 +91,7 @@ class MilvusRetriever:
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedder: Embedder,
         *,
-        num_neighbors: int = 2,
+        num_neighbors: int = NUM_NEIGHBORS,
         neighbor_length: int | None = None,
         filter: Filter | None = None,
         max_leakage: float | None = None,
@@ -155,13 +157,13 @@ class MilvusRetriever:
     def from_uri(
         cls,
         uri: str | os.PathLike[str] | MilvusAddress | None = None,
-        collection_name: str = "retro",
+        collection_name: str = COLLECTION_NAME,
         *,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,
         device: str | torch.device | None = None,
         search_params: Mapping[str, int] | None = None,
-        num_neighbors: int = 2,
+        num_neighbors: int = NUM_NEIGHBORS,
         neighbor_length: int | None = None,
         filter: Filter | None = None,
         max_leakage: float | None = None,

@@ -3,7 +3,7 @@
 import pytest
 
 # They start first, so that no process is left with a long one at the end when the others have nothing to do.
-LONGEST = ["server", "test_failures.py", "test_runs.py", "test_sharding.py", "test_conformance.py"]
+LONGEST = ["server", "test_failures.py", "test_resuming.py", "test_many_processes.py", "test_conformance.py"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are read

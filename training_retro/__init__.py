@@ -1,7 +1,8 @@
-"""Training of RETRO models: settings, data and the trainer; `train_hf.py` is its door."""
+"""Training of RETRO models: settings, assembly of a run, and the trainer behind `train_hf.py`."""
 
-from .arguments import Arguments, DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
-from .assembly import build_trainer, store_neighbors
+from .assembly import build_trainer
+from .running import run_training, store_neighbors
+from .settings import Arguments, DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
 from .trainer import RetroTrainer
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "RetroTrainingArguments",
     "build_trainer",
     "parse_arguments",
+    "run_training",
     "store_neighbors",
 ]

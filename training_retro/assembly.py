@@ -1,4 +1,4 @@
-"""Assembly of a training run: settings → model, knowledge base and data, each checked against the others → trainer."""
+"""Assembly of a training run: settings → model, knowledge base and data → trainer."""
 
 import logging
 from functools import partial
@@ -15,45 +15,88 @@ from data_retro.collator import RetroDataCollator
 from data_retro.mixtures import mix, pack_streams, sample
 from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
-from data_retro.precomputed import card_of, load_precomputed, precompute
+from data_retro.precomputed import card_of, load_precomputed
 from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import ADDED, RENAMED
-from retrieval import BulkTokenizer
+from retrieval import BulkTokenizer, MilvusRetriever
 
-from .arguments import DataArguments, ModelArguments, RetroTrainingArguments
 from .neighbor_corruption import check_batch_size
+from .parsing import as_mapping
+from .settings import DataArguments, ModelArguments, RetroTrainingArguments
 from .trainer import RetroTrainer
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS_SAMPLED = 4  # of each source, before it is packed
+DOCUMENTS_SAMPLED = 4  # per source, to find errors before hours of packing
+
+
+def build_trainer(
+    model_arguments: ModelArguments, data: DataArguments, training: RetroTrainingArguments, cache_dir: str | Path
+) -> RetroTrainer:
+    """Load the model, open the knowledge base, pack the data, and return the trainer.
+
+    Errors in the data, the sizes and the trained parameters are found before the text is packed.
+
+    Args:
+        model_arguments, data, training: the settings.
+        cache_dir: folder of the packed text, which takes a little more than 4 bytes per token. The
+            trainer reads it during training.
+
+    Raises:
+        ValueError, OSError: something is missing, or does not fit. The message says what.
+    """
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(model_arguments)
+    samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
+    model, new = load_model(model_arguments, tokenizer)
+    check_against_model(model.config, tokenizer, data, training)
+    bulk_tokenizer = BulkTokenizer(tokenizer)  # made once: it takes a while to check itself
+    retriever = None if data.knowledge_base is None else connect(model, bulk_tokenizer, data)
+    try:
+        trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
+        if retriever is not None and training.process_index == 0:
+            warn_of_own_text(samples, bulk_tokenizer, retriever)
+        train_dataset, eval_dataset = load_data(data, training, model.config, bulk_tokenizer, cache_dir)
+        return RetroTrainer(
+            model=trained,
+            args=training,
+            data_collator=RetroDataCollator(retriever),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            prefetch_batches=data.prefetch_batches,
+        )
+    except BaseException:
+        if retriever is not None:
+            retriever.close()
+        raise
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that `tokenizer_name` says, or else the one beside the weights.
+    """Load the tokenizer that `tokenizer_name` names, or the one beside the weights.
 
     Raises:
-        ValueError: it has no end-of-text token.
+        ValueError: the tokenizer has no end-of-text token.
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {name!r} has no end-of-text token (eos_token), which stands between documents."
+            f"The tokenizer {name!r} has no end-of-text token (eos_token), which separates documents. Set one."
         )
     return tokenizer
 
 
 def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[RetroForCausalLM, set[str]]:
-    """Weights with their configuration overridden, or a model of random weights in the tokenizer's vocabulary.
+    """Load weights with a changed configuration, or make a model with random weights.
 
     Returns:
-        the model, and names of its parameters that no weights were loaded for.
+        the model, and the names of its parameters that no weights were loaded for.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model; an override is not of its type, or does not go with others.
+        ValueError: a changed setting has a wrong type, or does not go with the others.
     """
-    overrides = arguments.config_overrides
+    overrides = as_mapping("config_overrides", arguments.config_overrides) or {}
     try:
         if arguments.model_name_or_path is not None:
             model, loading = RetroForCausalLM.from_pretrained(
@@ -66,21 +109,41 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
             new = {name for name, _ in model.named_parameters()}
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {model.config.vocab_size} (vocab_size): "
-            "use the tokenizer that the model was made with."
-        )
     return model, new
 
 
-def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArguments) -> None:
-    """Open the knowledge base as the model's retriever, and label the model's configuration with it.
-
-    Only names are written: the address may carry credentials, and a path of an embedding model means nothing elsewhere.
+def check_against_model(
+    config: RetroConfig, tokenizer: PreTrainedTokenizerBase, data: DataArguments, training: RetroTrainingArguments
+) -> None:
+    """Check the tokenizer and the settings against the model.
 
     Raises:
-        ValueError: tokenizer, chunk size or embedding model of the knowledge base are not the model's.
+        ValueError: the tokenizer has more tokens than the model, block_size is out of its range, or
+            shuffled neighbors are to be read in batches of one sequence.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size} (vocab_size). Use "
+            "the tokenizer that the model was made with."
+        )
+    least, what = (config.chunk_size, "a chunk") if data.has_neighbors else (2, "a prediction")
+    if data.block_size is not None and not least <= data.block_size <= config.n_positions:
+        raise ValueError(
+            f"block_size is {data.block_size}; it must be from {least} ({what}) to the model's n_positions, "
+            f"{config.n_positions}."
+        )
+    if data.has_neighbors and data.precompute_to is None:
+        check_batch_size(training, config)
+
+
+def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArguments) -> MilvusRetriever:
+    """Open the knowledge base as the model's retriever, and name it in the model's configuration.
+
+    Only names are written: an address may carry credentials, and a path means nothing elsewhere.
+
+    Raises:
+        ValueError: the knowledge base has another tokenizer, chunk size or embedding model than the
+            model.
     """
     config = model.config
     retriever = data.open_retriever(
@@ -96,40 +159,52 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
         raise
     config.embedding_model = retriever.embedding_model
     config.collection_name = retriever.collection_name
+    return retriever
 
 
 def choose_parameters(
     model: RetroForCausalLM, arguments: ModelArguments, has_neighbors: bool, new: set[str]
 ) -> torch.nn.Module:
-    """Switch gradients on for what is to be trained, and log how much that is; returns the model, or its adapters on it.
+    """Choose the parameters that are trained, and log how many they are.
 
-    Without neighbors that is the decoder alone: what reads them would get no gradient. Adapters come with those modules of RETRO
-    that have `new` parameters: these end in zeros, through which adapters alone would learn nothing.
+    Without neighbors these are the decoder's: what reads neighbors would get no gradient. With
+    adapters, those parts of RETRO that have `new` parameters are trained whole: they end in zeros,
+    through which adapters alone would learn nothing.
+
+    Args:
+        model: the model.
+        arguments: the settings.
+        has_neighbors: whether the model reads neighbors in training.
+        new: names of the parameters that no weights were loaded for.
+
+    Returns:
+        the model, or a PEFT model around it.
     """
     if arguments.freeze_backbone or not has_neighbors:
         model.freeze_backbone()
     if not has_neighbors:
         for parameter in model.parameters():
             parameter.requires_grad_(not parameter.requires_grad)
-    if arguments.lora is not None:
+    trained: Any = model
+    if (adapters := as_mapping("lora", arguments.lora)) is not None:
         modules = [part for part in ADDED if has_neighbors and any(f"{part}." in name for name in new)]
-        model = add_adapters(model, {"modules_to_save": modules or None, **arguments.lora})
-    total = model.num_parameters()
-    trained = model.num_parameters(only_trainable=True)
-    logger.info("training %s of %s parameters (%.1f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
-    return model
+        trained = add_adapters(model, {"modules_to_save": modules or None, **adapters})
+    total = trained.num_parameters()
+    chosen = trained.num_parameters(only_trainable=True)
+    logger.info("training %s of %s parameters (%.1f %%)", f"{chosen:,}", f"{total:,}", 100 * chosen / total)
+    return trained
 
 
 def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.Module:
-    """The model with LoRA adapters; they are trained, and what `modules_to_save` names.
+    """Return the model with LoRA adapters. They are trained, and the parts in `modules_to_save`.
 
     Raises:
-        ValueError: PEFT is not installed, or knows no such setting.
+        ValueError: PEFT is not installed, or has no such setting.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("lora needs PEFT: pip install peft.") from error
+        raise ValueError("lora needs PEFT, which is not installed: pip install peft.") from error
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **settings})
     except TypeError as error:
@@ -147,10 +222,10 @@ def load_data(
     tokenizer: BulkTokenizer,
     cache_dir: str | Path,
 ) -> tuple[Dataset | PackedStream, Dataset | None]:
-    """Sequences to train on and to evaluate on, with their neighbors if they are precomputed.
+    """Return the sequences to train on and to evaluate on, with neighbors if precomputed.
 
     Raises:
-        ValueError, OSError: something is missing, or does not fit; the message says what.
+        ValueError, OSError: something is missing, or does not fit. The message says what.
     """
     block_size = data.block_size or config.n_positions
     if data.precomputed is not None:
@@ -158,6 +233,7 @@ def load_data(
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
         return parts["train"], parts.get("validation")
     sizes = (tokenizer, block_size, config.chunk_size)
+    train: Dataset | PackedStream
     if data.streaming:
         streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
         train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
@@ -165,63 +241,6 @@ def load_data(
         train = pack_streams(data.streams("train_data"), *sizes, cache_dir)
     if not data.validation_data:
         return train, None
-    # shuffled once: neighbors are shuffled between the sequences of a batch, which should not be of one document
+    # Shuffled once: an evaluation swaps neighbors between the sequences of a batch, which should
+    # not come from one document.
     return train, pack_streams(data.streams("validation_data"), *sizes, cache_dir).shuffle(seed=0)
-
-
-def build_trainer(
-    model_arguments: ModelArguments, data: DataArguments, training: RetroTrainingArguments, cache_dir: str | Path
-) -> RetroTrainer:
-    """Everything that comes before the first step: model, knowledge base and data, each checked against the others.
-
-    Args:
-        cache_dir: where the packed text goes, 4 bytes a token and some; the trainer reads it as it trains.
-
-    Raises:
-        ValueError, OSError: something is missing, or does not fit; the message says what.
-    """
-    set_seed(training.seed)
-    tokenizer = load_tokenizer(model_arguments)
-    # what can be said to be wrong with the data, the sizes and what is trained comes before the hours of packing
-    samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
-    model, new = load_model(model_arguments, tokenizer)
-    config = model.config
-    least = config.chunk_size if data.has_neighbors else 2
-    if data.block_size is not None and not least <= data.block_size <= config.n_positions:
-        raise ValueError(
-            f"block_size is {data.block_size}; it must be from {least} ({'a chunk' if data.has_neighbors else 'a prediction'}) to "
-            f"the model's n_positions, {config.n_positions}."
-        )
-    if data.has_neighbors and data.precompute_to is None:
-        check_batch_size(training, config)
-    bulk_tokenizer = BulkTokenizer(tokenizer)  # takes a while to check itself: made once
-    if data.knowledge_base is not None:
-        connect(model, bulk_tokenizer, data)
-    try:
-        trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
-        if model.retriever is not None and training.process_index == 0:
-            warn_of_own_text(samples, bulk_tokenizer, model.retriever)
-        train_dataset, eval_dataset = load_data(data, training, config, bulk_tokenizer, cache_dir)
-        return RetroTrainer(
-            model=trained,
-            args=training,
-            data_collator=RetroDataCollator(model.retriever),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            prefetch_batches=data.prefetch_batches,
-        )
-    except BaseException:
-        if model.retriever is not None:
-            model.retriever.close()
-        raise
-
-
-def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
-    """Store the neighbors of all sequences in the folder `precompute_to`, instead of training."""
-    parts = {"train": trainer.train_dataset}
-    if trainer.eval_dataset is not None:
-        parts["validation"] = trainer.eval_dataset
-    config, retriever = trainer.model.config, trainer.model.retriever
-    card = card_of(retriever.tokenizer, config, data.block_size or config.n_positions)
-    precompute(parts, retriever, card, data.precompute_to)

@@ -1,15 +1,18 @@
 """Floating-point operations of a training step, counted from the model's shapes."""
 
+from typing import Any
+
 import torch
 
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     """Multiplications and additions of forward and backward of one batch, recomputation aside.
 
-    As usual (Kaplan et al., 2020; Chowdhery et al., 2022, appendix B): 2 for each weight of a matrix and token in the forward
-    pass, twice that backward (once, for the gradients of the inputs, where weights are frozen), and those of attention scores.
+    As usual (Kaplan et al., 2020; Chowdhery et al., 2022, appendix B): 2 for each weight of a
+    matrix and token in the forward pass, twice that backward (once, for the gradients of the
+    inputs, where weights are frozen), and those of attention scores.
     """
-    config = model.config
+    config: Any = model.config
     rows, length = batch["input_ids"].shape
     width = config.n_embd
     tokens = rows * length

@@ -6,11 +6,23 @@ from collections.abc import Iterator
 
 import torch
 
-from .arguments import RetroTrainingArguments
+from data_retro.collator import IGNORED_LABEL
+
+from .settings import RetroTrainingArguments
+
+TERA = 1e12
 
 
 class Progress:
-    """This process's counts since the last log. They are tensors, so that nothing waits for the device."""
+    """This process's counts since the last log.
+
+    Counts are tensors where they come from batches, so that nothing waits for the device.
+
+    Attributes:
+        started: time at which the clock started; `paused` moves it.
+        waited: seconds that training waited for batches.
+        flops: floating-point operations of the training steps.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -19,11 +31,11 @@ class Progress:
         self.chunks: torch.Tensor | int = 0
         self.chunks_with_neighbors: torch.Tensor | int = 0
         self.neighbors: torch.Tensor | int = 0
-        self.similarity: torch.Tensor | float = 0.0  # summed over neighbors
+        self.similarity: torch.Tensor | float = 0.0  # sum over the neighbors
 
     def add(self, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
-        """A batch that is trained on."""
-        tokens = (batch["labels"] != -100).sum(-1)
+        """Count a batch that is trained on."""
+        tokens = (batch["labels"] != IGNORED_LABEL).sum(-1)
         self.tokens += tokens.sum()
         if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
             there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
@@ -34,7 +46,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The clock of training stands still: for evaluations and checkpoints."""
+        """Stop the clock in this block: for evaluations and checkpoints."""
         before = time.perf_counter()
         try:
             yield
@@ -42,8 +54,14 @@ class Progress:
             self.started += time.perf_counter() - before
 
     def numbers(self, args: RetroTrainingArguments) -> dict[str, float]:
-        """tokens_per_second of all processes; retrieval_wait, a share of the time; of chunks, the share that has a neighbor, and
-        the mean similarity of these; utilization, if the peak is known.
+        """Return the numbers for the log.
+
+        Returns:
+            tokens_per_second: of all processes together.
+            retrieval_wait: share of the time that training waited for batches.
+            chunks_with_neighbors: share of the chunks; only with neighbors.
+            mean_similarity: mean over the neighbors that were found; only with neighbors.
+            model_flops_utilization: share of the device's peak; only if the peak is known.
         """
         seconds = time.perf_counter() - self.started
         numbers = {
@@ -54,5 +72,5 @@ class Progress:
             numbers["chunks_with_neighbors"] = int(self.chunks_with_neighbors) / int(self.chunks)
             numbers["mean_similarity"] = float(self.similarity) / max(int(self.neighbors), 1)
         if args.device_peak_tflops is not None:
-            numbers["model_flops_utilization"] = self.flops / seconds / (1e12 * args.device_peak_tflops)
+            numbers["model_flops_utilization"] = self.flops / seconds / (TERA * args.device_peak_tflops)
         return numbers

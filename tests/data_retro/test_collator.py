@@ -1,4 +1,4 @@
-"""The collator puts each chunk's neighbors in its slot, and excludes the documents that are still to come."""
+"""The collator puts each chunk's neighbors in its slot and excludes documents still to come."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from data_retro.collator import RetroDataCollator
 from modeling_retro import RetroForCausalLM
 
-# chunks of 8 tokens: three whole ones and a partial one; one whole chunk; less than a chunk
+# With chunks of 8 tokens: three whole chunks and a partial one; one whole chunk; less than a chunk.
 ROWS = [
     {"input_ids": list(range(28)), "doc_ids": [["a"], ["a", "b"], ["b"], ["c"]]},
     {"input_ids": list(range(100, 110)), "doc_ids": [["d"], ["d"]]},
@@ -41,12 +41,12 @@ def test_padding_is_not_predicted(retriever):
     assert "attention_mask" not in RetroDataCollator(retriever)(ROWS[:1])
 
 
-def test_without_a_retriever_it_is_a_plain_batch():
+def test_without_a_retriever_the_batch_has_no_neighbors():
     assert set(RetroDataCollator()(ROWS[:1])) == {"input_ids", "labels"}
 
 
-def test_a_batch_without_a_whole_chunk_asks_for_nothing_and_has_all_gradients(retriever, config):
-    """Or a RETROfit has no gradient in such a batch, and the processes of a run disagree on which there are."""
+def test_a_batch_without_a_whole_chunk_searches_nothing_and_has_all_gradients(retriever, config):
+    """Otherwise processes would disagree on which parameters have gradients."""
     batch = RetroDataCollator(retriever)(ROWS[2:])
     assert batch["neighbor_ids"].shape == (1, 1, 2, 16) and not retriever.calls
     assert not batch["neighbor_attention_mask"].any()
@@ -80,7 +80,7 @@ def test_tokens_may_come_as_arrays_and_tensors(retriever, kind):
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-def test_labels_that_are_given_are_kept_and_padding_that_is_given_is_left_out(retriever):
+def test_given_labels_are_kept_and_given_padding_is_left_out(retriever):
     collate = RetroDataCollator(retriever)
     expected = collate(ROWS)
     padded = [
@@ -109,6 +109,6 @@ def test_labels_that_are_given_are_kept_and_padding_that_is_given_is_left_out(re
     ],
     ids=["no_doc_ids", "too_few_doc_ids", "no_tokens", "labels", "attention_mask"],
 )
-def test_a_sequence_that_lacks_something_is_refused_with_what_to_do(retriever, row, message):
+def test_an_incomplete_sequence_is_refused_with_what_to_do(retriever, row, message):
     with pytest.raises(ValueError, match=message):
         RetroDataCollator(retriever)([row])

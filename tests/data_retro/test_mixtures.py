@@ -1,4 +1,4 @@
-"""Mixtures of document streams: what each setting does, against plain Python over the same rows."""
+"""Each setting of a mixture does what plain Python does with the same rows."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ def ids(stream, **kwargs):
     return [document.id for document in mix([stream], **kwargs)]
 
 
-def test_ids_and_texts_are_those_of_an_ingestion(rows, tmp_path):
+def test_a_stream_has_the_ids_and_texts_of_an_ingestion(rows, tmp_path):
     path = str(tmp_path / "rows.jsonl")
     expected = [(document.id, document.text) for document in read_documents(path)]
     assert [(document.id, document.text) for document in mix([DocumentStream(path)])] == expected
@@ -33,7 +33,7 @@ def test_ids_and_texts_are_those_of_an_ingestion(rows, tmp_path):
     assert [(document.id, document.text) for document in mix([parquet])] == [(row["key"], row["text"]) for row in rows]
 
 
-def test_a_folder_of_rows_is_its_files_one_after_the_other(rows, tmp_path):
+def test_a_folder_of_rows_is_read_file_by_file(rows, tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     Dataset.from_list(rows[:10]).to_parquet(folder / "a.parquet")
@@ -63,13 +63,13 @@ def high_and_english(row):
         (f"{__name__}:high_and_english", high_and_english),
     ],
 )
-def test_filter_shard_skip_and_take_in_this_order(rows, tmp_path, condition, keeps):
+def test_shard_filter_skip_and_take_apply_in_this_order(rows, tmp_path, condition, keeps):
     settings = {"num_shards": 2, "shard_index": 1, "skip": 1, "take": 5, "filter": condition, "doc_id_field": "key"}
     kept = [row["key"] for row in rows[1::2] if keeps(row)][1:6]
     assert ids(DocumentStream(str(tmp_path / "rows.jsonl"), **settings)) == kept
 
 
-def test_a_shuffle_is_another_one_in_each_epoch_and_the_same_when_repeated(rows, tmp_path):
+def test_a_shuffle_differs_between_epochs_and_repeats_exactly(rows, tmp_path):
     stream = DocumentStream(str(tmp_path / "rows.jsonl"), shuffle_buffer=16, seed=3)
     first, second = ids(stream), ids(stream, epoch=1)
     assert first != second and sorted(first) == sorted(second) and len(set(first)) == len(rows)
@@ -87,7 +87,7 @@ def test_processes_share_the_documents(tmp_path, weights, processes):
     shares = [[document.text for document in mix(streams, rank=rank, processes=processes)] for rank in ranks]
     assert Counter(whole) == sum(map(Counter, shares), Counter())
     assert shares == [whole[rank::processes] for rank in ranks]
-    if weights[0]:  # until both are used up: the second one, drawn less often, ends it
+    if weights[0]:  # drawn until both are used up: the second one, drawn less often, ends it
         early = Counter(text[0] for text in whole[:200])
         assert 120 < early["a"] < 180 and set(whole) == {f"{name}{i}" for name in "ab" for i in range(200)}
     else:
@@ -97,7 +97,7 @@ def test_processes_share_the_documents(tmp_path, weights, processes):
 @pytest.mark.parametrize("weight, shuffle", [(None, 0), (1, 0), (1, 5)])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, shuffle, processes):
-    """Where they can be shared evenly: nobody then opens what another one reads."""
+    """If the files can be shared evenly, no process opens a file that another one reads."""
     opened = []
 
     def generate(shards):
@@ -117,11 +117,11 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         assert ids(stream, rank=rank, processes=processes) == shares[-1]
     assert Counter(sum(shares, [])) == Counter(f"{shard}-{i}" for shard in range(4) for i in range(7))
     assert [len(own) for own in files] == ([2, 2] if processes == 2 else [4, 4, 4])
-    # a filter may be for what only some files hold: every process gets of what passes
+    # A filter may keep rows of some files alone, so every process reads all files.
     english = DocumentStream("org/data", doc_id_field="key", filter={"key": ["0-0", "0-1", "0-2"]}, **settings)
     kept = [ids(english, rank=rank, processes=processes) for rank in range(processes)]
     assert all(kept) and len(sum(kept, [])) == 3
-    # numbers of rows need all of them to be counted
+    # Rows without ids are numbered, so every process counts all of them.
     numbered = DocumentStream("org/data", **settings)
     assert {id_ for rank in range(2) for id_ in ids(numbered, rank=rank, processes=2)} == {
         f"org/data#{i}" for i in range(28)
@@ -141,15 +141,16 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         ({"filter": "json:__name__"}, "The filter 'json:__name__' is 'json'"),
         ({"filter": 7}, "not 7"),
         ({"dataset": ""}, "needs the name"),
+        ({"metadata_fields": ["lang"]}, "metadata_fields is for a knowledge base"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_a_stream_refuses_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DocumentStream(**{"dataset": "rows", **settings})
 
 
-def test_mixtures_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="sum to nothing"):
+def test_a_mixture_refuses_wrong_weights_and_rows(tmp_path):
+    with pytest.raises(ValueError, match="sum to zero"):
         list(mix([DocumentStream("a", weight=0), DocumentStream("b", weight=0)]))
     with pytest.raises(ValueError, match=r"\['b'\] have none"):
         list(mix([DocumentStream("a", weight=1), DocumentStream("b")]))
@@ -162,7 +163,7 @@ def test_mixtures_that_cannot_be(tmp_path):
 
 
 class TestNetwork:
-    """A source that breaks off now and then, as a line does."""
+    """A source that breaks off now and then, as a network connection does."""
 
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):
@@ -180,19 +181,17 @@ class TestNetwork:
         return (lambda: IterableDataset.from_generator(generate)) if streaming else generate
 
     @pytest.mark.parametrize("streaming", [True, False])
-    def test_goes_on_at_the_same_row(self, streaming):
+    def test_reading_continues_at_the_same_row(self, streaming):
         rows = patiently(self.source([3, 3, 10, 29], streaming))
         assert [row["i"] for row in rows] == list(range(30))
 
-    def test_gives_up_in_the_end(self):
+    def test_reading_gives_up_after_some_attempts(self):
         with pytest.raises(ConnectionError, match="gone after 4 rows"):
             list(patiently(self.source([4] * 50, streaming=False), attempts=3))
 
     @pytest.mark.parametrize("status, again", [(503, True), (429, True), (404, False), (401, False)])
-    def test_a_hub_that_is_busy_is_asked_again_and_one_that_knows_no_such_dataset_is_not(
-        self, monkeypatch, status, again
-    ):
-        """`datasets` says of both that there is no such dataset; what is behind it tells."""
+    def test_a_busy_hub_is_asked_again_and_a_missing_dataset_is_not(self, monkeypatch, status, again):
+        """`datasets` raises the same error for both; its cause tells them apart."""
         calls = []
 
         def load(*args, **kwargs):
@@ -205,7 +204,7 @@ class TestNetwork:
             list(DocumentStream("org/data").documents())
         assert len(calls) == (6 if again else 1)
 
-    def test_another_error_after_one_of_the_network_is_told_at_once(self):
+    def test_another_error_after_a_network_error_is_raised_at_once(self):
         errors = [ConnectionError("gone"), ValueError("row 1 is not JSON")]
 
         def broken():
@@ -218,7 +217,7 @@ class TestNetwork:
             next(rows)
         assert not errors
 
-    def test_other_errors_are_told_at_once(self):
+    def test_other_errors_are_raised_at_once(self):
         def broken():
             yield {"i": 0}
             raise ValueError("row 1 is not JSON")

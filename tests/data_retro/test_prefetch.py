@@ -1,4 +1,4 @@
-"""Reading ahead: the same items in the same order, bounded, with errors where they are looked for, and a clean end."""
+"""A prefetcher keeps the order of items, reads a bounded number ahead, and ends cleanly."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ def prefetching():
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_the_same_items_in_the_same_order():
+def test_items_come_in_the_same_order():
     assert list(Prefetcher(iter(range(100)), depth=3)) == list(range(100))
     assert list(Prefetcher(iter([]))) == []
     assert not prefetching()
@@ -24,7 +24,7 @@ def test_at_most_depth_items_wait():
     def items():
         for i in range(100):
             made.append(i)
-            if len(made) == 1 + 3 + 1:  # given out, ready, and one in the thread's hands
+            if len(made) == 1 + 3 + 1:  # one given out, three ready, one that waits in the thread
                 full.set()
             yield i
 
@@ -37,7 +37,7 @@ def test_at_most_depth_items_wait():
     assert not prefetching() and len(made) < 10
 
 
-def test_an_error_comes_after_the_items_before_it_and_with_its_cause():
+def test_an_error_comes_in_its_place_and_with_its_cause():
     def items():
         yield 1
         yield 2
@@ -74,6 +74,6 @@ def test_closing_while_an_item_is_made_waits_for_it():
         next(ahead)
 
 
-def test_a_depth_of_none():
+def test_a_depth_of_0_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         Prefetcher(iter([]), depth=0)

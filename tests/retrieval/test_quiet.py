@@ -1,4 +1,4 @@
-"""A good run prints its own progress and result, and nothing else; errors of others are not hidden."""
+"""A good run prints only its own progress and result; errors of other programs stay visible."""
 
 import logging
 import re
@@ -14,10 +14,10 @@ import retrieval.cli
 import train_hf
 from retrieval import KnowledgeBaseError, MilvusStore
 
-# without any set-up of logging, as in a user's first script; then each command in the same process
+# Without any set-up of logging, as in a user's first script; then each command in the same process.
 PROGRAM = """
 import logging, sys
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where developers have it, it tells what its kernels need
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # if it is installed, it logs what its kernels need
 from transformers import AutoTokenizer
 from retrieval import *
 folder, tokenizer, embedding = sys.argv[1:]
@@ -56,7 +56,7 @@ main(["delete", "a.txt", *place])
 """
 
 
-def test_the_library_and_the_commands_print_nothing_of_others(
+def test_the_library_and_the_commands_print_nothing_from_other_libraries(
     tmp_path, tokenizer_folder, embedding_folder, monkeypatch
 ):
     for name in ("GRPC_VERBOSITY", "TOKENIZERS_PARALLELISM", "PYTHONWARNINGS"):
@@ -88,7 +88,7 @@ def test_errors_of_another_user_of_pymilvus_are_still_logged(tmp_path, caplog):
 
 
 def test_no_more_pings_than_the_server_permits(place, monkeypatch):
-    """gRPC's servers, and with them Milvus Lite, permit one in 5 minutes; Milvus permits one in 5 seconds."""
+    """gRPC's servers and Milvus Lite permit one in 5 minutes; Milvus permits one in 5 seconds."""
     made = []
     real = grpc.insecure_channel
 
@@ -107,7 +107,7 @@ def test_no_more_pings_than_the_server_permits(place, monkeypatch):
 
 
 @pytest.mark.parametrize("main", [retrieval.cli.main, train_hf.main, generate_hf.main])
-def test_no_program_tells_of_missing_kernels(main, monkeypatch, capsys):
+def test_no_program_logs_missing_kernels(main, monkeypatch, capsys):
     logger = logging.getLogger("bitsandbytes")
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     with pytest.raises(SystemExit):

@@ -1,13 +1,8 @@
-"""How text is read: every row counts or is refused by name, and files are read in every way people keep them."""
+"""Every row of a source becomes a document with an id of its own, or is refused by its place."""
 
-import bz2
-import csv
 import datetime
 import functools
-import gzip
 import json
-import lzma
-import os
 import sqlite3
 
 import numpy as np
@@ -15,24 +10,41 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from data_retro.mixtures import DocumentStream, mix
-from retrieval import Document, documents_from_rows, read_all, read_documents
+from retrieval import Document, Source, documents_from_rows, read_documents
 from retrieval.cli import main
 
-TEXTS = ["Äpfel und Birnen", "漢字 and\ttabs", 'a "quoted" word,\nand a line', "plain"]
-# In a .tsv file a quote is a character like any other
-TABLE_TEXTS = [TEXTS[0], '"Quoted," he said, "', '""', '"whole"']
+from ..support.texts import ids_and_texts, write_lines
 
 
-def ids_and_texts(path, **settings):
-    return [(document.id, document.text) for document in read_documents(str(path), **settings)]
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"dataset": ""}, "needs the name of its dataset, file or folder; it is ''"),
+        ({"dataset": 7}, "it is 7"),
+        ({"split": None}, "Data source 'rows': split is None. Give a text"),
+        ({"text_field": ""}, "text_field is ''"),
+        ({"doc_id_field": 3}, "doc_id_field is 3"),
+        ({"metadata_fields": "year"}, "metadata_fields is 'year'. Give a list of names"),
+        ({"metadata_fields": [1]}, r"metadata_fields is \[1\]"),
+    ],
+)
+def test_a_source_checks_itself(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**{"dataset": "rows", **settings})
 
 
-def write_lines(path, rows, encoding="utf-8"):
-    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(encoding))
-    return path
+def test_several_sources_are_read_one_after_the_other(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    rows = write_lines(tmp_path / "b.jsonl", [{"key": 1, "body": "one", "year": 1999}])
+    source = Source(str(rows), text_field="body", doc_id_field="key", metadata_fields=["year"])
+    expected = [
+        Document("a.txt", "a text", {"source": "a.txt"}),
+        Document("1", "one", {"source": "b.jsonl", "year": 1999}),
+    ]
+    assert list(read_documents(tmp_path / "a.txt", source)) == expected
 
 
 class TestIds:
@@ -57,14 +69,14 @@ class TestIds:
         ],
         ids=repr,
     )
-    def test_what_is_no_id_is_refused_with_its_row(self, value):
+    def test_an_invalid_id_is_refused_with_its_row(self, value):
         rows = [{"key": "a", "text": "one"}, {"key": value, "text": "two"}]
-        documents = documents_from_rows(rows, "rows", doc_id_field="key")
+        documents = documents_from_rows(rows, Source("rows", doc_id_field="key"))
         assert next(documents).id == "a"
         with pytest.raises(ValueError, match="Row 1 of rows: the id, field 'key', is "):
             next(documents)
 
-    def test_null_in_every_format(self, tmp_path):
+    def test_a_null_id_is_refused_in_every_format(self, tmp_path):
         rows = [{"key": "a", "text": "one"}, {"key": None, "text": "two"}, {"key": None, "text": "three"}]
         write_lines(tmp_path / "rows.jsonl", rows)
         (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -76,10 +88,10 @@ class TestIds:
                 ids_and_texts(path, doc_id_field="key")
             assert [text for _, text in ids_and_texts(path)] == ["one", "two", "three"]
 
-    def test_whole_numbers_become_their_digits(self, tmp_path):
+    def test_an_id_that_is_a_whole_number_becomes_its_digits(self, tmp_path):
         Dataset.from_list([{"key": key, "text": str(key)} for key in (7, -1, 2**62)]).to_parquet(tmp_path / "r.parquet")
         assert ids_and_texts(tmp_path / "r.parquet", doc_id_field="key") == [(str(k), str(k)) for k in (7, -1, 2**62)]
-        (document,) = documents_from_rows([{"key": np.int64(7), "text": "a"}], "rows", doc_id_field="key")
+        (document,) = documents_from_rows([{"key": np.int64(7), "text": "a"}], Source("rows", doc_id_field="key"))
         assert document.id == "7"
         (tmp_path / "rows.csv").write_text("key,text\n007,a\n7,b\nNaN,c\nNone,d\n")  # a CSV file has only text
         assert [id_ for id_, _ in ids_and_texts(tmp_path / "rows.csv", doc_id_field="key")] == [
@@ -90,35 +102,36 @@ class TestIds:
         ]
 
     @pytest.mark.parametrize("second", ["7", 7])
-    def test_an_id_that_comes_twice_with_another_text_names_both_rows(self, tmp_path, second):
+    def test_two_rows_of_one_id_and_different_texts_are_both_named(self, tmp_path, second):
         rows = [{"key": 7, "text": "one"}, {"key": 8, "text": "two"}, {"key": second, "text": "three"}]
         path = write_lines(tmp_path / "rows.jsonl", rows)
         with pytest.raises(
             ValueError, match="Row 0 of rows.jsonl and Row 2 of rows.jsonl have the same id, '7', and differ"
         ):
             ids_and_texts(path, doc_id_field="key")
+        write_lines(path, rows[:2])
         other = write_lines(tmp_path / "other.jsonl", [{"key": 9, "text": "nine"}, {"key": 8, "text": "other"}])
         with pytest.raises(ValueError, match="Row 1 of rows.jsonl and Row 1 of other.jsonl"):
-            list(read_all([str(write_lines(path, rows[:2])), str(other)], doc_id_field="key"))
+            list(read_documents(*(Source(str(file), doc_id_field="key") for file in (path, other))))
 
-    def test_metadata_differ_too(self):
+    def test_two_rows_of_one_id_and_different_metadata_are_refused(self):
         rows = [{"key": 7, "text": "one", "year": year} for year in (1, 2)]
         with pytest.raises(ValueError, match="have the same id"):
-            list(documents_from_rows(rows, "rows", doc_id_field="key", metadata_fields=["year"]))
+            list(documents_from_rows(rows, Source("rows", doc_id_field="key", metadata_fields=["year"])))
 
-    def test_the_same_row_again_is_left_out_and_counted(self, caplog):
+    def test_repeated_rows_are_left_out_and_counted(self, caplog):
         rows = [{"key": i % 3, "text": f"text {i % 3}"} for i in range(9)]
-        assert [d.id for d in documents_from_rows(rows, "rows", doc_id_field="key")] == ["0", "1", "2"]
+        assert [d.id for d in documents_from_rows(rows, Source("rows", doc_id_field="key"))] == ["0", "1", "2"]
         assert "Left out 6 rows" in caplog.text
 
-    def test_training_may_read_a_row_again(self, tmp_path):
+    def test_a_mixture_may_repeat_an_id(self, tmp_path):
         path = write_lines(tmp_path / "rows.jsonl", [{"key": 1, "text": "one"}, {"key": 1, "text": "two"}])
         assert [d.text for d in mix([DocumentStream(str(path), doc_id_field="key")])] == ["one", "two"]
         write_lines(path, [{"key": None, "text": "one"}])
         with pytest.raises(ValueError, match="Row 0 of rows.jsonl: the id"):
             list(mix([DocumentStream(str(path), doc_id_field="key")]))
 
-    def test_names_of_fields_mean_nothing(self, tmp_path):
+    def test_no_field_name_has_a_special_meaning(self, tmp_path):
         fields = {"__file_id__": "other.txt", "__row_id__": "other#9"}
         path = write_lines(tmp_path / "rows.jsonl", [{"text": "one", **fields}, {"text": 5, **fields}])
         for source, name in ((path, "rows.jsonl"), (tmp_path, f"{tmp_path.name}/rows.jsonl")):
@@ -137,18 +150,18 @@ class TestIds:
         with pytest.raises(OSError, match="disk is full.*SQLITE_TMPDIR or TMPDIR"):
             list(documents_from_rows(rows, "rows"))
 
-    def test_an_id_that_is_too_long_is_refused_before_it_is_embedded(self):
+    def test_an_id_that_is_too_long_is_refused_with_its_row(self):
         with pytest.raises(ValueError, match="Row 0 of rows: The document id 'xxx.* longer than 4096 bytes"):
-            list(documents_from_rows([{"key": "x" * 5000, "text": "a"}], "rows", doc_id_field="key"))
+            list(documents_from_rows([{"key": "x" * 5000, "text": "a"}], Source("rows", doc_id_field="key")))
 
 
 class TestTextAndMetadata:
     @pytest.mark.parametrize("value", [None, float("nan"), 5, True, ["a"], {"a": "b"}, b"bytes", pd.NaT])
-    def test_what_is_no_text_is_refused_with_its_row(self, value):
+    def test_a_text_of_another_type_is_refused_with_its_row(self, value):
         with pytest.raises(ValueError, match="Row 1 of rows: field 'text' is .*, not text"):
             list(documents_from_rows([{"text": "a"}, {"text": value}], "rows"))
 
-    def test_half_a_character_is_refused_with_its_row(self, tmp_path):
+    def test_a_lone_surrogate_is_refused_with_its_row(self, tmp_path):
         (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
         with pytest.raises(ValueError, match="Row 1 of rows.jsonl: .*lone surrogate"):
             ids_and_texts(tmp_path / "rows.jsonl")
@@ -156,8 +169,8 @@ class TestTextAndMetadata:
     @pytest.mark.parametrize(
         "value", [None, float("nan"), pd.NaT, pd.NA, np.float32("nan"), np.datetime64("NaT")], ids=repr
     )
-    def test_missing_metadata_is_none(self, value):
-        (document,) = documents_from_rows([{"text": "a", "year": value}], "rows", metadata_fields=["year"])
+    def test_missing_metadata_is_left_out(self, value):
+        (document,) = documents_from_rows([{"text": "a", "year": value}], Source("rows", metadata_fields=["year"]))
         assert document.metadata == {"source": "rows"}
 
     @pytest.mark.parametrize(
@@ -169,250 +182,25 @@ class TestTextAndMetadata:
             (pd.Timestamp("2024-01-02"), "2024-01-02T00:00:00"),
         ],
     )
-    def test_metadata_of_other_libraries(self, value, stored):
-        (document,) = documents_from_rows([{"text": "a", "field": value}], "rows", metadata_fields=["field"])
+    def test_metadata_of_other_libraries_is_converted(self, value, stored):
+        (document,) = documents_from_rows([{"text": "a", "field": value}], Source("rows", metadata_fields=["field"]))
         assert document.metadata == {"source": "rows", "field": stored}
         assert type(document.metadata["field"]) is type(stored)
 
     @pytest.mark.parametrize(
         "value", [[1], {"a": 1}, float("inf"), "x" * 5000, b"bytes", 2**70], ids=lambda v: type(v).__name__
     )
-    def test_metadata_that_cannot_be_stored_are_refused_with_their_row(self, value):
+    def test_metadata_that_cannot_be_stored_is_refused_with_its_row(self, value):
         with pytest.raises(ValueError, match="Row 1 of rows: Metadata field 'year'"):
             rows = [{"text": "a", "year": 1}, {"text": "b", "year": value}]
-            list(documents_from_rows(rows, "rows", metadata_fields=["year"]))
-
-
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-COMPRESS[".zst"] = lambda data: pa.compress(data, codec="zstd", asbytes=True)
-
-
-class TestFiles:
-    @pytest.mark.parametrize("compression", COMPRESS)
-    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-    def test_encodings_and_compressions(self, tmp_path, encoding, compression):
-        """Alone and in a folder, for training and for a knowledge base."""
-        table = "".join(f'{i},"{text.replace(chr(34), chr(34) * 2)}"\n' for i, text in enumerate(TEXTS))
-        lines = "".join(json.dumps({"key": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(TEXTS))
-        rows = [{"key": i, "text": text} for i, text in enumerate(TEXTS)]
-        files = {
-            "a.txt": TEXTS[2],
-            "b.jsonl": lines,
-            "c.ndjson": lines,
-            "d.json": json.dumps(rows, ensure_ascii=False, indent=1),
-            "e.csv": f"key,text\n{table}",
-            "F.TSV": "key\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(TABLE_TEXTS)),
-        }
-        folder = tmp_path / "texts"
-        folder.mkdir()
-        for name, text in files.items():
-            (folder / f"{name}{compression}").write_bytes(COMPRESS[compression](text.encode(encoding)))
-        expected = {}
-        for name in files:
-            full = f"{name}{compression}"
-            texts = TABLE_TEXTS if name == "F.TSV" else TEXTS
-            expected[full] = (
-                [(full, TEXTS[2])] if name == "a.txt" else [(f"{full}#{i}", t) for i, t in enumerate(texts)]
-            )
-            assert ids_and_texts(folder / full) == expected[full]
-            assert [(d.id, d.text) for d in mix([DocumentStream(str(folder / full))])] == expected[full]
-        assert ids_and_texts(folder) == [
-            (f"texts/{id_}", text) for name in sorted(expected) for id_, text in expected[name]
-        ]
-
-    def test_parts_that_were_compressed_one_by_one_are_all_read(self, tmp_path):
-        for suffix, compress in COMPRESS.items():
-            path = tmp_path / f"a.txt{suffix}"
-            path.write_bytes(compress(b"one ") + compress(b"two"))
-            assert ids_and_texts(path) == [(path.name, "one two")]
-
-    @pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
-    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
-    def test_a_damaged_file_is_named(self, tmp_path, compression, name):
-        line = b'{"text": "%d"}\n' if name.endswith("jsonl") else b"%d\n"
-        whole = b"text\n" * name.endswith("csv") + b"".join(line % i for i in range(9999))
-        path = tmp_path / f"{name}{compression}"
-        for damaged in (COMPRESS[compression](whole)[:-9], whole):
-            path.write_bytes(damaged)
-            with pytest.raises(
-                ValueError, match=f"Cannot read .*{name}{compression}: it is damaged, or not compressed"
-            ):
-                ids_and_texts(path)
-
-    def test_other_encodings_are_named_and_not_guessed(self, tmp_path, caplog):
-        (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-        (tmp_path / "b.jsonl").write_bytes('{"text": "naïve"}'.encode("latin-1"))
-        (tmp_path / "c.txt").write_bytes("no mark".encode("utf-16-le"))
-        for name in ("a.txt", "b.jsonl", "c.txt"):
-            with pytest.raises(ValueError, match=f"{name}: it is not UTF-8 text"):
-                ids_and_texts(tmp_path / name)
-        (tmp_path / "b.jsonl").unlink()
-        (tmp_path / "d.txt").write_text("good")
-        assert [text for _, text in ids_and_texts(tmp_path)] == ["good"]
-        assert "a.txt: it is not UTF-8" in caplog.text and "c.txt: it is not UTF-8" in caplog.text
-
-    def test_parquet_and_arrow(self, tmp_path):
-        rows = [{"key": f"k{i}", "text": f"text {i}", "day": datetime.date(2024, 1, 1 + i)} for i in range(20)]
-        table = pa.Table.from_pylist(rows)
-        Dataset.from_list(rows).to_parquet(tmp_path / "odd [1]*?.parquet")
-        pa.feather.write_feather(table, str(tmp_path / "a.feather"), compression="zstd")
-        with pa.ipc.new_stream(str(tmp_path / "b.arrow"), table.schema) as stream:
-            stream.write_table(table, max_chunksize=7)
-        with pa.ipc.new_file(str(tmp_path / "c.ARROW"), table.schema) as file:
-            file.write_table(table)
-        for path in tmp_path.iterdir():
-            assert ids_and_texts(path) == [(f"{path.name}#{i}", row["text"]) for i, row in enumerate(rows)]
-            documents = list(read_documents(str(path), doc_id_field="key", metadata_fields=["day"]))
-            assert documents[3] == Document("k3", "text 3", {"source": path.name, "day": "2024-01-04"})
-            path.write_bytes(path.read_bytes()[:90])
-            with pytest.raises(ValueError, match="Cannot read .*: it is damaged"):
-                ids_and_texts(path)
-        (tmp_path / "x.parquet.gz").write_bytes(b"")
-        with pytest.raises(ValueError, match="Decompress it first"):
-            ids_and_texts(tmp_path / "x.parquet.gz")
-
-    def test_json(self, tmp_path):
-        path = tmp_path / "rows.json"
-        for content, texts in (
-            ('[{"text": "a"}, {"text": "b"}]', ["a", "b"]),
-            ('{"text": "a"}\n\n{"text": "b"}\n', ["a", "b"]),
-            ('{"text": "a"}', ["a"]),
-            ('{\n "text": "a"\n}\n', ["a"]),
-            ("[]", []),
-        ):
-            path.write_text(content)
-            assert [text for _, text in ids_and_texts(path)] == texts
-        for content, message in (
-            ('[{"text": "a"}, 5]', "item 1: expected an object"),
-            ('[{"text": "a"}', "rows.json: not JSON"),
-            ('{"text": "a"}\n{"text": ', "rows.json, line 2: not JSON"),
-            ("[" * 100_000, "not JSON"),
-            ("", "not JSON"),
-        ):
-            path.write_text(content)
-            with pytest.raises(ValueError, match=message):
-                ids_and_texts(path)
-
-    @pytest.mark.parametrize(
-        "content, message",
-        [
-            ("text,text\na,b\n", "two columns have the same name"),
-            ("key,text\n1,a\n2,b,c\n", "line 3: 3 cells, but 2 columns"),
-            ("key,text\n1\n", "line 2: 1 cells, but 2 columns"),
-            ('key,text\n1,"a" b\n', "line 2: .* Put cells with .* into double quotes"),
-            ('key,text\n1,"a\n2,b\n', "unexpected end of data.* Put cells with .* into double quotes"),
-            ("key;text\n1;a\n", "Row 0 of rows.csv has no field 'text'; it has 'key;text'"),
-        ],
-    )
-    def test_tables_that_are_none(self, tmp_path, content, message):
-        (tmp_path / "rows.csv").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            ids_and_texts(tmp_path / "rows.csv")
-
-    def test_a_table_as_the_csv_module_writes_it(self, tmp_path):
-        texts = [*TEXTS, "\r\n\r\n", "long " * 100_000, "'", '"', "end\\"]
-        with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["text"], *([text] for text in texts)])
-        assert [text for _, text in ids_and_texts(tmp_path / "rows.csv")] == texts
-
-    def test_files_that_have_rows_only_in_some_folders(self, tmp_path, caplog):
-        """A folder of a program's sources has tables and settings in it, which were texts before CSV was read."""
-        contents = {
-            "a.json": '{\n "name": "package"\n}\n',
-            "b.csv": "x,y\n1,2\n",
-            "c.json": "// a comment\n{}",
-            "d.json": '{"text": "a row"}',
-            "e.tsv": 'prose\t"with" a quote\nand\tmore',
-        }
-        for name, content in contents.items():
-            (tmp_path / name).write_text(content)
-        contents["d.json"] = "a row"
-        ids = [f"{tmp_path.name}/{name}" + "#0" * (name == "d.json") for name in contents]
-        assert ids_and_texts(tmp_path) == list(zip(ids, contents.values(), strict=True))
-        assert all(f"{name} as one text" in caplog.text for name in contents if name != "d.json")
-
-
-class TestFolders:
-    def test_links_are_followed_and_loops_end(self, tmp_path, caplog):
-        root, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
-        for folder in (root / "inner", root / ".hidden", elsewhere / "deep"):
-            folder.mkdir(parents=True)
-        (root / "inner" / "a.txt").write_text("inner")
-        (root / ".hidden" / "h.txt").write_text("hidden")
-        (elsewhere / "deep" / "b.txt").write_text("elsewhere")
-        (root / "more").symlink_to(elsewhere)
-        (root / "file.txt").symlink_to(elsewhere / "deep" / "b.txt")
-        (root / "shown").symlink_to(root / ".hidden")
-        (root / "an_alias").symlink_to(root / "inner")  # comes first, and must not take the ids of what it leads to
-        (root / "again").symlink_to(root)
-        (elsewhere / "back").symlink_to(root)
-        (elsewhere / "up").symlink_to(tmp_path)
-        (root / "self").symlink_to(root / "self")
-        (root / "broken").symlink_to(tmp_path / "nowhere")
-        assert ids_and_texts(root) == [
-            ("texts/file.txt", "elsewhere"),
-            ("texts/inner/a.txt", "inner"),
-            ("texts/more/deep/b.txt", "elsewhere"),
-            ("texts/shown/h.txt", "hidden"),
-        ]
-        for name in ("self", "broken"):
-            assert f"{name}: it is a broken link" in caplog.text
-        for name in ("an_alias", "again", "back"):
-            assert f"{name}: it leads to" in caplog.text and "which is read already" in caplog.text
-        with pytest.raises(FileNotFoundError, match="broken link"):
-            ids_and_texts(root / "broken")
-
-    def test_odd_names(self, tmp_path):
-        root = tmp_path / "texts"
-        root.mkdir()
-        names = ["-x.txt", "no suffix", "a\nb.txt", "~", "# 1", "%41", "[a]*?.jsonl", "漢字.TXT", "x.txt#0", "a\\b"]
-        for name in names:
-            (root / name).write_text('{"text": "t"}' if name.endswith("jsonl") else "t")
-        with open(os.fsencode(root) + b"/caf\xe9.txt", "w") as file:
-            file.write("Latin")
-        expected = {f"texts/{name}" + "#0" * name.endswith("jsonl") for name in names} | {"texts/caf\\xe9.txt"}
-        assert {id_ for id_, _ in ids_and_texts(root)} == expected
-        assert ids_and_texts(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt")) == [("caf\\xe9.txt", "Latin")]
-
-    def test_a_pipe_is_named_and_not_waited_for(self, tmp_path, caplog):
-        os.mkfifo(tmp_path / "pipe")
-        (tmp_path / "a.txt").write_text("a")
-        assert len(ids_and_texts(tmp_path)) == 1
-        assert "pipe: it is not a regular file" in caplog.text
-        with pytest.raises(ValueError, match="not a regular file"):
-            ids_and_texts(tmp_path / "pipe")
-
-    def test_a_dataset_saved_to_disk_is_its_rows(self, tmp_path, caplog):
-        dataset = Dataset.from_list([{"text": "one"}, {"text": "two"}])
-        DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "saved"))
-        (tmp_path / "saved" / "train" / "other.json").write_text("{}")
-        (tmp_path / "state.json").write_text("a text like any other")
-        assert [text for _, text in ids_and_texts(tmp_path)] == ["one", "two", "{}", "a text like any other"]
-        for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json"):
-            assert f"Skipped {tmp_path}/saved/{name}: it describes the dataset" in caplog.text
-
-    def test_many_files_that_cannot_be_read_are_counted(self, tmp_path, caplog):
-        for i in range(50):
-            (tmp_path / f"{i:02}.bin").write_bytes(b"\0")
-        assert ids_and_texts(tmp_path) == []
-        assert caplog.text.count(".bin: it is not UTF-8 text") == 20 and "Skipped 30 more files" in caplog.text
-
-    def test_ids_are_those_of_earlier_versions(self, tmp_path):
-        root = tmp_path / "kb"
-        (root / "sub" / "a").mkdir(parents=True)
-        (root / "sub" / "a" / "x.txt").write_text("1")
-        (root / "sub" / "a.txt").write_text("2")
-        write_lines(root / "r.jsonl", [{"text": "3"}, {"text": "4"}])
-        Dataset.from_list([{"text": "5"}]).to_parquet(root / "z.parquet")
-        ids = ["kb/r.jsonl#0", "kb/r.jsonl#1", "kb/sub/a/x.txt", "kb/sub/a.txt", "kb/z.parquet#0"]
-        assert [id_ for id_, _ in ids_and_texts(root)] == ids
+            list(documents_from_rows(rows, Source("rows", metadata_fields=["year"])))
 
 
 class TestIngest:
-    """An ingestion that read nothing fails, before any model is loaded and any collection is made."""
+    """An ingestion that reads nothing fails before it loads a model or creates a collection."""
 
     @pytest.mark.parametrize("content", ["nothing", "hidden", "binary", "empty", "no rows"])
-    def test_nothing_read(self, tmp_path, capsys, content):
+    def test_an_ingestion_without_text_fails(self, tmp_path, capsys, content):
         folder = tmp_path / "texts"
         folder.mkdir()
         name, data = {
@@ -429,9 +217,9 @@ class TestIngest:
         assert "error: Nothing was read: there is no text in" in capsys.readouterr().err
         assert not (tmp_path / "kb.db").exists()
 
-    def test_one_source_of_two_is_empty(self, tmp_path, caplog):
+    def test_an_empty_source_beside_another_is_logged(self, tmp_path, caplog):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
         (tmp_path / "b" / "x.txt").write_text("x")
-        assert len(list(read_all([str(tmp_path / "a"), str(tmp_path / "b")]))) == 1
+        assert len(list(read_documents(tmp_path / "a", tmp_path / "b"))) == 1
         assert f"{tmp_path / 'a'} holds no document" in caplog.text

@@ -1,7 +1,7 @@
-"""train_hf.py where accelerate takes the CPU for an accelerator: with FSDP and DeepSpeed, it spreads weights over those alone.
+"""Run train_hf.py with CPUs in place of accelerators, over which FSDP and DeepSpeed spread weights.
 
-Processes talk over gloo; all else is accelerate's, as on GPUs. The one argument is a JSON list of runs, each the list of
-its flags: they take turns in the same processes.
+Processes communicate over gloo; all else is as on GPUs. The one argument is a JSON list of runs,
+each a list of flags. The runs take turns in the same processes.
 """
 
 import json

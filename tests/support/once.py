@@ -1,4 +1,4 @@
-"""Folders that tests download or install: made once for all runs, by one process, and never taken half-made."""
+"""Folders that tests download or install: one process makes them, once for all runs."""
 
 import shutil
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from filelock import FileLock
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return the folder, filled by `make(folder)` if it is not there yet.
+    """Return the folder, filled by `make(folder)` if it does not exist.
 
-    Processes that ask for it meanwhile wait. A folder whose making was interrupted is made anew.
+    Processes that ask for it meanwhile wait. A folder that was left half made is made again.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):

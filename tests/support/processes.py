@@ -1,7 +1,7 @@
-"""Processes that start in a moment: forked from one that has imported the libraries, which take ten seconds to import.
+"""Processes that start quickly: forked from one that has imported the libraries.
 
-Use them where a process must be killed, or several must work at once. A program whose start is what is tested, or that
-reads its environment while it imports, takes `subprocess`.
+Use them where a test kills a process, or runs several at once. To test the start of a program, or
+one that reads its environment while it imports, use `subprocess`.
 """
 
 import atexit
@@ -19,16 +19,17 @@ from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
-# Read once, while a library is imported. MKL's results depend on where in memory the numbers lie, unless told otherwise.
+# Read once, while libraries are imported. Without MKL_CBWR, MKL's results depend on the memory's
+# layout.
 _AT_IMPORT = {"MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-# Starts a program in two processes, which talk over gloo.
+# Starts a program in two processes, which communicate over gloo.
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-ACCELERATE += ["--main_process_port", "0"]  # any that is free
+ACCELERATE += ["--main_process_port", "0"]  # any free port
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free ports below those that systems give to connections, which could take one before a server does."""
+    """Return free ports below the range from which systems take ports for outgoing connections."""
     ports: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(ports) < count:
@@ -49,11 +50,11 @@ def _run(log: Path, environment: dict[str, str], target: Callable, arguments: tu
         target(*arguments)
     finally:
         sys.stdout.flush()
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
+        atexit._run_exitfuncs()  # multiprocessing skips them
 
 
 class Forked:
-    """A process that calls a function; what it and its libraries print goes to a file."""
+    """A process that calls a function; all that it prints goes to a file."""
 
     def __init__(self, log: Path, target: Callable, *arguments, **environment: str) -> None:
         self.log = log
@@ -83,14 +84,14 @@ class Forked:
         self.process.kill()
 
     def wait(self, seconds: float = 600) -> int:
-        """Return the exit status; the limit only turns a process that hangs into a failure."""
+        """Wait for the end and return the exit status; a process that hangs fails the test."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"It did not end within {seconds} s:\n{self.output[-3000:]}"
         return self.process.exitcode
 
 
 def ranks(folder: Path, count: int, target: Callable, *arguments) -> list[Forked]:
-    """Start `count` processes of one run, as `torchrun` and `accelerate launch` do, with the log of each in a folder."""
+    """Start the processes of one run, as `torchrun` does, with a log of each in a folder."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(count)}
     shared |= {"LOCAL_WORLD_SIZE": str(count)}
     return [

@@ -1,4 +1,4 @@
-"""How the tests start training runs."""
+"""Start training runs."""
 
 import json
 
@@ -47,6 +47,6 @@ def losses(trainer):
 
 
 def yaml_flags(path, arguments, **settings):
-    """A configuration file for what flags cannot say, and the flags."""
+    """Write settings that flags cannot express to a file; return the whole command line."""
     path.write_text(json.dumps(settings))  # JSON is YAML
     return [str(path), *arguments]

@@ -1,4 +1,4 @@
-"""A folder is made once, whoever asks for it at the same time and whatever an interrupted run left."""
+"""A folder is made once, even if two processes ask for it or a run was interrupted."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ import pytest
 
 from .once import made_once
 
-# Both processes have started before either goes on, and the folder takes its time: without a lock, both make it.
+# Both processes start before either continues, and the folder takes a second: without a lock, both
+# make it.
 MAKE = """
 import sys, time
 from pathlib import Path
@@ -30,14 +31,14 @@ assert (made / "part 1").exists() and (made / "part 2").exists()
 """
 
 
-def test_two_processes_make_it_once_and_both_get_it(tmp_path):
+def test_two_processes_make_a_folder_once_and_both_get_it(tmp_path):
     commands = [[sys.executable, "-c", MAKE, tmp_path, *names] for names in ("ab", "ba")]
     processes = [subprocess.Popen(command) for command in commands]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert len((tmp_path / "log").read_text()) == 1
 
 
-def test_a_folder_that_was_left_half_made_is_made_anew(tmp_path):
+def test_a_folder_left_half_made_is_made_again(tmp_path):
     def interrupted(folder):
         (folder / "half").touch()
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A small tokenizer, a small model, and a knowledge base made of arithmetic."""
+"""Fixtures of training: a small tokenizer and model, and a knowledge base made of arithmetic."""
 
 import pydoc_data.topics
 from dataclasses import dataclass
@@ -68,7 +68,10 @@ class FoundNeighbors:
 
 
 class ArithmeticRetriever:
-    """Neighbors computed from the chunk: neighbor i is the chunk's tokens plus i + 1, twice; the last position padding."""
+    """Computes neighbors from the chunk: neighbor i is its tokens plus i + 1, twice.
+
+    The last position is padding.
+    """
 
     chunk_size, num_neighbors, neighbor_length = CHUNK, 2, NEIGHBOR
     embedding_model, collection_name = "tests/arithmetic", "numbers"
@@ -94,7 +97,7 @@ def retriever(tokenizer):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer_folder, tokenizer):
-    """A folder of texts, a tokenizer, an embedding model and a knowledge base of the training part."""
+    """A folder of texts, an embedding model, and a knowledge base of the training texts."""
     root = tmp_path_factory.mktemp("world")
     topics = list(pydoc_data.topics.topics.values())
     for part, texts in (("train", topics[:8]), ("held_out", topics[8:12])):

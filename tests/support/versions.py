@@ -1,11 +1,11 @@
-"""Run the tests of the model, generation, conformance and remote code under several versions of transformers.
+"""Run the tests of model, conformance and other programs under several versions of transformers.
 
-    python -m tests.support.versions                  the oldest and the newest that are supported, and the installed one
-    python -m tests.support.versions oldest newest    CI: the installed one has run every test before
-    python -m tests.support.versions 5.16.0           any others
+    python -m tests.support.versions                  the oldest, the newest and the installed
+    version python -m tests.support.versions oldest newest    in CI, where all tests ran on the
+    installed one python -m tests.support.versions 5.16.0           any other versions
 
-Each version has an environment of its own, `.venv-VERSION`, which shares torch and all else with the environment of the
-Python that runs this: it holds transformers, and what that version needs newer or older.
+Each version has an environment of its own, `.venv-VERSION`. It holds transformers and the packages
+that need another version with it; all else is shared with the Python that runs this.
 """
 
 import os
@@ -24,18 +24,20 @@ from .once import made_once
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["tests/modeling_retro", "tests/conformance", "tests/programs"]
-# what these tests and the project import, each of which may want other versions beside this transformers
+# Packages that the tests and the project import, and that may need another version with
+# transformers.
 OTHERS = ["accelerate", "datasets", "lm-eval", "peft", "sentence-transformers", "trl"]
 
 
 def environment(wanted: str) -> Path:
-    """Return the Python of the environment that has this version of transformers, made if it is not there."""
+    """Return the Python of a version's environment, which is made if it does not exist."""
 
     def make(folder: Path) -> None:
         venv.create(folder, with_pip=False)
         (packages,) = folder.glob("lib/python*/site-packages")
         shared = sysconfig.get_path("purelib")
-        # its own packages come first; addsitedir, unlike a bare path, reads the .pth files there, too
+        # Its own packages come first. addsitedir, unlike a bare path, reads the .pth files there,
+        # too.
         (packages / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
         options = ["--disable-pip-version-check", "--no-warn-conflicts", "--no-warn-script-location"]
@@ -45,7 +47,7 @@ def environment(wanted: str) -> Path:
 
 
 def run(python: Path) -> list[str]:
-    """Run the tests; return a row of the table."""
+    """Run the tests with a Python; return a row of the table."""
     show = "import transformers; print(transformers.__version__)"
     found = subprocess.run([python, "-c", show], check=True, capture_output=True, text=True).stdout.strip()
     print(f"\n== transformers {found} ==", flush=True)

@@ -1,18 +1,14 @@
-"""Settings and data that a run must take, or refuse with a clear word before it works: files, YAML, odd texts, examples."""
+"""A run reads its settings from flags and YAML, and refuses wrong ones before it packs any text."""
 
 import json
-import math
-import shutil
 from pathlib import Path
 
-import datasets
 import pytest
-import torch
 
 import train_hf
 import training_retro
 
-from ..support.runs import flags, knowledge_base, losses, train, yaml_flags
+from ..support.runs import OVERRIDES, flags, knowledge_base, yaml_flags
 from ..support.training_world import CHUNK
 
 
@@ -20,9 +16,9 @@ from ..support.training_world import CHUNK
     "settings, message",
     [
         ({"train_data": [{"dataset": "train", "wieght": 1}]}, "did you mean weight"),
-        ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to nothing"),
+        ({"train_data": [{"dataset": "train", "weight": 0}]}, "sum to zero"),
         ({"train_data": [{"dataset": "rows.jsonl", "text_field": "body"}]}, "has no field 'body'; it has 'text'"),
-        ({"precompute_to": "rows.jsonl"}, "rows.jsonl is there already"),
+        ({"precompute_to": "rows.jsonl"}, "rows.jsonl exists already"),
         ({"train_data": [7]}, "7 is neither a name nor a mapping"),
         ({"streaming": True, "max_steps": -1}, "streaming has no end: set max_steps"),
         ({"neighbor_dropout": 1.5}, "neighbor_dropout is a share"),
@@ -41,10 +37,28 @@ from ..support.training_world import CHUNK
         ({"config_overrides": {"n_layer": "six"}}, "Field 'n_layer' expected int"),
         ({"streaming": True, "dataloader_num_workers": 2}, "dataloader_num_workers is 2: a stream"),
         ({"benchmarks": "HellaSwag", "benchmark_data": "no/such/folder"}, "no folder 'no/such/folder'|DeepEval"),
+        ({"benchmarks": "HellaSwag"}, "eval_strategy is 'no'"),
+        ({"benchmarks": "HellaSwag", "benchmark_scoring": "guess"}, "one_token"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "validation_data": None}, "validation_data is empty"),
+        ({"remove_unused_columns": True}, "Leave it False"),
+        ({"prefetch_batches": -1}, "prefetch_batches is -1"),
+        ({"precompute_to": "new"}, "Give a knowledge_base"),
+        ({"precomputed": "stored"}, "Both train_data and precomputed"),
+        ({"streaming": True, "max_steps": 4, "precompute_to": "new", "knowledge_base": "kb.db"}, "Use one of them"),
+        ({"lora": {"r": 8}, "freeze_backbone": True, "knowledge_base": "kb.db"}, "lora and freeze_backbone both"),
+        ({"device_peak_tflops": 0}, "device_peak_tflops is 0"),
+        ({"knowledge_base": "kb.db", "per_device_eval_batch_size": 1}, "per_device_eval_batch_size is 1"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+        ({"block_size": 65}, "block_size is 65"),
+        ({"knowledge_base": "missing.db"}, "missing.db"),
+        ({"config_overrides": "{chunk_sise: 8}"}, "did you mean chunk_size"),
+        ({"tokenizer_name": None}, "tokenizer_name"),
+        ({"freeze_backbone": True}, "Give one, or leave freeze_backbone out"),
     ],
 )
-def test_bad_settings_are_named_first(world, tokenizer_folder, tmp_path, settings, message, capsys, monkeypatch):
-    """Before anything is packed, which may take hours."""
+def test_wrong_settings_are_refused_first(world, tokenizer_folder, tmp_path, settings, message, capsys, monkeypatch):
+    """They are refused before anything is packed, which may take hours."""
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)  # before the Hub is asked again
     monkeypatch.setattr("training_retro.assembly.pack_streams", None)
     monkeypatch.chdir(world)
     (world / "rows.jsonl").write_text('{"text": "some text"}\n')
@@ -56,7 +70,7 @@ def test_bad_settings_are_named_first(world, tokenizer_folder, tmp_path, setting
     assert any(part in text for part in message.split("|")), text
 
 
-def test_what_yaml_reads_as_text_is_a_number(world, tokenizer_folder, tmp_path):
+def test_numbers_that_yaml_reads_as_text_are_numbers(world, tokenizer_folder, tmp_path):
     (tmp_path / "config.yaml").write_text(
         "lr_scheduler_kwargs: {min_lr: 6e-5}\nadam_epsilon: 1e-9\nconfig_overrides: {layer_norm_epsilon: 1e-6}\n"
         f"train_data: [{{dataset: {world / 'train'}, weight: 1e-1}}]\n"
@@ -68,62 +82,32 @@ def test_what_yaml_reads_as_text_is_a_number(world, tokenizer_folder, tmp_path):
     assert model.config_overrides == {"layer_norm_epsilon": 1e-6} and data.streams("train_data")[0].weight == 0.1
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_text_that_the_knowledge_base_has_under_other_ids_is_named(
-    world, tokenizer_folder, tmp_path, streaming, caplog
-):
-    copy = tmp_path / "renamed"
-    shutil.copytree(world / "train", copy)
-    for folder, named in ((world / "train", False), (copy, True)):
-        caplog.clear()
-        changes = {"train_data": folder, "streaming": streaming, **knowledge_base(world)}
-        arguments = training_retro.parse_arguments(flags(world, tokenizer_folder, tmp_path / "run", **changes))
-        trainer = training_retro.build_trainer(*arguments, tmp_path / f"c{named}")
-        trainer.model.retriever.close()
-        assert ("the knowledge base has the text of" in caplog.text) == named
-        assert ("'renamed/0.txt' in a document of another id, 'train/0.txt'" in caplog.text) == named
+def test_a_yaml_file_gives_the_same_settings_as_flags(world, tokenizer_folder, tmp_path):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run")
+    settings = dict(zip([name[2:] for name in arguments[::2]], arguments[1::2], strict=True))
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    assert [str(a) for a in training_retro.parse_arguments([str(file)])][:2] == [
+        str(a) for a in training_retro.parse_arguments(arguments)
+    ][:2]
+    overridden = training_retro.parse_arguments([str(file), "--max_steps", "9"])
+    assert overridden[2].max_steps == 9 and overridden[2].learning_rate == 5e-3
 
 
-def test_batches_without_a_whole_chunk(world, tokenizer_folder, tmp_path):
-    """Alone in a batch, in training and evaluation."""
-    (tmp_path / "short.txt").write_text("ab")
+def test_a_knowledge_base_of_another_chunk_size_is_refused(world, tokenizer_folder, tmp_path):
     arguments = flags(
         world,
         tokenizer_folder,
         tmp_path / "run",
-        train_data=tmp_path / "short.txt",
-        validation_data=tmp_path / "short.txt",
-        freeze_backbone="true",
-        gradient_checkpointing="true",
-        max_steps=2,
+        config_overrides=OVERRIDES.replace(f"chunk_size: {CHUNK}", "chunk_size: 4, neighbor_length: 16"),
         **knowledge_base(world),
     )
-    trainer = train(arguments, tmp_path / "c")
-    assert {len(row["input_ids"]) < CHUNK for row in trainer.train_dataset} == {True}
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
-    with pytest.raises(SystemExit, match="block_size is 7; it must be from 8"):
-        train_hf.main([*arguments, "--block_size", "7"])
-
-
-def test_documents_shorter_than_a_chunk_and_blocks_with_a_partial_one(world, tokenizer_folder, tmp_path):
-    (tmp_path / "short.jsonl").write_text("\n".join(json.dumps({"text": "ab"}) for _ in range(40)))
-    trainer = train(
-        flags(
-            world,
-            tokenizer_folder,
-            tmp_path / "run",
-            train_data=tmp_path / "short.jsonl",
-            block_size=27,
-            **knowledge_base(world),
-        ),
-        tmp_path / "c",
-    )
-    assert isinstance(trainer.train_dataset, datasets.Dataset) and len(trainer.train_dataset[0]["input_ids"]) == 27
-    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    with pytest.raises(SystemExit, match=f"chunk_size is 4 in the model and {CHUNK}"):
+        train_hf.main(arguments)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
-def test_accelerate_configurations_are_read(name):
+def test_an_accelerate_configuration_is_read(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     file = Path(train_hf.__file__).parent / "examples" / "accelerate" / f"{name}_8_gpus.yaml"
@@ -134,8 +118,12 @@ def test_accelerate_configurations_are_read(name):
 
 
 @pytest.mark.parametrize("name", ["train_local", "train_openwebtext", "train_mixture"])
-def test_example_configurations_are_read(name, tmp_path):
+def test_an_example_configuration_is_read(name, tmp_path):
     example = Path(train_hf.__file__).parent / "examples" / f"{name}.yaml"
-    arguments = [str(example), "--output_dir", str(tmp_path), "--bf16", "false"]  # here may be no GPU
-    _, data, training = training_retro.parse_arguments(arguments)
+    arguments = [str(example), "--output_dir", str(tmp_path), "--bf16", "false"]  # there may be no GPU here
+    model, data, training = training_retro.parse_arguments(arguments)
+    if name == "train_local":
+        assert model.config_overrides["cca_layers"] == [2, 5] and data.train_data == ["texts/train"]
+        assert training.learning_rate == 6e-4
+    assert training.output_dir == str(tmp_path)
     assert data.streams("train_data") and data.streams("validation_data") and training.save_total_limit == 2
