@@ -124,8 +124,8 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
     for label, over in (
         ("the same model with shuffled neighbors", "shuffled"),
         ("the same model without neighbors", "off"),
-        ("the decoder that was trained as long", alone.of("off")),
-        ("that decoder with the copy baseline", alone.of("copy_baseline")),
+        ("the decoder that was trained as long", alone.condition_nats("off")),
+        ("that decoder with the copy baseline", alone.condition_nats("copy_baseline")),
     ):
         gain, error = retro.gain(over)
         seen = abs(gain) > max(2 * error, 5e-5)  # beyond the noise, and beyond the digits that are printed
