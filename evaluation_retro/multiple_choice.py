@@ -24,6 +24,9 @@ class LikelihoodChoice:
         scoring: "likelihood" compares the texts of the answers, "one_token" their letters.
         batch_size: sequences in a forward pass.
         model_arguments: passed to every forward pass, such as {"use_retrieval": False}.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -34,7 +37,9 @@ class LikelihoodChoice:
         batch_size: int,
         model_arguments: Mapping[str, Any],
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-text token to begin a question with. Set its eos_token.")
+        self.model, self.tokenizer, self.end = model, tokenizer, tokenizer.eos_token_id
         self.scoring, self.batch_size, self.model_arguments = scoring, batch_size, model_arguments
 
     def choose(self, prompts: Sequence[str], schemas: Sequence[Any]) -> list[Any]:
@@ -73,9 +78,8 @@ class LikelihoodChoice:
 
         A context that is too long for the model loses its beginning.
         """
-        most = self.model.config.n_positions
-        end = self.tokenizer.eos_token_id
-        rows: list[tuple[list[int], int]] = []  # tokens and the length of the continuation
+        most, end = self.model.config.n_positions, self.end
+        rows = []  # tokens and the length of the continuation
         for context, continuation in pairs:
             tokens, answer = self.tokenizer.encode_batch([context, continuation])
             rows.append(([end, *tokens, *answer][-most:], min(len(answer), most - 1)))

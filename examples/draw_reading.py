@@ -82,7 +82,7 @@ def read(model: RetroForCausalLM, retriever: MilvusRetriever, file: Path) -> Ite
                 split(chunk),
                 gates[0, predicting].tolist(),
                 [divmod(place, length) for place in places],
-                [f"{Path(name).name}, similarity {score:.2f}" for name, score in titles],
+                [f"{Path(str(name)).name}, similarity {score:.2f}" for name, score in titles],
                 texts,
             )
 

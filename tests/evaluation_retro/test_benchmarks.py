@@ -117,6 +117,12 @@ def test_a_special_token_is_plain_text_to_a_whole_word_tokenizer(model):
     assert special == pytest.approx(other)
 
 
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(model):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="Set its eos_token"):
+        LikelihoodChoice(model, BulkTokenizer(words), "likelihood", 8, {})
+
+
 def test_hellaswag_runs_with_and_without_neighbors_and_without_telemetry(
     world, tokenizer_folder, tmp_path, data, monkeypatch
 ):
