@@ -29,7 +29,7 @@ class BenchmarkSettings:
     """
 
     names: Sequence[str] = field(
-        metadata={"help": "Classes of deepeval.benchmarks: HellaSwag MMLU Winogrande ARC TruthfulQA …"}
+        metadata={"help": "DeepEval benchmarks to run: HellaSwag MMLU Winogrande ARC TruthfulQA …"}
     )
     options: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict,
