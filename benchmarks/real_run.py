@@ -1,6 +1,6 @@
 """Train on real text with neighbors fetched on the fly, and draw the held-out curves.
 
-    pip install '.[figures]'
+    pip install '.[demo]'
     python benchmarks/real_run.py runs/real    # 45 minutes on 2 cores; can be resumed
 
 The text is the kernel's documentation (Debian's linux-doc-6.1), some 12 million characters, a tenth

@@ -1,8 +1,7 @@
 """Draw what the demo's model copies: a chunk of held-out text beside the neighbors that it reads.
 
     make demo
-    pip install '.[figures]'
-    python examples/draw_reading.py            # writes reading.png; give reading.svg for SVG
+    .venv/bin/python examples/draw_reading.py    # writes reading.png; give reading.svg for SVG
 
 The darker a token, the more of its prediction was copied. Lines lead to where it was copied from.
 """
