@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from retrieval import BulkTokenizer
 
@@ -108,11 +108,14 @@ def _import_deepeval() -> Any:
 
 
 def run_benchmarks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: BenchmarkSettings
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, settings: BenchmarkSettings
 ) -> dict[str, float]:
     """Return each benchmark's accuracy with neighbors ("<name>_on") and without ("<name>_off").
 
     A model without a retriever is measured only without. Random states are left as they were.
+
+    Args:
+        model: a RETRO model, also with adapters.
 
     Raises:
         ValueError: see [`BenchmarkSettings.build`].

@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from retrieval import BulkTokenizer
 
@@ -21,6 +20,7 @@ class LikelihoodChoice:
     """Choose the answer that is the most likely one by its mean log-likelihood per byte.
 
     Args:
+        model: a RETRO model, also with adapters.
         scoring: "likelihood" compares the texts of the answers, "one_token" their letters.
         batch_size: sequences in a forward pass.
         model_arguments: passed to every forward pass, such as {"use_retrieval": False}.
@@ -31,7 +31,7 @@ class LikelihoodChoice:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: BulkTokenizer,
         scoring: str,
         batch_size: int,
