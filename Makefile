@@ -1,26 +1,26 @@
-# One command for each thing people do every day. The first one that needs it sets up .venv.
+# One command for each daily task. The first that needs .venv sets it up.
 PYTHON ?= python3
 BIN := .venv/bin
-# A CPU wheel of this version, where there is one at hand, spares gigabytes of CUDA; `make TORCH=torch …` takes any other.
+# Where a CPU wheel of this version is available, it saves gigabytes of CUDA. `make TORCH=torch …` takes any other.
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-# One `make` at a time sets up .venv; a second one waits, and then finds it done.
+# One `make` at a time sets up .venv. A second one waits until it is done.
 LOCKED := $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); \
 	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))' $(MAKE) --silent
 STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
 .PHONY: demo test versions lint format clean
 
-# what the demo needs; .venv/dev has the developers' tools, too
+# .venv/demo is what the demo needs; .venv/dev adds the developers' tools.
 .venv/demo .venv/dev: pyproject.toml
 	$(STEP) "Setting up .venv for '$(@F)': some minutes and 2 GB the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(STEP) "1 of 3: a new pip (it resolves in seconds what old ones resolve in minutes)"
+	$(STEP) "1 of 3: a new pip, which resolves faster"
 	@$(PIP) --upgrade pip
-	$(STEP) "2 of 3: $(TORCH), unless there is a torch"
+	$(STEP) "2 of 3: $(TORCH), unless torch is installed"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
-	$(STEP) "3 of 3: this project and what it needs"
+	$(STEP) "3 of 3: this project and its dependencies"
 	@$(PIP) --editable '.[$(@F)]'
 	@touch .venv/demo $@
 	$(STEP) "Done: .venv is set up."
@@ -33,7 +33,7 @@ test:
 	@$(LOCKED) .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
 
-# the tests of the model under other versions of transformers, in environments that share .venv's other packages
+# The model's tests under other versions of transformers, in environments that share .venv's other packages.
 versions:
 	@$(LOCKED) .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.versions $(VERSIONS)
@@ -42,6 +42,7 @@ lint:
 	@$(LOCKED) .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	git ls-files -z | xargs -0 $(BIN)/codespell
 
 format:

@@ -1,4 +1,4 @@
-"""Three kinds of real text, split by document: Python's library and reference, model sources, the kernel's documentation."""
+"""Read real texts by document: Python's sources, model sources and the kernel's documentation."""
 
 import gzip
 import pydoc_data.topics
@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from retrieval import BulkTokenizer, Document
 
 KERNEL_DOCS = Path("/usr/share/doc/linux-doc-6.1/Documentation")  # Debian's package linux-doc-6.1
+TOKENIZER_DOCUMENTS = 1000  # documents that the tokenizer is trained on
 
 
 def python() -> Iterator[Document]:
-    """The standard library's sources and the language reference."""
+    """Yield the standard library's sources and the language reference."""
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
         if "site-packages" not in file.parts and file.stat().st_size > 500 and "topics" not in file.name:
@@ -27,16 +28,20 @@ def python() -> Iterator[Document]:
 
 
 def models() -> Iterator[Document]:
-    """The model sources inside the installed transformers package."""
+    """Yield the model sources inside the installed transformers package."""
     folder = Path(transformers.__file__).parent / "models"
     for file in sorted(folder.glob("*/modeling_*.py")):
         yield Document(file.name, file.read_text(encoding="utf-8"))
 
 
 def kernel(folder: Path = KERNEL_DOCS) -> Iterator[Document]:
-    """The kernel's documentation in English, without the descriptions of devices, of which each is a copy of the last."""
+    """Yield the kernel's English documentation, without the near-identical descriptions of devices.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: install Debian's linux-doc-6.1, or give its place.")
+        raise FileNotFoundError(f"{folder} does not exist. Install Debian's linux-doc-6.1, or name its folder.")
     files = [file for suffix in ("rst", "txt") for file in folder.rglob(f"*.{suffix}*")]
     for file in sorted(files):
         name = file.relative_to(folder)
@@ -46,13 +51,17 @@ def kernel(folder: Path = KERNEL_DOCS) -> Iterator[Document]:
 
 
 def write(documents: Iterator[Document], folder: Path, chunks: int, chunk_size: int) -> PreTrainedTokenizerFast:
-    """Draw documents of so many chunks in all, a tenth of them held out: train/, held_out/ and tokenizer/ in the folder.
+    """Write train/, held_out/ and tokenizer/ to a folder, a tenth of the documents held out.
 
-    The tokenizer is a byte-level BPE like GPT-2's, trained on what is not held out.
+    The tokenizer is a byte-level BPE like GPT-2's, trained on documents that are not held out.
+
+    Args:
+        chunks: stop after documents of this many chunks in all.
+        chunk_size: tokens in a chunk.
     """
     drawn = [document for document in documents if document.text.strip()]
     random.Random(0).shuffle(drawn)
-    texts = [document.text for number, document in enumerate(drawn) if number % 10][:1000]
+    texts = [document.text for number, document in enumerate(drawn) if number % 10][:TOKENIZER_DOCUMENTS]
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(folder / "tokenizer")
     bulk, total = BulkTokenizer(tokenizer), 0

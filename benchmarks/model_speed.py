@@ -1,12 +1,14 @@
-"""Time and peak memory of RETRO's forward and training step, beside GPT2LMHeadModel and retro-pytorch of the same sizes.
+"""Measure time and memory of RETRO's forward pass and training step beside GPT-2 and retro-pytorch.
 
-    pip install transformers retro-pytorch==0.3.9 'pyarrow<20'    # beside torch, in an environment of their own: it wants numpy 1
-    python benchmarks/model_speed.py      # gpt2-small, 4 rows of 1024 tokens, random weights, float32, no dropout
+    pip install transformers retro-pytorch==0.3.9 'pyarrow<20'
+    python benchmarks/model_speed.py
 
-`--sides` leaves sides out.
+retro-pytorch needs numpy 1, so install it in an environment of its own, or leave it out with
+`--sides`. All models have the sizes of gpt2-small, random weights, float32 and no dropout.
 
-Each side has a process of its own, so that its memory is its own; the sides take turns, round by round. A step is forward
-and backward with the loss. Memory is the most that the process (or the GPU) held in the measured steps.
+Each side runs in its own process, so that its memory can be told apart. The sides take turns;
+median, least and most over the rounds are printed. A step is forward and backward with the loss.
+Memory is the peak of the process, or of the GPU, over the measured steps.
 """
 
 import argparse
@@ -17,7 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,8 +37,11 @@ LAYERS, WIDTH, HEADS, VOCABULARY, CCA_LAYERS = 12, 768, 12, 50257, (5, 8, 11)
 CHUNK, NEIGHBORS, NEIGHBOR_LENGTH = 64, 2, 128
 
 
-def build(side: str, length: int):
-    """The model, and a function from (tokens, neighbor ids) to its loss."""
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of tokens and neighbor ids
+
+
+def build(side: str, length: int) -> tuple[torch.nn.Module, Loss]:
+    """Return a side's model and its loss function."""
     if side.startswith("retro-pytorch"):
         from retro_pytorch import RETRO
 
@@ -48,21 +55,27 @@ def build(side: str, length: int):
             dec_dim=WIDTH,
             dec_depth=LAYERS,
             dec_cross_attn_layers=tuple(layer + 1 for layer in CCA_LAYERS),
-            dim_head=WIDTH // 8,  # it has 8 heads whatever `heads` says: 0.3.9 does not pass the number on
+            dim_head=WIDTH // 8,  # 0.3.9 ignores `heads` and always has 8
         )
-        # it predicts all but the first of the tokens that it gets, so it gets one more
+        # it predicts all of its tokens but the first, so it gets one more
         return model, lambda tokens, ids: model(torch.cat([tokens, tokens[:, :1]], 1), retrieved=ids, return_loss=True)
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from modeling_retro import RetroConfig, RetroForCausalLM
 
-    sizes = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": length}
+    sizes: dict[str, Any] = {
+        "n_layer": LAYERS,
+        "n_embd": WIDTH,
+        "n_head": HEADS,
+        "vocab_size": VOCABULARY,
+        "n_positions": length,
+    }
     sizes |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": False}
     if side == "GPT2LMHeadModel":
-        model = GPT2LMHeadModel(GPT2Config(**sizes))
-        return model, lambda tokens, ids: model(tokens, labels=tokens).loss
-    model = RetroForCausalLM(
+        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes))
+        return gpt2, lambda tokens, ids: gpt2(tokens, labels=tokens).loss
+    retro = RetroForCausalLM(
         RetroConfig(
             **sizes,
             cca_layers=CCA_LAYERS,
@@ -74,23 +87,25 @@ def build(side: str, length: int):
         )
     )
     if side.endswith("off"):
-        return model, lambda tokens, ids: model(tokens, labels=tokens, use_retrieval=False).loss
-    return model, lambda tokens, ids: model(tokens, labels=tokens, neighbor_ids=ids).loss
+        return retro, lambda tokens, ids: retro(tokens, labels=tokens, use_retrieval=False).loss
+    return retro, lambda tokens, ids: retro(tokens, labels=tokens, neighbor_ids=ids).loss
 
 
 class Memory:
-    """Peak memory in GiB since `reset`: the process's (Linux), or the GPU's."""
+    """The peak memory since `reset`, of the process (on Linux) or of the GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def reset(self) -> None:
+        """Start to measure."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> float:
+        """Return the peak in GiB."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -98,14 +113,13 @@ class Memory:
 
 
 def serve(side: str, batch_size: int, length: int, device: torch.device) -> None:
-    """One side: reads "forward" or "step" a line, runs it, answers [seconds, GiB]."""
+    """Run one side: read lines of "forward" or "step", run them, answer with [seconds, GiB]."""
     torch.manual_seed(0)
     model, loss_of = build(side, length)
     model.to(device).train()
     tokens = torch.randint(1, VOCABULARY, (batch_size, length), device=device)
-    ids = torch.randint(
-        1, VOCABULARY, (batch_size, length // CHUNK, NEIGHBORS, NEIGHBOR_LENGTH), device=device
-    )  # retro-pytorch takes 0 for padding
+    neighbors = (batch_size, length // CHUNK, NEIGHBORS, NEIGHBOR_LENGTH)
+    ids = torch.randint(1, VOCABULARY, neighbors, device=device)  # 0 is padding to retro-pytorch
     memory = Memory(device)
     for line in sys.stdin:
         model.zero_grad(set_to_none=True)
@@ -115,57 +129,65 @@ def serve(side: str, batch_size: int, length: int, device: torch.device) -> None
             loss = loss_of(tokens, ids)
             if line.strip() == "step":
                 loss.backward()
-        loss = loss.item()  # waits for the device
+        loss.item()  # waits for the device
         print(json.dumps([time.perf_counter() - start, memory.peak()]), flush=True)
 
 
+class Side:
+    """The process that runs one side, and what it measured."""
+
+    def __init__(self, name: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
+        self.name = name
+        self.results: dict[str, list[tuple[float, float]]] = {"forward": [], "step": []}  # seconds and GiB
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+
+    def measure(self, what: str) -> None:
+        """Run a forward pass or a step and keep its result."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        self.results[what].append(json.loads(self.process.stdout.readline()))
+
+    def row(self, tokens: int) -> str:
+        """Return the side's row of the table, without the warm-up; a batch has `tokens` tokens."""
+        cells = [self.name]
+        for results in self.results.values():
+            seconds, memory = zip(*results[1:], strict=True)
+            median = statistics.median(seconds)
+            cells += [f"{median:.2f} ({min(seconds):.2f}-{max(seconds):.2f})", f"{max(memory):.2f}"]
+        return "| " + " | ".join([*cells, f"{tokens / median:.0f}"]) + " |"
+
+
 def main() -> None:
+    """Print a table of all sides, or serve one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that warms up")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024, help="tokens a row, a multiple of 64")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after a warm-up")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a row, a multiple of 64")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options.batch_size, options.length, options.device)
 
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    processes = {
-        side: subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--serve", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for side in options.sides
-    }
-    measured = {(side, what): [] for side in options.sides for what in ("forward", "step")}
+    sides = [Side(name) for name in options.sides]
     for _ in range(options.rounds + 1):
-        for (side, what), results in measured.items():
-            process = processes[side]
-            process.stdin.write(what + "\n")
-            process.stdin.flush()
-            results.append(json.loads(process.stdout.readline()))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        for side in sides:
+            for what in side.results:
+                side.measure(what)
+    for side in sides:
+        side.process.communicate()
 
-    device = (
-        torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    )
+    is_gpu = options.device.type == "cuda"
+    device = torch.cuda.get_device_name(options.device) if is_gpu else f"{os.cpu_count()} CPU cores"
     print(f"{device}, {platform.machine()}, torch {torch.__version__}; {options.batch_size} × {options.length} tokens")
     print("| | forward s (min-max) | GiB | step s (min-max) | GiB | step tokens/s |\n|---|---|---|---|---|---|")
-    for side in options.sides:
-        cells = [side]
-        for what in ("forward", "step"):
-            seconds, memory = zip(*measured[side, what][1:], strict=True)
-            median = statistics.median(seconds)
-            cells += [f"{median:.2f} ({min(seconds):.2f}-{max(seconds):.2f})", f"{max(memory):.2f}"]
-        cells.append(f"{options.batch_size * options.length / median:.0f}")
-        print("| " + " | ".join(cells) + " |")
+    for side in sides:
+        print(side.row(options.batch_size * options.length))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""One run on real text, as a reader of docs/training.md would do it: a knowledge base of ten million characters, fetched from in training.
+"""Train on real text with neighbors fetched on the fly, and draw the held-out curves.
 
-    pip install matplotlib
-    python benchmarks/real_run.py runs/real           # about 45 minutes on 2 cores; what is finished stays
+    pip install '.[demo]'
+    python benchmarks/real_run.py runs/real    # 45 minutes on 2 cores; can be resumed
 
-The kernel's documentation (Debian's linux-doc-6.1), a tenth of the documents held out; byte-level BPE of 8,192 tokens, MiniLM, a
-Milvus Lite file. A decoder of 6 layers and width 256 is trained alone; RETRO goes on from it, all parameters training, with a copy head
-and one layer of cross-attention. Printed are the held-out bits per byte in reach of neighbors at each evaluation, for which every so-many-th
-held-out document is read; curves.svg in the folder shows them.
+The text is the kernel's documentation (Debian's linux-doc-6.1), some 12 million characters, a tenth
+of the documents held out. The tokenizer is a byte-level BPE of 8,192 tokens, the embedding model
+MiniLM, the knowledge base a Milvus Lite file. A decoder of 6 layers and width 256 is trained alone.
+RETRO continues from it, with a copy head and one layer of cross-attention, all parameters training.
+
+Each evaluation prints held-out bits per byte in reach of neighbors, on a sample of the held-out
+documents. The curves are drawn to curves.svg in the folder.
 """
 
 import argparse
@@ -16,14 +19,16 @@ import time
 from pathlib import Path
 
 import corpora
-import matplotlib.pyplot as plt
 from learning_to_read import CHUNK, MODEL, train
 from machine import MINILM, build_knowledge_base, machine
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-CHUNKS = 60_000  # in all; some 12 million characters
-DECODER_STEPS, STEPS, EVAL_STEPS, EVALUATED = 400, 240, 40, 24  # EVALUATED: held-out documents
-CURVES = {  # of a log: what it is called, and its color
+CHUNKS = 60_000  # some 12 million characters
+DECODER_STEPS, STEPS, EVAL_STEPS = 400, 240, 40
+EVALUATED = 24  # held-out documents
+CURVES = {  # a condition's prefix in the log: label and color
     "shuffled": ("neighbors shuffled", "tab:orange"),
     "off": ("neighbors off", "tab:gray"),
     "copy_baseline": ("off + copy baseline", "tab:purple"),
@@ -32,7 +37,7 @@ CURVES = {  # of a log: what it is called, and its color
 
 
 def prepare(folder: Path) -> None:
-    """Text, tokenizer, knowledge base and decoder; what is there already stays."""
+    """Make text, tokenizer, knowledge base and decoder, unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer").exists():
         corpora.write(corpora.kernel(), folder, CHUNKS, CHUNK)
@@ -44,8 +49,8 @@ def prepare(folder: Path) -> None:
         print(f"decoder: {train(**new, **text, max_steps=DECODER_STEPS):.0f} s", flush=True)
 
 
-def fit(folder: Path) -> list[dict[str, float]]:
-    """RETRO on the decoder's weights; returns the log of its evaluations."""
+def train_retro(folder: Path) -> list[dict[str, float]]:
+    """Train RETRO from the decoder, unless that was done before, and return its evaluations."""
     output = folder / "retro"
     if not (output / "eval_results.json").exists():
         held_out = folder / "held_out"
@@ -74,33 +79,35 @@ def fit(folder: Path) -> list[dict[str, float]]:
 
 
 def field(name: str) -> str:
-    """Return one curve of a log: held-out bits per byte."""
+    """Return the log's name for a condition's bits per byte in reach of neighbors."""
     return "_".join(filter(None, ("eval", name, "bits_per_byte_in_reach")))
 
 
 def draw(log: list[dict[str, float]], file: Path) -> None:
-    """Held-out bits per byte in reach of neighbors, over steps."""
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    """Draw held-out bits per byte in reach of neighbors over steps."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
     for name, (label, color) in CURVES.items():
-        values = [entry.get(field(name), math.nan) for entry in log]  # no copy baseline before there is a weight
+        values = [entry.get(field(name), math.nan) for entry in log]  # the copy baseline has no weight at first
         axes.plot([entry["step"] for entry in log], values, color=color, label=label)
     axes.set(xlabel="steps of 2,048 tokens", ylabel="held-out bits per byte, in reach")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with plt.rc_context({"svg.fonttype": "none"}):  # text stays text
+    with rc_context({"svg.fonttype": "none"}):  # keep text as text
         figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
+    """Run everything that is not there yet, and print a table of the evaluations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="keeps text, knowledge base and models")
     folder = parser.parse_args().folder
     print(machine(), flush=True)
     started = time.perf_counter()
     prepare(folder)
     characters = sum(len(file.read_text(encoding="utf-8")) for file in (folder / "train").iterdir())
     print(f"a knowledge base of {characters:,} characters", flush=True)
-    log = fit(folder)
+    log = train_retro(folder)
     print(f"{time.perf_counter() - started:.0f} s in all\n")
     print("| step | " + " | ".join(label for label, _ in CURVES.values()) + " |")
     print("|---|" + "---|" * len(CURVES))

@@ -1,11 +1,15 @@
-"""Tokens a second of `train_hf.py` on real text: neighbors fetched in the step, ahead, and precomputed; two processes; evaluation.
+"""Measure tokens per second of `train_hf.py` on real text, for each way to get the neighbors.
 
     python benchmarks/training.py
 
-Python's own sources and those of installed packages, MiniLM, a Milvus Lite file, a decoder of 6 layers and width 256, batches of 8
-sequences of 512 tokens. Each way is a run of its own; they take turns, and median, least and most over the rounds are printed.
-Without a GPU, embedding and training share the processor: what is fetched ahead is then not free, as it is where the embedding model
-has a device of its own (see prefetch.py, which measures the overlap alone).
+The neighbors are precomputed, fetched in the step or fetched ahead, in one process and in two.
+Evaluation is measured, too. The text is Python's sources and those of installed packages, in a
+Milvus Lite file with MiniLM embeddings. The decoder has 6 layers of width 256 and reads batches of
+8 sequences of 512 tokens. Each way is a run of its own. The ways take turns; median, least and most
+over the rounds are printed.
+
+Without a GPU, embedding and training share the processor, so fetching ahead is not free.
+prefetch.py measures the overlap alone.
 """
 
 import argparse
@@ -15,18 +19,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from machine import MINILM, build_knowledge_base, machine, read_files, source_files, source_tokenizer, spread
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-EVALUATION = "evaluation"  # with neighbors on, off and shuffled, the copy baseline, and retrieval
+EVALUATION = "evaluation"  # all conditions, with retrieval
+LENGTH = 512  # tokens in a sequence
 SIZES = "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 512, cca_layers: [2, 5]}"
 
 
 def prepare(folder: Path, characters: int) -> None:
-    """Texts, tokenizer and knowledge base."""
+    """Write texts and tokenizer, and build the knowledge base."""
     total = 0
     for number, document in enumerate(read_files(source_files())):
         part = "held_out" if number % 10 == 0 else "train"
@@ -43,7 +49,7 @@ def prepare(folder: Path, characters: int) -> None:
 def run(
     folder: Path, command: Sequence[str], name: str, steps: int, batch: int, **settings: object
 ) -> dict[str, float]:
-    """The last log of a run, and its evaluation's if it has one."""
+    """Run train_hf.py and return the last log, together with the evaluation's if there is one."""
     output = folder / name
     settings = {
         "tokenizer_name": folder / "tokenizer",
@@ -72,10 +78,11 @@ def run(
 
 
 def main() -> None:
+    """Print the tokens per second of each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--characters", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which the ways take turns")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run, of which the first half is the warm-up")
+    parser.add_argument("--characters", type=int, default=1_000_000, help="size of the text")
     arguments = parser.parse_args()
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -85,7 +92,7 @@ def main() -> None:
         run(folder, [sys.executable], "none", 2, 8, precompute_to=folder / "stored", **place)
         stored = {"train_data": None, "precomputed": folder / "stored"}
         one = [sys.executable]
-        ways = {
+        ways: dict[str, tuple[list[str], int, dict[str, Any]]] = {  # command, batch size, settings
             "the decoder alone": (one, 8, {}),
             "neighbors precomputed": (one, 8, stored),
             "fetched in the step": (one, 8, {"prefetch_batches": 0, **place}),
@@ -100,7 +107,7 @@ def main() -> None:
             for way, (command, batch, settings) in ways.items():
                 speeds[way].append(run(folder, command, "run", arguments.steps, batch, **settings)["tokens_per_second"])
                 print(f"round {number}: {way:30s} {speeds[way][-1]:.0f} tokens/s", flush=True)
-            rates.append(512 * run(folder, one, "eval", 2, 8, **held_out)["eval_samples_per_second"])
+            rates.append(LENGTH * run(folder, one, "eval", 2, 8, **held_out)["eval_samples_per_second"])
             print(f"round {number}: {EVALUATION:30s} {rates[-1]:.0f} tokens/s", flush=True)
         for way, values in (speeds | {EVALUATION: rates}).items():
             print(f"{way:30s} {spread(values, digits=0)} tokens/s")

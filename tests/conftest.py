@@ -1,12 +1,12 @@
-"""Tests that run side by side: those of one file in one process, and all that need the server in one, as there is one server."""
+"""Group tests that run in parallel: by file, and in one group all that need the Milvus server."""
 
 import pytest
 
-# They start first, so that no process is left with a long one at the end when the others have nothing to do.
+# The longest groups start first, so that no process works alone at the end.
 LONGEST = ["server", "test_failures.py", "test_resuming.py", "test_many_processes.py", "test_conformance.py"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the marks are read
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     def group(item):
         return "server" if item.get_closest_marker("server") else item.path.name

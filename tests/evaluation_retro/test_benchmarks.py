@@ -1,4 +1,4 @@
-"""DeepEval's benchmarks, where it is installed, on local copies of their data, against likelihoods computed one by one."""
+"""DeepEval's benchmarks run on local data and agree with likelihoods computed token by token."""
 
 import json
 import socket
@@ -8,18 +8,22 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation_retro.benchmarks import BenchmarkSettings, LikelihoodChoice, run_benchmarks, split_question
+from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
+from evaluation_retro.multiple_choice import LikelihoodChoice, split_question
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer
 
 from ..support.runs import flags, knowledge_base, train
 
-QUESTION = "The following are questions.\n\nA man sits. He\nA. stands up.\nB. flies to the moon.\nC. is 3.5 m tall\nD. no\nAnswer:"
+QUESTION = (
+    "The following are questions.\n\nA man sits. He\nA. stands up.\nB. flies to the moon.\nC. is 3.5 m tall\nD. no\n"
+    "Answer:"
+)
 
 
 @pytest.fixture
 def data(tmp_path):
-    """HellaSwag and Winogrande, as small as can be."""
+    """Write a tiny copy of HellaSwag."""
     endings = [["sits", "runs away", "is a tree", "x"], ["of text", "neighbors", "the encoder reads", "a b"]]
     rows = [
         {"ctx": f"A chunk {i} is", "activity_label": "Sailing", "endings": endings[i % 2], "label": str(i % 4)}
@@ -39,13 +43,13 @@ def model(config):
 
 
 def by_hand(model, tokenizer, context, answer):
-    """Mean log-likelihood per byte, token after token."""
+    """Return the mean log-likelihood per byte, computed token by token."""
     tokens = [tokenizer.eos_token_id, *tokenizer(context).input_ids]
     continuation = tokenizer(answer).input_ids
     total = 0.0
     for token in continuation:
         window = torch.tensor([tokens[-model.config.n_positions :]])
-        total += float(model(window, use_retrieval=False).logits[0, -1].log_softmax(-1)[token])
+        total += model(window, use_retrieval=False).logits[0, -1].log_softmax(-1)[token].item()
         tokens.append(token)
     return total / len(answer.encode())
 
@@ -65,13 +69,13 @@ def by_hand(model, tokenizer, context, answer):
         ("Is it so?\nB. no\nAnswer:", ("Is it so?\nB. no\nAnswer:", [])),
     ],
 )
-def test_a_prompt_is_split_at_its_answers(prompt, expected):
+def test_a_prompt_is_split_before_its_answers(prompt, expected):
     question, options = split_question(prompt)
     assert (question, list(options.values())) == expected
 
 
 @pytest.mark.parametrize("scoring", ["likelihood", "one_token"])
-def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
+def test_the_most_likely_answer_is_chosen(model, tokenizer, scoring):
     from typing import Literal
 
     from pydantic import BaseModel
@@ -79,9 +83,7 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
     class Choice(BaseModel):
         answer: Literal["A", "B", "C", "D"]
 
-    choice = LikelihoodChoice(
-        model, BulkTokenizer(tokenizer), BenchmarkSettings([], scoring=scoring), {"use_retrieval": False}
-    )
+    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), scoring, 8, {"use_retrieval": False})
     question, options = split_question(QUESTION)
     for prompt in (QUESTION, "Another text of many more words than the model has positions. " * 5 + QUESTION):
         start = split_question(prompt)[0]
@@ -93,29 +95,35 @@ def test_answers_are_the_most_likely_ones(model, tokenizer, scoring):
         assert answer.answer == max(scores, key=scores.get)
 
 
-def test_a_question_that_spells_a_special_token_is_text(model, tokenizer):
-    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), BenchmarkSettings([]), {"use_retrieval": False})
+def test_a_special_token_in_a_question_is_plain_text(model, tokenizer):
+    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), "likelihood", 8, {"use_retrieval": False})
     question, answer = "<|endoftext|> is", " a token"
     (ids,) = BulkTokenizer(tokenizer).encode_batch([question])
     tokens, expected = [tokenizer.eos_token_id, *ids], 0.0
     for token in tokenizer(answer).input_ids:
         logits = model(torch.tensor([tokens]), use_retrieval=False).logits
-        expected += float(logits[0, -1].log_softmax(-1)[token])
+        expected += logits[0, -1].log_softmax(-1)[token].item()
         tokens.append(token)
     assert choice.log_likelihoods([(question, answer)]) == [pytest.approx(expected, abs=1e-4)]
 
 
-def test_a_special_token_that_is_a_word_of_its_own_is_text(model):
-    """Whole-word tokenizers find it in their vocabulary, also if special tokens are not to be parsed."""
+def test_a_special_token_is_plain_text_to_a_whole_word_tokenizer(model):
+    """Such tokenizers find special tokens in their vocabulary even if told not to parse them."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<end>": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = BulkTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>"))
-    choice = LikelihoodChoice(model, tokenizer, BenchmarkSettings([]), {"use_retrieval": False})
+    choice = LikelihoodChoice(model, tokenizer, "likelihood", 8, {"use_retrieval": False})
     special, other = choice.log_likelihoods([("a <end>", " b"), ("a word", " b")])
     assert special == pytest.approx(other)
 
 
-def test_hellaswag_is_run_with_and_without_neighbors_and_reports_to_nobody(
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(model):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="Set its eos_token"):
+        LikelihoodChoice(model, BulkTokenizer(words), "likelihood", 8, {})
+
+
+def test_hellaswag_runs_with_and_without_neighbors_and_without_telemetry(
     world, tokenizer_folder, tmp_path, data, monkeypatch
 ):
     pytest.importorskip("deepeval")
@@ -144,7 +152,7 @@ def test_hellaswag_is_run_with_and_without_neighbors_and_reports_to_nobody(
     assert all(isinstance(a, str) or a[0] in ("127.0.0.1", "::1", "localhost") for a in asked), asked
 
 
-def test_a_benchmark_changes_no_random_state(model, tokenizer, data):
+def test_benchmarks_leave_random_states_alone(model, tokenizer, data):
     pytest.importorskip("deepeval")
     import random
 
@@ -163,14 +171,15 @@ def test_a_benchmark_changes_no_random_state(model, tokenizer, data):
         ({"names": ["NoSuch"]}, "no benchmark 'NoSuch'; it has .*HellaSwag"),
         ({"names": ["HellaSwag"], "options": {"HellaSwag": {"n_shots": 99}}}, "HellaSwag: .*n_shots"),
         ({"names": ["HellaSwag"], "options": {"MMLU": {}}}, r"options for \['MMLU'\]"),
+        ({"names": ["GSM8K"], "options": {"GSM8K": {"tasks": ["algebra"]}}}, "GSM8K: it has no tasks"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     pytest.importorskip("deepeval")
     with pytest.raises(ValueError, match=message):
         BenchmarkSettings(**settings).build()
 
 
-def test_an_unknown_scoring():
+def test_an_unknown_scoring_is_refused():
     with pytest.raises(ValueError, match="likelihood or one_token, not 'guess'"):
         BenchmarkSettings(["HellaSwag"], scoring="guess")

@@ -1,4 +1,4 @@
-"""Bits-per-byte agrees with a computation by hand; the shuffle moves every chunk's neighbors to another sequence."""
+"""Bits per byte equal a computation by hand, and the shuffle moves neighbors between sequences."""
 
 import math
 
@@ -16,8 +16,8 @@ from modeling_retro import RetroForCausalLM
 CHUNK = 8
 
 
-def read_model(config):
-    """A model whose cross-attention is no longer the no-op that it starts as."""
+def trained_model(config):
+    """Return a model whose cross-attention is no longer the no-op of a fresh model."""
     torch.manual_seed(0)
     model = RetroForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -32,25 +32,25 @@ def rows(tokenizer, texts):
     return list(pack(documents, 44, CHUNK, tokenizer.eos_token_id))
 
 
-def test_bytes_of_tokens_are_those_of_the_text(tokenizer, texts):
+def test_byte_lengths_add_up_to_the_text(tokenizer, texts):
     lengths = byte_lengths(tokenizer)
     for text in texts:
         assert lengths[tokenizer(text)["input_ids"]].sum() == len(text.encode())
     assert lengths[tokenizer.eos_token_id] == 0
 
 
-def test_bytes_of_tokens_that_are_not_byte_level():
+def test_byte_lengths_without_a_byte_level_tokenizer():
     text = "a chunk reads a neighbor naïvely, then the next chunk reads another"
     words = Tokenizer(models.BPE())
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     words.train_from_iterator([text], trainers.BpeTrainer(vocab_size=60, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     counted = byte_lengths(tokenizer)[tokenizer(text)["input_ids"]].sum()
-    assert counted == len(text.encode()) + 1  # this kind of tokenizer puts a space before the text
+    assert counted == len(text.encode()) + 1  # this tokenizer puts a space before the text
 
 
-def test_equals_a_computation_by_hand(config, tokenizer, retriever, rows):
-    model = read_model(config)
+def test_evaluate_equals_a_computation_by_hand(config, tokenizer, retriever, rows):
+    model = trained_model(config)
     collate = RetroDataCollator(retriever)
     measured = evaluate(model, [collate(rows[:2]), collate(rows[2:])], byte_lengths(tokenizer))
 
@@ -69,7 +69,7 @@ def test_equals_a_computation_by_hand(config, tokenizer, retriever, rows):
             assert measured.loss(condition, in_reach) == pytest.approx(nats / tokens, rel=1e-5)
             expected = nats / math.log(2) / text_bytes
             assert measured.bits_per_byte(condition, in_reach) == pytest.approx(expected, rel=1e-5)
-    # different measurements of the same tokens, and nothing to see before the first chunk is complete
+    # conditions differ, but not before the first chunk is complete
     numbers = measured.metrics()
     assert len({numbers["loss"], numbers["off_loss"], numbers["shuffled_loss"]}) == 3
     before = measured.nats[:, :, 0] - measured.nats[:, :, 1]
@@ -77,15 +77,15 @@ def test_equals_a_computation_by_hand(config, tokenizer, retriever, rows):
     assert not any("copy_baseline" in name for name in numbers)  # no weight was given
 
 
-def test_evaluation_is_repeatable_and_restores_the_mode(config, tokenizer, retriever, rows):
-    model = read_model(config).train()
+def test_evaluate_is_repeatable_and_restores_training_mode(config, tokenizer, retriever, rows):
+    model = trained_model(config).train()
     batches = [RetroDataCollator(retriever)(rows)]
     first, second = (evaluate(model, batches, byte_lengths(tokenizer), seed=3).metrics() for _ in range(2))
     assert first == second and model.training
 
 
-def test_without_neighbors_only_the_decoder_is_measured(config, tokenizer, rows):
-    measured = evaluate(read_model(config), [RetroDataCollator()(rows)], byte_lengths(tokenizer))
+def test_only_the_decoder_is_measured_without_neighbors(config, tokenizer, rows):
+    measured = evaluate(trained_model(config), [RetroDataCollator()(rows)], byte_lengths(tokenizer))
     assert measured.conditions == ("off",)
     assert set(measured.metrics()) == {"loss", "bits_per_byte", "loss_in_reach", "bits_per_byte_in_reach"}
 
@@ -95,7 +95,7 @@ def test_without_neighbors_only_the_decoder_is_measured(config, tokenizer, rows)
 def test_shuffled_neighbors_come_from_another_row(counts, seed):
     columns = max(counts)
     used = torch.arange(columns) < torch.tensor(counts)[:, None]
-    number = torch.arange(used.numel()).view(len(counts), columns)  # which row and slot neighbors belong to
+    number = torch.arange(used.numel()).view(len(counts), columns)  # identifies each chunk's neighbors
     ids = number[..., None, None].expand(-1, -1, 2, 3)
     mask = used[..., None, None].expand(-1, -1, 2, 3)
     moved = shuffle_neighbors({"neighbor_ids": ids, "neighbor_attention_mask": mask, "number": number}, seed)
@@ -125,8 +125,8 @@ def test_gain_and_its_standard_error():
     assert math.isnan(paired_gain(saved[:1], sizes[:1])[1])
 
 
-def test_gain_over_another_model_pairs_the_same_sequences():
+def test_gain_over_another_model_pairs_sequences():
     ours = Evaluation(np.full((3, 1, 2), 10.0), np.full((3, 2, 2), 8))
     theirs = Evaluation(np.full((3, 1, 2), 12.0), np.full((3, 2, 2), 8))
-    gain, stderr = ours.gain(theirs.of("off"), condition="off")
+    gain, stderr = ours.gain(theirs.condition_nats("off"), condition="off")
     assert gain == pytest.approx(2 / 8 / math.log(2)) and stderr == pytest.approx(0)

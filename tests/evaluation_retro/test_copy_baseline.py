@@ -1,4 +1,4 @@
-"""The copy baseline looks up what a reader with a finger on the page would find, and its weight is the best on training data."""
+"""The copy baseline equals a slow search, and its weight is the best one on training data."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from ..support.training_world import CHUNK
 
 
 def look_up(tokens, i, neighbors):
-    """List the tokens that followed tokens[i - 1], tokens[i] in the neighbors, or else tokens[i]."""
+    """List the tokens that follow tokens[i - 1], tokens[i] in the neighbors, or else tokens[i]."""
     for context in (tokens[i - 1 : i + 1], tokens[i : i + 1]):
         n = len(context)
         found = [
@@ -32,9 +32,9 @@ def look_up(tokens, i, neighbors):
     return []
 
 
-def test_it_finds_what_a_slow_search_finds():
+def test_the_copier_equals_a_slow_search():
     torch.manual_seed(0)
-    tokens = torch.randint(0, 5, (3, 4 * CHUNK + 3))  # so few that much occurs again
+    tokens = torch.randint(0, 5, (3, 4 * CHUNK + 3))  # a small vocabulary, so that tokens recur
     ids = torch.randint(0, 5, (3, 4, 2, 12))
     mask = torch.arange(12) < torch.randint(0, 13, (3, 4, 2, 1))
     copied, found = copied_probability(tokens, ids, mask, CHUNK)
@@ -49,10 +49,10 @@ def test_it_finds_what_a_slow_search_finds():
             assert float(copied[row, i]) == pytest.approx(share)
 
 
-def test_the_weight_is_the_best_on_the_data_that_it_is_chosen_on(config, tokenizer, retriever, texts):
+def test_the_weight_is_the_best_on_its_data(config, tokenizer, retriever, texts):
     documents = [(str(n), tokenizer(text)["input_ids"]) for n, text in enumerate(texts)]
     batches = [RetroDataCollator(retriever)(list(pack(documents, 44, CHUNK, tokenizer.eos_token_id)))]
-    # neighbors that hold the text itself, where the retriever's are other tokens: something to find
+    # the retriever's tokens are shifted by one: undo it, so that the neighbors hold the text
     batches[0]["neighbor_ids"] = (batches[0]["neighbor_ids"] - 1) % len(tokenizer)
     model = RetroForCausalLM(config).train()
     weight = best_weight(weight_nats(model, batches, CHUNK, torch.device("cpu")))
@@ -64,7 +64,7 @@ def test_the_weight_is_the_best_on_the_data_that_it_is_chosen_on(config, tokeniz
     assert best_weight(weight_nats(model, [], CHUNK, torch.device("cpu"))) is None
 
 
-def test_the_mixture_is_one_of_probabilities():
+def test_mixture_nats_are_those_of_mixed_probabilities():
     nats, copied = torch.rand(50, dtype=torch.float64) * 30, torch.rand(50, dtype=torch.float64)
     copied[:10] = 0
     found = torch.rand(50) < 0.8
@@ -73,13 +73,13 @@ def test_the_mixture_is_one_of_probabilities():
         torch.testing.assert_close(mixture_nats(nats.float(), copied.float(), found, weight), expected.float())
 
 
-def test_where_no_row_has_a_whole_chunk_nothing_is_copied():
+def test_nothing_is_copied_without_a_complete_chunk():
     none = torch.zeros(2, 0, 2, 12, dtype=torch.long)
     copied, found = copied_probability(torch.ones(2, 5, dtype=torch.long), none, none.bool(), CHUNK)
     assert copied.shape == found.shape == (2, 4) and not copied.any() and not found.any()
 
 
-def test_training_prints_it_and_a_copy_head_learns_beside_it(world, tokenizer_folder, tmp_path):
+def test_training_logs_the_baseline_while_a_copy_head_learns(world, tokenizer_folder, tmp_path):
     overrides = "{n_layer: 2, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, cca_layers: [1], copy_head: true}"
     settings = {"max_steps": 12, "config_overrides": overrides, **knowledge_base(world)}
     train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **settings))
@@ -90,7 +90,7 @@ def test_training_prints_it_and_a_copy_head_learns_beside_it(world, tokenizer_fo
     assert float(RetroForCausalLM.from_pretrained(tmp_path / "run").copy_head.gate_scale.detach()) > 0
 
 
-def test_of_a_copy_head_matrices_alone_decay_too(world, tokenizer_folder, tmp_path):
+def test_weight_decay_spares_vectors_of_the_copy_head(world, tokenizer_folder, tmp_path):
     overrides = "{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, copy_head: true, cca_match: true}"
     arguments = flags(world, tokenizer_folder, tmp_path / "run", config_overrides=overrides, max_steps=1)
     trainer = train(arguments, tmp_path / "cache")
@@ -99,7 +99,7 @@ def test_of_a_copy_head_matrices_alone_decay_too(world, tokenizer_folder, tmp_pa
         assert (name in decayed) == (parameter.ndim > 1 and not name.endswith("cca.match")), name
 
 
-def test_batches_of_one_have_no_bad_neighbors_to_read_and_are_fine_without_any(world, tokenizer_folder, tmp_path):
+def test_batches_of_one_are_refused_only_if_neighbors_are_shuffled(world, tokenizer_folder, tmp_path):
     overrides = "{n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64, chunk_size: 8, cca_layers: [], copy_head: true}"
     settings = {"config_overrides": overrides, "max_steps": 1, "per_device_train_batch_size": 1}
     arguments = flags(world, tokenizer_folder, tmp_path / "run", **settings)

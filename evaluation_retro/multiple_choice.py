@@ -1,0 +1,119 @@
+"""Answer multiple-choice prompts by likelihood."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from retrieval import BulkTokenizer
+
+SCORINGS = ("likelihood", "one_token")
+# The last question's answers are lines such as "B. text" or "2. text" before "Answer:" or "A:".
+OPTION = re.compile(r"^\(?([A-Za-z]|\d+)[.)] ?(.*)$")
+FIRST_OPTIONS = ("A", "a", "1")
+MOST_LINES_AFTER = 2  # lines such as "Answer:" that may follow the answers
+
+
+class LikelihoodChoice:
+    """Choose the answer that is the most likely one by its mean log-likelihood per byte.
+
+    Args:
+        model: a RETRO model, also with adapters.
+        scoring: "likelihood" compares the texts of the answers, "one_token" their letters.
+        batch_size: sequences in a forward pass.
+        model_arguments: passed to every forward pass, such as {"use_retrieval": False}.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: BulkTokenizer,
+        scoring: str,
+        batch_size: int,
+        model_arguments: Mapping[str, Any],
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-text token to begin a question with. Set its eos_token.")
+        self.model, self.tokenizer, self.end = model, tokenizer, tokenizer.eos_token_id
+        self.scoring, self.batch_size, self.model_arguments = scoring, batch_size, model_arguments
+
+    def choose(self, prompts: Sequence[str], schemas: Sequence[Any]) -> list[Any]:
+        """Answer each prompt.
+
+        Args:
+            schemas: for each prompt, a pydantic model with one field, `answer`.
+
+        Returns:
+            An instance of each schema, with the most likely answer.
+        """
+        pairs: list[tuple[str, str]] = []
+        choices: list[tuple[list[str], slice]] = []
+        for prompt, schema in zip(prompts, schemas, strict=True):
+            question, options = split_question(prompt)
+            labels = [str(label) for label in get_args(schema.model_fields["answer"].annotation)] or list(options)
+            if self.scoring == "likelihood" and options:
+                labels = [label for label in labels if label in options]
+                texts = [(question, f" {options[label]}") for label in labels]
+            else:
+                texts = [(prompt.rstrip(), f" {label}") for label in labels]
+            choices.append((labels, slice(len(pairs), len(pairs) + len(texts))))
+            pairs += texts
+        scores = self.log_likelihoods(pairs)
+        answers = []
+        for schema, (labels, place) in zip(schemas, choices, strict=True):
+            lengths = [len(text.encode()) for _, text in pairs[place]]
+            best = int(np.argmax([score / length for score, length in zip(scores[place], lengths, strict=True)]))
+            annotation = schema.model_fields["answer"].annotation
+            answers.append(schema(answer=int(labels[best]) if annotation is int else labels[best]))
+        return answers
+
+    @torch.no_grad()
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return Σ log p(continuation | context) for pairs of context and continuation.
+
+        A context that is too long for the model loses its beginning.
+        """
+        most, end = self.model.config.n_positions, self.end
+        rows = []  # tokens and the length of the continuation
+        for context, continuation in pairs:
+            tokens, answer = self.tokenizer.encode_batch([context, continuation])
+            rows.append(([end, *tokens, *answer][-most:], min(len(answer), most - 1)))
+        scores = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            longest = max(len(tokens) for tokens, _ in batch)
+            ids = torch.tensor([[*tokens, *[end] * (longest - len(tokens))] for tokens, _ in batch])
+            mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in batch])
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            logits = self.model(input_ids=ids, attention_mask=mask, **self.model_arguments).logits
+            for row, (sequence, length) in enumerate(batch):
+                log_probs = logits[row, len(sequence) - length - 1 : len(sequence) - 1].float().log_softmax(-1)
+                targets = ids[row, len(sequence) - length : len(sequence), None]
+                scores.append(float(log_probs.gather(1, targets).sum()))
+        return scores
+
+
+def split_question(prompt: str) -> tuple[str, dict[str, str]]:
+    """Split a prompt into the text before its answers and the answers by letter or number.
+
+    A prompt without such answers is returned whole, with an empty dictionary.
+    """
+    lines = prompt.rstrip().split("\n")
+    end = len(lines)
+    while end and not OPTION.match(lines[end - 1]):
+        end -= 1
+    options: list[tuple[str, str]] = []
+    place = end
+    while place and (match := OPTION.match(lines[place - 1])):
+        place -= 1
+        options.insert(0, (match.group(1), match.group(2)))
+        if match.group(1) in FIRST_OPTIONS:
+            break
+    if not options or options[0][0] not in FIRST_OPTIONS or len(lines) - end > MOST_LINES_AFTER:
+        return prompt, {}
+    return "\n".join(lines[:place]), dict(options)
