@@ -62,7 +62,7 @@ def side(place: Place, dx: float = 0, dy: float = 0) -> tuple[float, float]:
 
 
 def main(drawing: str) -> None:
-    """Draw the picture into this file; its suffix chooses the format."""
+    """Draw the picture into this SVG file."""
     figure, axes = plt.subplots(figsize=(11.6, 5.3), layout="tight")
     for place, (title, text, color) in BOXES.items():
         draw_box(axes, place, title, text, color)
@@ -83,7 +83,8 @@ def main(drawing: str) -> None:
     axes.set_xlim(0, COLUMNS[-1] + WIDTH / 2 + 0.1)
     axes.set_ylim(0.2, 5.95)
     axes.set_axis_off()
-    figure.savefig(drawing, facecolor="white", metadata={"Date": None} if drawing.endswith("svg") else None)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "concepts"}):  # text stays text
+        figure.savefig(drawing, facecolor="white", metadata={"Date": None})
 
 
 if __name__ == "__main__":
