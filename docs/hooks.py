@@ -1,4 +1,4 @@
-"""A hook of mkdocs: our docstrings write names as [`Name`], as transformers does; show them as code."""
+"""A hook of mkdocs: docstrings write names as [`Name`], as transformers does; show them as code."""
 
 import re
 from typing import Any

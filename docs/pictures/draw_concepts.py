@@ -1,6 +1,6 @@
 """Draw the way of the data through RETRO, for docs/concepts.md.
 
-    python docs/pictures/draw_concepts.py docs/pictures/concepts.svg
+python docs/pictures/draw_concepts.py docs/pictures/concepts.svg
 """
 
 import sys
@@ -50,7 +50,9 @@ def draw_box(axes: Axes, place: Place, title: str, text: str, color: str) -> Non
 
 def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "", **style: str) -> None:
     """Draw an arrow between two points, with a label beside its middle."""
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333", "shrinkA": 0, "shrinkB": 0, **style})
+    axes.annotate(
+        "", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333", "shrinkA": 0, "shrinkB": 0, **style}
+    )
     if text:
         middle = ((start[0] + end[0]) / 2 + 0.1, (start[1] + end[1]) / 2)
         axes.text(*middle, text, ha="left", va="center", fontsize=8.5, style="italic", color="#333")
