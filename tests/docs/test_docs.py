@@ -21,8 +21,7 @@ from transformers import HfArgumentParser
 from configuration_retro import RetroConfig
 from data_retro import DocumentStream
 from retrieval.cli import build_parser
-from training_retro import parse_arguments
-from training_retro.arguments import DataArguments, ModelArguments, RetroTrainingArguments
+from training_retro import DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
 from training_retro.sampling import GenerateArguments
 
 ROOT = Path(__file__).parents[2]
