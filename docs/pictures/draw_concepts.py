@@ -1,6 +1,8 @@
 """Draw the way of the data through RETRO, for docs/concepts.md.
 
-python docs/pictures/draw_concepts.py docs/pictures/concepts.svg
+    python docs/pictures/draw_concepts.py docs/pictures/concepts.svg
+
+It needs matplotlib, which the extra `demo` installs.
 """
 
 import sys
