@@ -179,6 +179,8 @@ def test_commands_parse(words):
             extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", what)[1]
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert set(extras.split(",") if extras else []) <= known.keys()
+        case ["bash", script]:
+            assert (ROOT / script).is_file()
         case _:
             pytest.fail(f"no check for {words}")
 
