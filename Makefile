@@ -10,7 +10,7 @@ LOCKED := $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock",
 	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))' $(MAKE) --silent
 STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
-.PHONY: demo test versions lint format clean
+.PHONY: demo test versions docs lint format clean
 
 # .venv/demo is what the demo needs; .venv/dev adds the developers' tools.
 .venv/demo .venv/dev: pyproject.toml
@@ -37,6 +37,11 @@ test:
 versions:
 	@$(LOCKED) .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.versions $(VERSIONS)
+
+# the documentation as a site, in build/site; a broken link is an error
+docs:
+	@$(LOCKED) .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint:
 	@$(LOCKED) .venv/dev
