@@ -9,6 +9,7 @@ first every other time.
 """
 
 import argparse
+import functools
 import itertools
 import resource
 import tempfile
@@ -66,7 +67,7 @@ def main() -> None:
 
     speeds: dict[str, list[float]] = {"encode alone": [], "ingestion": []}
     for number in range(arguments.rounds):
-        sides = [("encode alone", encode), ("ingestion", lambda n=number: whole(f"benchmark_{n}"))]
+        sides = [("encode alone", encode), ("ingestion", functools.partial(whole, f"benchmark_{number}"))]
         for name, run in itertools.islice(itertools.cycle(sides), number % 2, number % 2 + 2):
             started = time.perf_counter()
             run()
