@@ -178,7 +178,9 @@ def _imported_filter(name: str, where: str) -> Callable[[Mapping[str, Any]], boo
             f"{where}Cannot import the filter {name!r} ({error}). Name a function like 'package.module:function'."
         ) from error
     if not callable(function):
-        raise ValueError(f"{where}The filter {name!r} is {function!r}. Name a function like 'package.module:function'.")
+        raise ValueError(
+            f"{where}The filter {name!r} is no function, but {function!r}. Name one like 'package.module:function'."
+        )
     return function
 
 

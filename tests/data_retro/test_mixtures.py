@@ -138,7 +138,7 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         ({"filter": {"score": {"~": 1}}}, "'rows': '~' is no comparison for 'score'; there are <, <=, >, >=, !="),
         ({"filter": {"score": {}}}, "'rows': The range for 'score' is empty"),
         ({"filter": {"lang": []}}, "'rows': The list of wanted values for 'lang' is empty"),
-        ({"filter": "json:__name__"}, "The filter 'json:__name__' is 'json'"),
+        ({"filter": "json:__name__"}, "The filter 'json:__name__' is no function, but 'json'"),
         ({"filter": 7}, "not 7"),
         ({"dataset": ""}, "needs the name"),
         ({"metadata_fields": ["lang"]}, "metadata_fields is for a knowledge base"),
