@@ -14,7 +14,7 @@ import itertools
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -67,7 +67,10 @@ def main() -> None:
 
     speeds: dict[str, list[float]] = {"encode alone": [], "ingestion": []}
     for number in range(arguments.rounds):
-        sides = [("encode alone", encode), ("ingestion", functools.partial(whole, f"benchmark_{number}"))]
+        sides: list[tuple[str, Callable[[], object]]] = [
+            ("encode alone", encode),
+            ("ingestion", functools.partial(whole, f"benchmark_{number}")),
+        ]
         for name, run in itertools.islice(itertools.cycle(sides), number % 2, number % 2 + 2):
             started = time.perf_counter()
             run()

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from data_retro.packing import PackedStream
@@ -42,13 +43,13 @@ class RetroTrainer(Trainer):
     none.
 
     Args:
-        model: the model, or a PEFT model around it.
+        model: the model, or a PEFT model around it; None with `model_init`.
         args: [`RetroTrainingArguments`].
         data_collator: a [`data_retro.collator.RetroDataCollator`].
         train_dataset: packed sequences, or a [`PackedStream`] of this process' own documents.
         eval_dataset: packed sequences.
         processing_class: the tokenizer.
-        callbacks: further callbacks.
+        model_init, compute_loss_func, callbacks, optimizers: as for `Trainer`.
         prefetch_batches: batches made ahead of the model, at least those of one update; 0: none.
     """
 
@@ -57,14 +58,17 @@ class RetroTrainer(Trainer):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | None,
         args: RetroTrainingArguments,
         data_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
         *,
         train_dataset: Dataset | PackedStream | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
         prefetch_batches: int = 0,
     ) -> None:
         self.bytes_of = byte_lengths(processing_class)
@@ -76,7 +80,10 @@ class RetroTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
             callbacks=callbacks,
+            optimizers=optimizers,
             compute_metrics=_metrics,
         )
         self._stopper = StopOnSignal()
