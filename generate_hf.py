@@ -1,10 +1,9 @@
 """Sample from a RETRO model, and show which documents each chunk read.
 
-    python generate_hf.py --model runs/local --knowledge_base kb.db --prompt "Chunked
-    cross-attention" --num_samples 2 python generate_hf.py --model gpt2 --prompt FILE:prompt.txt
-    --temperature 0
+    python generate_hf.py --model runs/local --knowledge_base kb.db --prompt "Chunked attention"
+    python generate_hf.py --model gpt2 --prompt FILE:prompt.txt --temperature 0
 
-Without a knowledge base, the decoder alone writes. This is the sampling twin of train_hf.py.
+Without a knowledge base, the decoder writes alone.
 """
 
 from retrieval import KnowledgeBaseError

@@ -1,8 +1,8 @@
 """Train RETRO with `Trainer`: from scratch, from GPT-2 or RETRO weights, as a RETROfit, or resumed.
 
     python train_hf.py examples/train_local.yaml --learning_rate 1e-3
-    accelerate launch train_hf.py --model_name_or_path gpt2 --freeze_backbone --train_data texts/
-    --knowledge_base kb.db
+    accelerate launch train_hf.py --model_name_or_path gpt2 --freeze_backbone true \
+        --train_data texts/ --knowledge_base kb.db
 
 Settings are flags, or one YAML file of the same names, or both; flags win. Neighbors are fetched
 during training. Without a knowledge base, only the decoder is trained. It can be RETROfitted later.

@@ -38,9 +38,9 @@ class RetroDataCollator:
 
     Sequences are as [`data_retro.packing.pack`] yields them.
 
-    A chunk never reads a document that its sequence holds at this chunk or later. Later documents
-    matter, too: what a chunk reads reaches every later position, so a neighbor from the next
-    document could be the very text that the model is asked to predict.
+    The neighbors of a chunk never come from documents in this chunk or in later chunks of its
+    sequence. Later documents count too: every later position can use what this chunk reads, so a
+    neighbor from the next document could contain the text to predict.
 
     Args:
         retriever: finds the neighbors, for example a [`retrieval.MilvusRetriever`]. It is not used
@@ -94,8 +94,7 @@ class RetroDataCollator:
             for each sequence {"neighbor_ids": (chunks, k, r) int64, "neighbor_attention_mask":
             (chunks, k, r) bool, "neighbor_scores": (chunks, k) float32, the cosine similarity, 0
             for a missing neighbor}. A sequence without a complete chunk has one slot, which is
-            masked out. So the parameters that read neighbors have gradients, of zero, in every
-            batch.
+            masked out. Thus all parameters get a gradient in every batch, even if it is zero.
 
         Raises:
             ValueError: there is no retriever, or a sequence does not name the documents of its
@@ -157,15 +156,15 @@ def _ints(values: Any) -> list[int]:
 
 
 def _documents_of(feature: Mapping[str, Any], count: int) -> list[list[str]]:
-    """Return for each chunk of a sequence the ids of the documents in it.
+    """Return the ids of the documents in each chunk of a sequence.
 
     Raises:
         ValueError: the ids are missing for some or all of the `count` complete chunks.
     """
     if "doc_ids" not in feature:
         raise ValueError(
-            f"A sequence has no doc_ids, only {sorted(feature)}, so its chunks could read the very text that is to be "
-            "predicted. If the dataset has the column, the trainer removed it: set remove_unused_columns=False. "
+            f"A sequence has no doc_ids, only {sorted(feature)}, so its neighbors could contain the text to "
+            "predict. If the dataset has the column, the trainer removed it: set remove_unused_columns=False. "
             "Otherwise give for each chunk the ids of its documents, as data_retro.packing.pack does, or [] for text "
             "that is not in the knowledge base."
         )
@@ -187,7 +186,7 @@ def _stack_neighbors(features: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _documents_from_chunk_on(doc_ids: list[list[str]]) -> list[frozenset[str]]:
-    """Return for each chunk of a sequence the documents in it and in all later chunks."""
+    """Return the documents in each chunk and in all later ones."""
     documents: list[frozenset[str]] = []
     for touched in reversed(doc_ids):
         documents.append(frozenset(touched) | (documents[-1] if documents else frozenset()))

@@ -79,8 +79,8 @@ class DocumentStream(Source):
     def has_files_for(self, processes: int) -> bool:
         """Return True if the source has files that `processes` can share evenly.
 
-        It is False where rows must be counted, for ids or by the settings. It is also False with a
-        filter, which may keep the rows of some files alone.
+        It returns False if rows must be numbered (for ids, shards, skip or take). It also returns
+        False with a filter, which may drop all rows of some files.
         """
         if self.doc_id_field is None or self.filter or (self.num_shards, self.skip, self.take) != (1, 0, None):
             return False
@@ -230,9 +230,9 @@ def patiently(rows: Callable[[], Iterable[Row]], attempts: int = 6) -> Iterator[
             if not is_of_the_network(error):
                 raise
             logger.warning("Reading broke off after %d rows (%s). It continues there.", rows_read, error)
-        # The old iterator ended with its error. Called outside of the handler: otherwise the
-        # network error would be the context of the next error, which would look like the network's,
-        # too.
+        # The failed iterator is useless, so open a new one. Do this outside the `except` block:
+        # there, the network error would become the context of any later error, and
+        # `is_of_the_network` would take that one for a network error too.
         iterator, row = retrying(step, None)
 
 

@@ -1,4 +1,4 @@
-"""Measure held-out loss and bits per byte with neighbors on, off, shuffled, and merely copied.
+"""Measure held-out loss and bits per byte with neighbors on, off and shuffled, and for a copier.
 
 All tokens of a sequence but its first are predicted and measured. The loss is their mean negative
 log-likelihood in nats. Bits per byte are the sum of those nats, divided by ln 2 and by the UTF-8
@@ -11,8 +11,9 @@ The same tokens are measured under each condition:
     shuffled       every chunk reads the neighbors of a chunk in another sequence
     copy_baseline  off, mixed with an n-gram copier over the neighbors (see `copy_baseline.py`)
 
-If on beats off, the cause may only be that more parameters were trained. If on beats shuffled, the
-model uses the content of its neighbors. If on beats copy_baseline, it does more than look words up.
+If "on" beats "off", the extra trained parameters may be the only cause. If "on" beats "shuffled",
+the model uses the content of its neighbors. If "on" beats "copy_baseline", the model learned more
+than an n-gram lookup can find.
 
 Each difference comes with its standard error, paired over sequences. Sequences cut from one long
 document are not independent, so their standard error is somewhat too small.
@@ -92,7 +93,9 @@ def sequence_nats(
     copy_weight: float | None = None,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure each sequence of a batch under each condition; without neighbors, under "off" alone.
+    """Measure each sequence of a batch under each condition.
+
+    A batch without neighbors is measured under "off" only.
 
     Args:
         model: a RETRO model, wrapped or not.

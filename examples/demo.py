@@ -131,7 +131,7 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
     table = Table(title=f"Held-out bits per byte ({len(retro.nats)} sequences; lower is better)")
     for column in ("", "all positions", "in reach of neighbors"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [("decoder, trained as long", alone, "off"), ("decoder + copy baseline", alone, "copy_baseline")]
+    rows = [("decoder, same steps", alone, "off"), ("decoder + copy baseline", alone, "copy_baseline")]
     rows += [(f"RETRO, neighbors {condition}", retro, condition) for condition in ("on", "shuffled", "off")]
     for label, evaluation, condition in rows:
         table.add_row(label, *(f"{evaluation.bits_per_byte(condition, reach):.4f}" for reach in (False, True)))
@@ -139,7 +139,7 @@ def print_table(alone: Evaluation, retro: Evaluation) -> None:
     for label, over in (
         ("the same model with shuffled neighbors", "shuffled"),
         ("the same model without neighbors", "off"),
-        ("the decoder trained as long", alone.condition_nats("off")),
+        ("the decoder, same steps", alone.condition_nats("off")),
         ("that decoder with the copy baseline", alone.condition_nats("copy_baseline")),
     ):
         gain, error = retro.gain(over)

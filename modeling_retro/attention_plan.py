@@ -1,4 +1,8 @@
-"""The attention plan: which tokens of a call attend to which chunk's neighbors, cached ones too."""
+"""The attention plan: which tokens of a call attend to which neighbors, including cached ones.
+
+Shapes: B rows, T tokens of this call, S slots (chunks completed in this call), C complete chunks in
+the cache, G groups of w queries, k neighbors of a chunk, r tokens of a neighbor, d hidden size.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +20,7 @@ from .neighbor_inputs import NeighborInputs
 
 @dataclass
 class CachedChunks(Movable):
-    """The cache's chunks: those that this call writes, and those that its query groups attend to.
+    """The cached chunks: which ones this call writes, and which ones its query groups read.
 
     Attributes:
         cache: the memory of earlier chunks.
@@ -29,12 +33,12 @@ class CachedChunks(Movable):
     group_chunks: torch.Tensor
 
     def update(self, owner: int | str, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write new states (B, slots, …) by name; return those of the groups' chunks (B, G, …)."""
+        """Store new states (B, S, …) by name, and return the states of the groups (B, G, …)."""
         memory = self.cache.neighbor_memory.setdefault(owner, {})
         for name, states in new.items():
             memory[name] = write_chunks(memory.get(name), states, self.slots)
-        # chunks completed since then without neighbors are not in the memory; they are masked, so
-        # any state serves
+        # Chunks that were completed later, without neighbors, have no stored states. They are
+        # masked, so any state will do.
         return {
             name: take_chunks(states, self.group_chunks.clamp(max=states.shape[1] - 1))
             for name, states in memory.items()
@@ -140,7 +144,7 @@ def _update_mask(grid: ChunkGrid, neighbor_mask: torch.Tensor | None, cache: Ret
 
 
 def write_chunks(memory: torch.Tensor | None, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return memory grown to (B, C, …), with states (B, slots, …) where slots (B, C) is not -1."""
+    """Return memory, grown to C chunks, with states (B, S, …) written where slots (B, C) >= 0."""
     num_chunks = slots.shape[1]
     grown = states.new_zeros(states.shape[0], num_chunks, *states.shape[2:])
     if memory is not None:
@@ -165,10 +169,10 @@ def _cross_attention_mask(
 
 
 def attention_implementation(config: RetroConfig) -> str:
-    """Return cross-attention's implementation: the model's, or SDPA where that cannot serve.
+    """Return the attention implementation for cross-attention: the model's, or SDPA as a fallback.
 
-    Flash attention in transformers takes a padding mask only where keys and queries are the same
-    tokens. With `cca_match` the implementation must be able to add to the scores.
+    In transformers, flash attention supports padding masks only for self-attention. With
+    `cca_match`, the implementation must support a bias on the attention scores.
     """
     implementation = config._attn_implementation
     if "flash" in implementation or (config.cca_match and implementation != "eager"):

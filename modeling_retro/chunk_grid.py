@@ -98,17 +98,17 @@ class ChunkGrid(Movable):
 
     @property
     def first_chunk(self) -> torch.Tensor:
-        """(B, 1) the chunk of slot 0: the first that the row can complete in this call."""
+        """The chunk in slot 0, (B, 1): the first that the row can complete in this call."""
         return self.first // self.chunk_size
 
     @property
     def num_completed(self) -> torch.Tensor:
-        """(B, 1) the number of chunks that the row completes in this call."""
+        """The number of chunks that the row completes in this call, (B, 1)."""
         return (self.end // self.chunk_size - self.first_chunk).clamp(min=0)
 
     @property
     def attended_chunks(self) -> torch.Tensor:
-        """(B, T) the chunk whose neighbors each column attends to, -1 for none.
+        """The chunk whose neighbors each column attends to, (B, T), -1 for none.
 
         This is c(i) = ⌊(i+1)/m⌋ − 1 of the paper's section 2.4.
         """
@@ -116,7 +116,7 @@ class ChunkGrid(Movable):
 
     @property
     def first_attended_chunk(self) -> torch.Tensor:
-        """(B, 1) the chunk that the row's first column of this call attends to, -1 for none."""
+        """The chunk that the row's first column of this call attends to, (B, 1), -1 for none."""
         return (self.first + 1) // self.chunk_size - 1
 
     def most_attended_chunks(self) -> int:
@@ -206,12 +206,12 @@ class PackedChunkGrid(ChunkGrid):
 
     @property
     def num_completed(self) -> torch.Tensor:
-        """(B, 1) the number of chunks in the row."""
+        """The number of chunks in the row, (B, 1)."""
         return self._ends_chunk.sum(1, keepdim=True)
 
     @property
     def attended_chunks(self) -> torch.Tensor:
-        """(B, T) the chunk whose neighbors each column attends to, -1 for none."""
+        """The chunk whose neighbors each column attends to, (B, T), -1 for none."""
         before_its_first = self.positions + 1 < self.chunk_size
         return (self._ends_chunk.cumsum(1) - 1).masked_fill(before_its_first, -1)
 
@@ -256,7 +256,7 @@ class QueryGroups(Movable):
         return grouped.view(-1, self.width, states.shape[-1])
 
     def ungroup(self, grouped: torch.Tensor) -> torch.Tensor:
-        """Return grouped states (B·G, w, d) as (B, T, d). Columns of no group get some other's."""
+        """Return grouped states (B·G, w, d) as (B, T, d). Other columns get any states."""
         return take_columns(grouped.reshape(self.places.shape[0], -1, grouped.shape[-1]), self.places)
 
 

@@ -61,10 +61,13 @@ class RetroModel(RetroPreTrainedModel):
         self.post_init()
 
     def set_retriever(self, retriever: Retriever | None) -> None:
-        """Fetch neighbors from this knowledge base when none are given. None: fetch none.
+        """Set the knowledge base that neighbors are fetched from when a call gets none.
+
+        With None, no neighbors are fetched.
 
         Raises:
-            ValueError: the knowledge base has other sizes, another vocabulary or embedding model.
+            ValueError: the knowledge base does not match the model (chunk size, number or length of
+                neighbors, vocabulary, embedding model).
         """
         if retriever is not None:
             check_retriever(retriever, self.config)
@@ -74,7 +77,7 @@ class RetroModel(RetroPreTrainedModel):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.set_retriever(self.retriever)  # a pickled configuration has the name without it
+        self.set_retriever(self.retriever)  # pickle drops the retriever from the configuration's name
 
     @merge_with_config_defaults
     @capture_outputs
@@ -97,8 +100,8 @@ class RetroModel(RetroPreTrainedModel):
         """Run the model. Arguments are those of `GPT2Model.forward`, and:
 
         Args:
-            cache, past_key_values: the cache of earlier tokens, under its name of either
-                transformers version.
+            cache, past_key_values: the cache of earlier tokens; transformers 5.24 renamed it, and
+                both names are accepted.
             attention_mask: (B, L), 0 for padding, which may stand anywhere in a row.
             position_ids: (B, T). Default: content positions (a row's first real token is at 0).
             neighbor_ids: (B, C, k, r) int64. Slot j holds the neighbors of the j-th chunk that the
@@ -106,9 +109,10 @@ class RetroModel(RetroPreTrainedModel):
                 retriever the model is plain GPT-2.
             neighbor_attention_mask: (B, C, k, r), 0 for padding and for missing chunks and
                 neighbors. Default: none is missing.
-            neighbor_scores: (B, C, k) retrieval similarities, a feature of the copy head. Missing
-                neighbors may have any, nan too. Default: 0.
-            use_retrieval: False leaves neighbors out, given or not. Default: the configuration's.
+            neighbor_scores: (B, C, k) retrieval similarities, used by the copy head. The values of
+                missing neighbors are ignored. Default: 0.
+            use_retrieval: False ignores all neighbors, also given ones. Default: the setting in the
+                configuration.
 
         Raises:
             ValueError: neighbor tensors of another shape or type; more tokens than `n_positions`;
@@ -124,6 +128,7 @@ class RetroModel(RetroPreTrainedModel):
             use_cache, cache = False, None
         if use_cache and not isinstance(cache, RetroCache) and (use_retrieval or cache is None):
             cache = RetroCache(cache, config=self.config)
+        # `memory` is the same cache, but only if this call reads neighbors
         memory = cache if use_retrieval and isinstance(cache, RetroCache) else None
 
         # 1. embed the tokens and locate them on the chunk grid
@@ -195,7 +200,7 @@ class RetroModel(RetroPreTrainedModel):
             grid = ChunkGrid.build(size, (batch_size, length), past_length, attention_mask, position_ids, device)
         if position_ids is None:
             position_ids = grid.positions.clamp(min=0)
-        # only rows with more columns than positions can exceed them; other calls need not wait here
+        # int() waits for the device, so check only calls that are long enough to exceed the limit
         most = self.config.n_positions
         if past_length + length > most and (last := int(position_ids.max())) >= most:
             raise ValueError(
@@ -298,7 +303,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         if config.copy_head:
             self.copy_head = CopyHead(config)
         self.post_init()
-        if retriever is not None:  # a second model of one configuration keeps the first one's name
+        if retriever is not None:  # None would also clear the name in a configuration shared with another model
             self.set_retriever(retriever)
 
     @property
@@ -393,6 +398,6 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         )
 
 
-# The library's list of causal language models names only its own. Trainer goes by it when it shifts
-# labels for label smoothing, and so do its model cards and lm-eval.
+# Register RETRO as a causal language model. Trainer (label smoothing, model cards) and lm-eval look
+# models up in this list.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RetroConfig.model_type] = RetroForCausalLM.__name__

@@ -60,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     index.set_defaults(run=run_index)
     delete = commands.add_parser("delete", parents=[place], help="Delete documents.")
     delete.add_argument("doc_ids", nargs="*", help="Ids of the documents.")
-    delete.add_argument("--filter", type=_filter, help="Delete all documents with this metadata, as for search.")
+    delete.add_argument(
+        "--filter",
+        type=_filter,
+        help='Delete all documents that match this condition on metadata, as JSON: {"license": "unknown"}.',
+    )
     delete.set_defaults(run=run_delete)
     _add_export(commands.add_parser("export", parents=[place], help="Write a copy as a dataset of Parquet files."))
     import_ = commands.add_parser("import", parents=[place, new], help="Read an exported copy.")
@@ -75,7 +79,8 @@ def _place_options() -> argparse.ArgumentParser:
     """Return the options that say where the collection is."""
     place = argparse.ArgumentParser(add_help=False)
     place.add_argument(
-        "--uri", help="Milvus Lite file (.db) or http(s)://host:port. Default: MILVUS_URI. The token: MILVUS_TOKEN."
+        "--uri",
+        help="Milvus Lite file (.db) or http(s)://host:port. Default: $MILVUS_URI. Access token: $MILVUS_TOKEN.",
     )
     place.add_argument(
         "--collection-name", default=COLLECTION_NAME, help=f"Name of the collection. Default: {COLLECTION_NAME}."
@@ -93,7 +98,8 @@ def _model_options() -> argparse.ArgumentParser:
     """Return the options that name the tokenizer and the embedding model."""
     models = argparse.ArgumentParser(add_help=False)
     models.add_argument(
-        "--tokenizer", help="Tokenizer of the model, a name or folder. Default for search: the stored name."
+        "--tokenizer",
+        help="Tokenizer of the model: a Hub name or a folder. Required for ingest; search uses the stored name.",
     )
     models.add_argument(
         "--embedding-model",
@@ -209,7 +215,8 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        # Without an accelerator and cpu=True, every process would think that it is the only one.
+        # On a machine without accelerator, each process would think it is the only one unless
+        # cpu=True.
         ranks = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_INGESTION)
     rank, processes = (ranks.process_index, ranks.num_processes) if ranks else (0, 1)
     fields = {declared.name: getattr(arguments, declared.name) for declared in dataclasses.fields(Source)[1:]}

@@ -69,7 +69,7 @@ def check_collection_name(name: str) -> None:
     """
     if len(name) > 255 or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(
-            f"{name!r} is not a collection's name: Milvus wants letters from a to z, digits and underscores, no digit "
+            f"{name!r} is not a collection's name: Milvus allows ASCII letters, digits and underscores, no digit "
             "first, at most 255 characters."
         )
 

@@ -31,15 +31,15 @@ NO_PINGS = {"grpc.keepalive_time_ms": 2**31 - 1}
 
 
 class MilvusConnection:
-    """A connection that is made again when it breaks, with the calls a knowledge base needs.
+    """A Milvus connection that reconnects when it breaks and retries failed calls.
 
-    Every call may be repeated: rows are written under keys that depend on their text alone. While
-    Milvus is away or not ready, a call waits and tries again, for the address's `timeout` seconds.
+    While Milvus is unavailable, a call is retried for the address's `timeout` seconds. Retrying is
+    safe: a row's key depends only on its text, so writing it twice changes nothing.
 
     Several processes of a machine can use one Milvus Lite file; see [`LiteFile`].
 
-    A copy is the same connection. A pickled or forked one connects anew in its process, on first
-    use. A pickle holds no token; the other process takes it from MILVUS_TOKEN.
+    Copies share the connection. After pickling or a fork, the other process opens its own
+    connection on first use. A pickle holds no access token; the other process reads MILVUS_TOKEN.
 
     Args:
         address: a URI or path as for [`MilvusAddress`], or the address itself. Default: MILVUS_URI.
@@ -61,7 +61,7 @@ class MilvusConnection:
         try:
             self._connect()
         except BaseException:
-            self.close()  # or a file would stay open that nobody has
+            self.close()  # otherwise the file would stay open without an owner
             raise
 
     def _begin(self) -> None:
@@ -125,7 +125,8 @@ class MilvusConnection:
         seconds = min(self.timeout, CONNECT_SECONDS)
 
         def connect(**more: Any) -> MilvusClient:
-            # dedicated: pymilvus shares others by address, whatever their certificates
+            # dedicated: otherwise pymilvus reuses a connection to this address, even one with other
+            # certificates
             return MilvusClient(self.serving, timeout=seconds, dedicated=True, **options, **more)
 
         client = None
@@ -175,11 +176,11 @@ class MilvusConnection:
         return client
 
     def _call(self, method: str, collection: str | None, call: Callable[[MilvusClient], T]) -> T:
-        """Make a call, again and again while Milvus is away or not ready.
+        """Make a call, and retry it while Milvus is unavailable.
 
         Args:
-            method: its name, for messages.
-            collection: the collection that is called, None for the server itself.
+            method: the call's name, for messages.
+            collection: the collection that it uses; None if it uses none.
         """
 
         def attempt() -> T:
@@ -205,8 +206,8 @@ class MilvusConnection:
         except KnowledgeBaseError as error:
             waited = time.monotonic() - started
             advice = (
-                " This process was forked, which gRPC does not survive while another thread uses it. Start it by "
-                "'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
+                " This process was forked, and gRPC breaks if another thread uses it during a fork. Start the process "
+                "with 'spawn' instead (multiprocessing_context='spawn' in a DataLoader)."
             )
             raise KnowledgeBaseError(f"{error} Tried for {waited:.0f} s.{advice if forked else ''}") from error
         except FAILURES as error:
@@ -329,7 +330,7 @@ class MilvusConnection:
             in_key_order: return the rows that come first in the order of their keys.
         """
         options: dict[str, Any] = {} if limit is None else {"limit": limit}
-        # servers do so anyway, Milvus Lite if told that this is an iteration
+        # servers always sort by key; Milvus Lite does so only in an iteration
         options |= {"iterator": "True"} if in_key_order and self.is_lite else {}
         return self._call(
             "query",

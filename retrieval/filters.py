@@ -7,8 +7,8 @@ A filter is a mapping from field names to wanted values. All fields must match:
     {"year": {">=": 1990, "<": 2000}}           a range
     {"source": {"!=": "web"}}                   present, and not equal
 
-A document without the field never matches. True and False equal no number. Ranges are not meant
-for them: Python and Milvus Lite read them as 1 and 0, and servers leave them out.
+A document without the field never matches. True and False never equal a number. Do not use ranges
+on booleans: Python and Milvus Lite treat them as 1 and 0, but servers never match them.
 
 [`row_predicate`] checks a row in Python, with any column names and values. [`filter_expression`]
 asks Milvus, which stores less: field names are ASCII, values are strings, finite 64-bit numbers
@@ -89,7 +89,7 @@ def conditions(wanted: Filter) -> list[Condition]:
             for comparison, bound in value.items():
                 if comparison not in COMPARISONS:
                     raise ValueError(
-                        f"{comparison!r} is no comparison for {name!r}; there are {', '.join(COMPARISONS)}."
+                        f"Unknown comparison {comparison!r} for {name!r}. Use one of {', '.join(COMPARISONS)}."
                     )
                 found.append(Condition(name, comparison, bound))
         else:
@@ -203,11 +203,11 @@ def _check_value(name: str, value: Any) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"Metadata field {name!r} is {value}; numbers must be finite.")
     elif isinstance(value, int) and not -(2**63) < value < 2**63:
-        raise ValueError(f"Metadata field {name!r} is {value}, more than 64 bits.")
+        raise ValueError(f"Metadata field {name!r} is {value}; integers must be between -2**63 and 2**63.")
 
 
 def _equal(value: Any, wanted: Any) -> bool:
-    """Return True if the values are equal; numbers and truth values only if their tags are, too."""
+    """Return True if Milvus, too, would treat the values as equal (see `_tag`)."""
     value, wanted = _plain(value), _plain(wanted)
     both_numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
     if both_numbers and any(isinstance(value, kind) != isinstance(wanted, kind) for kind in (bool, float)):

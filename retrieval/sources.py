@@ -46,7 +46,7 @@ class Source:
             or NaN is left out.
 
     Raises:
-        ValueError: an attribute is not the text, or the list of texts, that it must be.
+        ValueError: an attribute has the wrong type or is empty.
     """
 
     dataset: str = field(metadata={"help": "A file, a folder, or the name of a dataset on the Hub."})
@@ -95,8 +95,7 @@ class Source:
         Raises:
             FileNotFoundError: there is no such file, folder or dataset.
             ValueError: a file cannot be read; the message names it.
-            Exception: a network error, which [`is_of_the_network`] recognizes. It is worth another
-                try.
+            Exception: a network error; retry it. [`is_of_the_network`] recognizes these errors.
         """
         path = Path(self.dataset)
         if path.is_dir():
@@ -221,7 +220,7 @@ def at_least_one(documents: Iterator[Document], sources: Sequence[str]) -> Itera
 def _placed_documents(
     rows: Iterable[tuple[int, Row]], source: Source, source_name: str
 ) -> Iterator[tuple[str, Document]]:
-    """Yield for each row its place, as error messages name it, and its document."""
+    """Yield each row's document, with the name of the row for error messages."""
     id_fields = [] if source.doc_id_field is None else [source.doc_id_field]
     needed = [source.text_field, *id_fields, *source.metadata_fields]
     for number, row in rows:

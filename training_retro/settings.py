@@ -24,11 +24,11 @@ STREAM_FIELDS = tuple(f.name for f in dataclasses.fields(DocumentStream) if f.na
 
 @dataclass
 class ModelArguments:
-    """The model that is trained, and which of its parameters are."""
+    """The model to train, and which of its parameters to train."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "GPT-2 or RETRO weights to start from, a Hub name or folder. Without, from scratch."},
+        metadata={"help": "GPT-2 or RETRO weights to start from: a Hub name or a folder. Default: train from scratch."},
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, a Hub name or folder. By default the one beside the weights."}
@@ -44,7 +44,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Train LoRA adapters: fields of peft.LoraConfig, a mapping or '{r: 8, target_modules: [c_attn]}'. "
-            "Parts of RETRO that no weights were loaded for are trained whole (modules_to_save)."
+            "RETRO's new parts, if no weights were loaded for them, are trained in full (modules_to_save)."
         },
     )
 
@@ -65,7 +65,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(KnowledgeBaseArguments):
-    """The text, and the knowledge base that its chunks read from."""
+    """The training text, and the knowledge base to fetch its neighbors from."""
 
     train_data: list[str] = field(
         default_factory=list,
@@ -75,7 +75,8 @@ class DataArguments(KnowledgeBaseArguments):
         },
     )
     validation_data: list[str] = field(
-        default_factory=list, metadata={"help": "Sources to evaluate on, as for train_data. Without, no evaluation."}
+        default_factory=list,
+        metadata={"help": "Sources to evaluate on, in the form of train_data. Default: no evaluation."},
     )
     text_field: str = same_setting(Source, "text_field")
     doc_id_field: str | None = same_setting(Source, "doc_id_field")
@@ -93,8 +94,8 @@ class DataArguments(KnowledgeBaseArguments):
     prefetch_batches: int = field(
         default=4,
         metadata={
-            "help": "Batches that are made ahead, with their neighbors, while the model computes; at least those of "
-            "one update. 0: none."
+            "help": "Batches to prepare ahead, with their neighbors, while the model computes (never fewer than one "
+            "update needs). 0: prepare none."
         },
     )
     precompute_to: str | None = field(
@@ -122,7 +123,8 @@ class DataArguments(KnowledgeBaseArguments):
             raise ValueError("precompute_to stores neighbors, but there is no knowledge base. Give a knowledge_base.")
         if self.streaming and (self.precomputed is not None or self.precompute_to is not None):
             raise ValueError(
-                "streaming packs during training, precomputed neighbors need packing before. Use one of them."
+                "streaming packs text during training, but precomputed neighbors need text packed before it. Use only "
+                "one of them."
             )
         if self.prefetch_batches < 0:
             raise ValueError(f"prefetch_batches is {self.prefetch_batches}. It must be 0 (none) or more.")
@@ -159,7 +161,7 @@ class DataArguments(KnowledgeBaseArguments):
 
 @dataclass
 class RetroTrainingArguments(TrainingArguments):
-    """Trainer's own arguments, and RETRO's; where defaults differ, they are nanoGPT's for GPT-2."""
+    """Trainer's arguments and RETRO's; some defaults follow nanoGPT's GPT-2 settings."""
 
     learning_rate: float = field(default=6e-4, metadata={"help": "AdamW's peak learning rate."})
     weight_decay: float = field(
@@ -217,7 +219,7 @@ class RetroTrainingArguments(TrainingArguments):
         for name, what in (("neighbor_dropout", "sequences"), ("neighbor_shuffle", "chunks")):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
-                raise ValueError(f"{name} is a share of the {what}, from 0 to below 1, not {share}.")
+                raise ValueError(f"{name} is {share}. It is a share of the {what}: give at least 0 and less than 1.")
         if self.device_peak_tflops is not None and not self.device_peak_tflops > 0:
             raise ValueError(f"device_peak_tflops is {self.device_peak_tflops}. It must be above 0.")
         if self.benchmark_settings() is not None and self.eval_strategy == IntervalStrategy.NO:

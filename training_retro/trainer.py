@@ -38,9 +38,9 @@ NOTABLE_WAIT = 0.1  # share of the time above which waiting for neighbors is log
 class RetroTrainer(Trainer):
     """Trainer for RETRO models.
 
-    An evaluation measures loss and bits per byte with neighbors on, off and shuffled, and the copy
-    baseline. The baseline's weight is chosen on the last training batches; without any, there is
-    none.
+    An evaluation measures loss and bits per byte with neighbors on, off and shuffled, and for the
+    copy baseline. The baseline's weight is chosen on the last training batches. Before any training
+    step, the baseline is left out.
 
     Args:
         model: the model, or a PEFT model around it; None with `model_init`.
@@ -123,8 +123,8 @@ class RetroTrainer(Trainer):
         """Train as `Trainer.train` does; a stream continues where the checkpoint was made.
 
         Raises:
-            ValueError: neighbors are to be shuffled in batches of one sequence; or there is no
-                whole checkpoint, or one of other data or another number of processes.
+            ValueError: the batch size is 1 and neighbors should be shuffled; there is no complete
+                checkpoint; or it belongs to other data or another number of processes.
         """
         columns = getattr(self.train_dataset, "column_names", None) or ()
         if getattr(self.data_collator, "retriever", None) or "neighbor_ids" in columns:
@@ -132,8 +132,7 @@ class RetroTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         skip = self.args.ignore_data_skip
         if isinstance(self.train_dataset, PackedStream):
-            # A stream finds its place by itself; Trainer would make all batches before it, to throw
-            # them away.
+            # The stream resumes by itself. Trainer would build and discard all earlier batches.
             self.args.ignore_data_skip = True
             if checkpoint is not None:
                 place = load_place(checkpoint, self.args.process_index, self.args.world_size)
@@ -154,9 +153,9 @@ class RetroTrainer(Trainer):
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
         self._sequences = 0
-        # Not prepared by accelerate: the stream is this process' own already. It has a generator of
-        # its own, since the loader draws from it when it starts, and would otherwise change the
-        # random state that a checkpoint has just restored.
+        # accelerate need not prepare this loader: the stream already belongs to this process. The
+        # loader draws from a generator when it starts. With its own one, it leaves the random state
+        # alone that a checkpoint has just restored.
         return DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -228,7 +227,7 @@ class RetroTrainer(Trainer):
         return [name for name in names if dimensions[name] > 1 and not name.endswith(".match")]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create Trainer's optimizer; `retro_learning_rate` applies to groups of RETRO's own."""
+        """Create Trainer's optimizer, with groups of their own for `retro_learning_rate`."""
         optimizer = super().create_optimizer(model)
         if self.args.retro_learning_rate is not None:
             named = (self.model if model is None else model).named_parameters()
@@ -249,8 +248,8 @@ class RetroTrainer(Trainer):
             self._since, self._counts = Progress(), {}
             if logs["retrieval_wait"] > NOTABLE_WAIT and self.is_world_process_zero():
                 logger.info(
-                    "Retrieval is the limit: %.0f %% of the time goes to waiting for batches. A faster embedding model "
-                    "or device, a server, a larger cache or precompute_to would help.",
+                    "Training waits for batches %.0f %% of the time. If neighbors are fetched, a faster embedding "
+                    "model or device, a Milvus server, a larger neighbor_cache_size or precompute_to would help.",
                     100 * logs["retrieval_wait"],
                 )
         super().log(logs, start_time)
@@ -300,8 +299,8 @@ class RetroTrainer(Trainer):
         except Exception as error:  # on a full disk, torch raises RuntimeError, and safetensors an error of its own
             shutil.rmtree(folder, ignore_errors=True)  # a half-written checkpoint only fills the disk
             raise OSError(
-                f"The checkpoint {folder} could not be written ({error}); it was removed, earlier ones are whole. If "
-                "the disk is full, free some space, then resume with --resume_from_checkpoint true."
+                f"Could not write the checkpoint {folder} ({error}). It was removed; earlier checkpoints are complete. "
+                "If the disk is full, free some space and resume with --resume_from_checkpoint true."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -135,7 +135,7 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         ({"shuffle_buffer": 1.5}, "shuffle_buffer is 1.5"),
         ({"num_shards": 2, "shard_index": 2}, "shard_index is 2, but there are 2 shards"),
         ({"filter": "no.such:thing"}, "Cannot import the filter 'no.such:thing'"),
-        ({"filter": {"score": {"~": 1}}}, "'rows': '~' is no comparison for 'score'; there are <, <=, >, >=, !="),
+        ({"filter": {"score": {"~": 1}}}, "'rows': Unknown comparison '~' for 'score'. Use one of <, <=, >, >=, !="),
         ({"filter": {"score": {}}}, "'rows': The range for 'score' is empty"),
         ({"filter": {"lang": []}}, "'rows': The list of wanted values for 'lang' is empty"),
         ({"filter": "json:__name__"}, "The filter 'json:__name__' is no function, but 'json'"),

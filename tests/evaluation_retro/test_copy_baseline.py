@@ -105,10 +105,10 @@ def test_batches_of_one_are_refused_only_if_neighbors_are_shuffled(world, tokeni
     arguments = flags(world, tokenizer_folder, tmp_path / "run", **settings)
     assert len(losses(train(arguments, tmp_path / "cache"))) == 1
     place = [word for name, value in knowledge_base(world).items() for word in (f"--{name}", str(value))]
-    with pytest.raises(SystemExit, match="Set it to 2 or more, or neighbor_shuffle to 0"):
+    with pytest.raises(SystemExit, match="Set the batch size to 2 or more, or neighbor_shuffle to 0"):
         train_hf.main([*arguments, *place])
     train_hf.main([*arguments, *place, "--precompute_to", str(tmp_path / "neighbors")])
     without_text = {"train_data": None, "validation_data": None, "precomputed": tmp_path / "neighbors"}
     stored = flags(world, tokenizer_folder, tmp_path / "run", **settings, **without_text)
-    with pytest.raises(SystemExit, match="Set it to 2 or more"):
+    with pytest.raises(SystemExit, match="Set the batch size to 2 or more"):
         train_hf.main(stored)

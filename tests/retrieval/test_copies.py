@@ -214,7 +214,7 @@ def test_a_forked_process_that_cannot_connect_gets_the_advice_to_spawn(monkeypat
     connection = MilvusConnection(MilvusAddress("http://host:1", timeout=0.01))
     connection._process = os.getppid()
     monkeypatch.setattr(MilvusConnection, "_connect", away)
-    with pytest.raises(KnowledgeBaseError, match=r"nothing answers\. Tried for .* forked.*'spawn' instead"):
+    with pytest.raises(KnowledgeBaseError, match=r"nothing answers\. Tried for .* forked.*with 'spawn' instead"):
         connection.list_collections()
 
 

@@ -292,7 +292,7 @@ def test_an_import_equals_its_export(place, tokenizer, embedder, documents, tmp_
     queries = [c.tokens for c in some_chunks(documents, tokenizer, 5)]
     before, after = (MilvusRetriever(s, tokenizer, embedder, num_neighbors=3).retrieve(queries) for s in (store, copy))
     np.testing.assert_allclose(after.scores, before.scores, atol=1e-6)
-    with pytest.raises(KnowledgeBaseError, match="is there already"):
+    with pytest.raises(KnowledgeBaseError, match="exists already"):
         export_knowledge_base(store, tmp_path / "out", tokenizer)
     other = train_tokenizer([documents[0].text], 300)
     another = place.store(f"{place.name}_other")

@@ -38,7 +38,7 @@ def test_an_expression_holds_no_string_but_names_and_dates(wanted):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"a": {"==": 1}}, "'==' is no comparison for 'a'; there are <, <=, >, >=, !="),
+        ({"a": {"==": 1}}, "Unknown comparison '==' for 'a'. Use one of <, <=, >, >=, !="),
         ({"a": {}}, "The range for 'a' is empty"),
         ({"a": []}, "The list of wanted values for 'a' is empty"),
         ("source == 1", "is a mapping"),
@@ -166,7 +166,7 @@ def test_a_filter_on_the_command_line_is_json():
     [
         ({"a": [1]}, "must be a string"),
         ({"a": float("nan")}, "finite"),
-        ({"a": 2**63}, "64 bits"),
+        ({"a": 2**63}, "integers must be between"),
         ({"a": "x" * 5000}, "at most 4096"),
         ({f"f{i}": i for i in range(33)}, "32 metadata fields"),
     ],

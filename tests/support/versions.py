@@ -1,8 +1,8 @@
 """Run the tests of model, conformance and other programs under several versions of transformers.
 
-    python -m tests.support.versions                  the oldest, the newest and the installed
-    version python -m tests.support.versions oldest newest    in CI, where all tests ran on the
-    installed one python -m tests.support.versions 5.16.0           any other versions
+    python -m tests.support.versions                  # oldest, newest and installed version
+    python -m tests.support.versions oldest newest    # in CI, which tests the installed one anyway
+    python -m tests.support.versions 5.16.0           # any other version
 
 Each version has an environment of its own, `.venv-VERSION`. It holds transformers and the packages
 that need another version with it; all else is shared with the Python that runs this.
