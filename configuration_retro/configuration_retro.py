@@ -123,10 +123,10 @@ class RetroConfig(GPT2Config):
     copy_head: bool = False
     cca_match: bool = False
     match_length: int = 6
-    match_scale: float = 30.0
-    initial_match_weights: list[float] | tuple[float, ...] | None = None
-    cca_match_output_scale: float = 4.0
-    gate_log_prob_scale: float = 10.0
+    match_scale: float | int = 30.0
+    initial_match_weights: list[float | int] | tuple[float | int, ...] | None = None
+    cca_match_output_scale: float | int = 4.0
+    gate_log_prob_scale: float | int = 10.0
     use_retrieval: bool = True
     base_model: str | None = None
     embedding_model: str | None = None
@@ -196,7 +196,7 @@ class RetroConfig(GPT2Config):
         if len(self.initial_match_weights or ()) != self.match_length:
             raise ValueError(
                 f"initial_match_weights={self.initial_match_weights} does not have match_length ({self.match_length}) "
-                "numbers. Give as many, or leave it out."
+                "numbers. Give as many, or set it to None for the default."
             )
         if self.add_cross_attention:
             raise ValueError(

@@ -15,13 +15,13 @@ from retrieval import BulkTokenizer, MilvusRetriever
 from .collator import NEIGHBOR_FIELDS, RetroDataCollator
 from .packing import FEATURES
 
-CARD = "neighbors.json"  # the file that says how the neighbors of a folder were found
+REQUIREMENTS = "neighbors.json"  # the file that says how the neighbors of a folder were found
 FORMAT = 3  # of the folder; 2 added the neighbors' similarities, 3 a slot for every sequence
 SEQUENCES_PER_SEARCH = 64
 
 
-def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
-    """Return the card of sequences with neighbors: their tokenizer and their sizes.
+def requirements_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> dict[str, Any]:
+    """Return the requirements of sequences with neighbors: their tokenizer and their sizes.
 
     Unlike the rows of a knowledge base, sequences contain special tokens, so the whole tokenizer
     counts.
@@ -32,7 +32,7 @@ def card_of(tokenizer: BulkTokenizer, config: RetroConfig, block_size: int) -> d
 
 
 def precompute(
-    parts: dict[str, Dataset], retriever: MilvusRetriever, card: dict[str, Any], folder: str | os.PathLike
+    parts: dict[str, Dataset], retriever: MilvusRetriever, requirements: dict[str, Any], folder: str | os.PathLike
 ) -> None:
     """Store sequences with the neighbors of their chunks as Arrow files.
 
@@ -41,7 +41,7 @@ def precompute(
     Args:
         parts: the packed sequences, by the name of the part ("train", "validation").
         retriever: finds the neighbors.
-        card: as made by [`card_of`].
+        requirements: as made by [`requirements_of`].
         folder: a new folder.
 
     Raises:
@@ -77,29 +77,32 @@ def precompute(
             }
         )
         stored.save_to_disk(str(draft))
-        card = card | {"embedding_model": retriever.embedding_model, "collection_name": retriever.collection_name}
-        (draft / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+        requirements = requirements | {
+            "embedding_model": retriever.embedding_model,
+            "collection_name": retriever.collection_name,
+        }
+        (draft / REQUIREMENTS).write_text(json.dumps(requirements, indent=2), encoding="utf-8")
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load_precomputed(folder: str | os.PathLike, card: dict[str, Any]) -> tuple[DatasetDict, dict[str, Any]]:
+def load_precomputed(folder: str | os.PathLike, requirements: dict[str, Any]) -> tuple[DatasetDict, dict[str, Any]]:
     """Load what [`precompute`] stored.
 
     Returns:
-        the sequences by part, and the folder's card.
+        the sequences by part, and the folder's requirements.
 
     Raises:
         FileNotFoundError: the folder holds no precomputed neighbors.
         ValueError: they were made for another tokenizer, block size or chunk grid. The message
             names both sides.
     """
-    path = Path(folder) / CARD
+    path = Path(folder) / REQUIREMENTS
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {CARD}).")
+        raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {REQUIREMENTS}).")
     theirs = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in card.items():
+    for name, value in requirements.items():
         if theirs.get(name) != value:
             raise ValueError(
                 f"{folder} was precomputed with {name} {theirs.get(name)}, this run has {value}. Use the same, or "

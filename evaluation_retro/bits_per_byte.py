@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_retro.collator import NEIGHBOR_FIELDS
+from data_retro.collator import IGNORED_LABEL, NEIGHBOR_FIELDS
 
 from .copy_baseline import copied_probability, mixture_nats
 
@@ -116,7 +116,7 @@ def sequence_nats(
     off: dict[str, Any] = {"use_retrieval": False}
     conditions = [neighbors, off, shuffle_neighbors(neighbors, seed)] if neighbors else [off]  # as in CONDITIONS
 
-    predicted = labels != -100
+    predicted = labels != IGNORED_LABEL
     in_reach = torch.arange(labels.shape[1], device=labels.device) >= chunk_size - 1
     regions = torch.stack([predicted, predicted & in_reach], 1)  # (B, 2, T - 1)
     bytes_per_token = token_bytes.to(labels.device)[labels.clamp(min=0)]

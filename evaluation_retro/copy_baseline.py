@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from data_retro.collator import IGNORED_LABEL
+
 WEIGHTS = torch.linspace(0, 0.98, 50)
 
 
@@ -83,7 +85,7 @@ def weight_nats(
         nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         copied, found = copied_probability(batch["input_ids"], ids, mask, chunk_size)
         for place, weight in enumerate(WEIGHTS.tolist()):
-            total[place] += (mixture_nats(nats, copied, found, weight) * (labels != -100)).sum()
+            total[place] += (mixture_nats(nats, copied, found, weight) * (labels != IGNORED_LABEL)).sum()
     model.train(was_training)
     return total
 

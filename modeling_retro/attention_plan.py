@@ -47,7 +47,7 @@ class CachedChunks(Movable):
 
 @dataclass
 class AttentionPlan(Movable):
-    """Which columns attend to which neighbors in one call, for all its cross-attention and copying.
+    """The columns and neighbors of one call: which attend to which, in all its layers.
 
     Attributes:
         queries: this call's columns, grouped by the chunk whose neighbors they attend to (G groups

@@ -34,6 +34,8 @@ class RetroCache(Cache):
             offload_only_non_sliding=getattr(shared, "only_non_sliding", True),
         )
         self.layer_class_to_replicate = shared.layer_class_to_replicate
+        if shared.offloading:
+            self.prefetch_stream = shared.prefetch_stream
         self._forget_all()
 
     def _forget_all(self) -> None:

@@ -19,8 +19,8 @@ class NeighborInputs(Movable):
         ids: (B, C, k, r) int64 or int32 token ids.
         mask: (B, C, k, r) bool, False for padding and for neighbors that are not there. Other types
             are converted.
-        scores: (B, C, k) float, the similarity that each neighbor was found with. Where there is no
-            neighbor, any value, nan too, becomes 0.
+        scores: (B, C, k) float, the similarity that each neighbor was found with. It becomes 0
+            where there is no neighbor, and where it is nan.
 
     Raises:
         ValueError: a tensor of another shape or type.
@@ -48,7 +48,7 @@ class NeighborInputs(Movable):
                 "Give one score for each neighbor."
             )
         self.mask = self.mask.bool()
-        self.scores = self.scores.masked_fill(~self.mask.any(-1), 0.0)
+        self.scores = self.scores.masked_fill(~self.mask.any(-1) | self.scores.isnan(), 0.0)
 
     @classmethod
     def from_arguments(

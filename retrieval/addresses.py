@@ -95,7 +95,7 @@ class MilvusAddress:
             scheme, separator, rest = uri.partition("://")
             secret, _, place = rest.rpartition("@")
             uri = scheme + separator + place
-            token = self.token or secret or os.environ.get("MILVUS_TOKEN")
+            token = self.token or secret or os.environ.get("MILVUS_TOKEN") or None
         resolved = {"uri": uri, "path": path, "token": token, "needs_token": token is not None}
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # the fields are frozen from here on
@@ -108,6 +108,12 @@ class MilvusAddress:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"token": None}
 
+    def __copy__(self) -> "MilvusAddress":
+        return self  # it is frozen, and a copy made by way of the pickled state would lose the token
+
+    def __deepcopy__(self, memo: dict) -> "MilvusAddress":
+        return self
+
     @property
     def is_file(self) -> bool:
         """True for a Milvus Lite file, False for a server."""
@@ -119,7 +125,7 @@ class MilvusAddress:
         Raises:
             KnowledgeBaseError: the address needs a token, and this process has none.
         """
-        token = None if self.is_file else self.token or os.environ.get("MILVUS_TOKEN")
+        token = None if self.is_file else self.token or os.environ.get("MILVUS_TOKEN") or None
         if self.needs_token and not token:
             raise KnowledgeBaseError(
                 f"{self.uri} was opened with a token, and tokens are not pickled: set MILVUS_TOKEN in this process."

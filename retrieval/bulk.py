@@ -105,15 +105,15 @@ def _bulk_writer() -> ModuleType:
 
 
 def _sign(folder: Path, identity: Identity) -> None:
-    card = folder / "identity.json"
-    if card.exists():
-        theirs = Identity.from_json(card.read_text(), str(folder))
+    file = folder / "identity.json"
+    if file.exists():
+        theirs = Identity.from_json(file.read_text(), str(folder))
         if theirs.differences(identity):
             raise IdentityMismatch(f"{folder} has files of another knowledge base; write into an empty folder.")
     else:
-        draft = card.with_suffix(f".{os.getpid()}.tmp")
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
         draft.write_text(identity.to_json())
-        draft.replace(card)
+        draft.replace(file)
 
 
 def _once(documents: Iterable[Document], ids: sqlite3.Connection) -> Iterator[Document]:

@@ -211,6 +211,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     check_chunk_size(arguments.chunk_size)
     if arguments.tokenizer is None:
         raise ValueError("--tokenizer is missing. Name the tokenizer of the model that will read the knowledge base.")
+    new = _new_collection(arguments)
     ranks = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -234,11 +235,11 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         report = write_bulk_files(documents, arguments.bulk_files, tokenizer, embedder, rank=rank, **settings)
         if rank == 0 and arguments.uri:
             with _opened(arguments, new=True) as store:
-                open_collection(store, tokenizer, embedder, arguments.chunk_size, _new_collection(arguments))
+                open_collection(store, tokenizer, embedder, arguments.chunk_size, new)
                 console.print(f"The empty {store.where} is ready for the files in {arguments.bulk_files}.")
     else:
         with _opened(arguments, new=True) as store:
-            report = ingest(documents, store, tokenizer, embedder, new=_new_collection(arguments), **settings)
+            report = ingest(documents, store, tokenizer, embedder, new=new, **settings)
             if ranks:
                 ranks.wait_for_everyone()
             in_all = {"chunks in all": store.count()}
@@ -303,8 +304,9 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def run_import(arguments: argparse.Namespace) -> None:
     """Read an exported copy into a collection."""
+    new = _new_collection(arguments)
     with _opened(arguments, new=True) as store:
-        chunks = import_knowledge_base(arguments.source, store, new=_new_collection(arguments), progress=True)
+        chunks = import_knowledge_base(arguments.source, store, new=new, progress=True)
         _print_table({"chunks read": chunks, "chunks in all": store.count()})
 
 

@@ -31,7 +31,7 @@ APPEAR_SECONDS = 2.0  # until a collection that another process is making is the
 
 @dataclass(frozen=True)
 class NewCollection:
-    """How a collection is made, where there is none yet.
+    """The index and the type of vectors of a collection that is made.
 
     Attributes:
         index: the vector index. Default: the one that [`recommend`] names for `expected_chunks`;
@@ -178,8 +178,8 @@ class MilvusCollection:
             )
         settings = new.index_settings(is_lite=is_lite)
         settings.check(self.where, is_lite=is_lite, version=version, dimension=identity.embedding_dimension)
-        card = _index_card(settings, automatic=new.index is None)
-        properties = {IDENTITY: identity.to_json(), INDEX: card, REVISION: "0"}
+        index = _index_json(settings, automatic=new.index is None)
+        properties = {IDENTITY: identity.to_json(), INDEX: index, REVISION: "0"}
         schema = collection_schema(identity, new.vector_dtype)
         try:
             self.connection.create_collection(self.collection_name, schema, properties)
@@ -206,19 +206,17 @@ class MilvusCollection:
             KnowledgeBaseError: it has none (another program made it), or a damaged one.
         """
         description = self.connection.describe_collection(self.collection_name)
-        card = description.get("properties", {}).get(IDENTITY) or description.get("description")
-        if not card:
-            raise KnowledgeBaseError(
-                f"{self.where} has no identity card: it was not made by `python -m retrieval ingest`."
-            )
-        return Identity.from_json(card, self.where)
+        stored = description.get("properties", {}).get(IDENTITY) or description.get("description")
+        if not stored:
+            raise KnowledgeBaseError(f"{self.where} has no identity: it was not made by `python -m retrieval ingest`.")
+        return Identity.from_json(stored, self.where)
 
     def index(self) -> IndexSettings:
         """Return the index and its parameters."""
         if self._index is None:
-            card = json.loads(self._properties().get(INDEX, '{"kind": "FLAT"}'))
-            card.pop("automatic", None)
-            self._index = IndexSettings.of(card.pop("kind"), card | self._given_search_params)
+            stored = json.loads(self._properties().get(INDEX, '{"kind": "FLAT"}'))
+            stored.pop("automatic", None)
+            self._index = IndexSettings.of(stored.pop("kind"), stored | self._given_search_params)
         return self._index
 
     def _build_index(self, settings: IndexSettings, dimension: int | None = None) -> None:
@@ -251,8 +249,8 @@ class MilvusCollection:
         self.flush()
         self._drop_index()
         # recorded first: a process that finds the collection without an index builds this one
-        card = _index_card(settings, automatic=automatic)
-        self.connection.alter_properties(self.collection_name, {INDEX: card})
+        index = _index_json(settings, automatic=automatic)
+        self.connection.alter_properties(self.collection_name, {INDEX: index})
         self._index = settings
         self._build_index(settings, dimension)
         self._load()
@@ -307,7 +305,7 @@ class MilvusCollection:
         self.connection.flush(self.collection_name)
 
     def touch(self, sources: Iterable[str] = ()) -> None:
-        """Record that rows have changed, so that readers forget remembered neighbors.
+        """Record that rows have changed, so that retrievers forget remembered neighbors.
 
         Args:
             sources: names of the sources that the rows came from.
@@ -348,7 +346,7 @@ class MilvusCollection:
         self.connection.close()
 
 
-def _index_card(settings: IndexSettings, *, automatic: bool) -> str:
+def _index_json(settings: IndexSettings, *, automatic: bool) -> str:
     """Return the text that `MilvusCollection.index` reads.
 
     `automatic` says that nobody asked for this index.

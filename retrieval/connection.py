@@ -34,7 +34,7 @@ class MilvusConnection:
     """A Milvus connection that reconnects when it breaks and retries failed calls.
 
     While Milvus is unavailable, a call is retried for the address's `timeout` seconds. Retrying is
-    safe: a row's key depends only on its text, so writing it twice changes nothing.
+    safe: a row's key follows from its document and place, so writing it twice changes nothing.
 
     Several processes of a machine can use one Milvus Lite file; see [`LiteFile`].
 

@@ -22,7 +22,7 @@ from .store import ROWS_PER_CALL, MilvusStore
 from .tokenization import BulkTokenizer
 
 ROWS_PER_FILE = 200_000
-CARD = """---
+README = """---
 tags: [retro, knowledge-base]
 ---
 # {name}
@@ -39,7 +39,7 @@ python -m retrieval import {name} --uri kb.db
 def export_knowledge_base(
     store: MilvusStore, folder: str | os.PathLike, tokenizer: BulkTokenizer, *, progress: bool = False
 ) -> int:
-    """Write all rows as Parquet files with a card.
+    """Write all rows as Parquet files with a README.
 
     [`import_knowledge_base`] and `datasets.load_dataset` read the folder, which appears when it is
     complete.
@@ -100,8 +100,8 @@ def export_knowledge_base(
         del dataset
         shutil.rmtree(cache)
         (draft / "identity.json").write_text(identity.to_json())
-        card = asdict(identity) | {"name": folder.name, "chunks": written, "dimension": identity.embedding_dimension}
-        (draft / "README.md").write_text(CARD.format(**card))
+        facts = asdict(identity) | {"name": folder.name, "chunks": written, "dimension": identity.embedding_dimension}
+        (draft / "README.md").write_text(README.format(**facts))
         draft.chmod(0o755)
         draft.replace(folder)
     except BaseException:
@@ -140,8 +140,8 @@ def import_knowledge_base(
         KnowledgeBaseError: there is no exported knowledge base, or a row of it is damaged.
         IdentityMismatch: the collection exists and was made with other models.
     """
-    card, rows = _open_export(source)
-    identity = Identity.from_json(card, source)
+    stored, rows = _open_export(source)
+    identity = Identity.from_json(stored, source)
     if not store.exists():
         store.create(identity, new)
     if differences := store.identity().differences(identity):
@@ -177,12 +177,12 @@ def import_knowledge_base(
 def _open_export(source: str) -> tuple[str, Any]:
     folder = Path(source)
     if folder.is_dir():
-        card, files = folder / "identity.json", sorted(map(str, folder.glob("data/*.parquet")))
-        if not card.is_file() or not files:
+        stored, files = folder / "identity.json", sorted(map(str, folder.glob("data/*.parquet")))
+        if not stored.is_file() or not files:
             raise KnowledgeBaseError(
                 f"{folder} is no exported knowledge base: it needs identity.json and data/*.parquet."
             )
-        return card.read_text(), load_dataset("parquet", data_files=files, split="train", streaming=True)
+        return stored.read_text(), load_dataset("parquet", data_files=files, split="train", streaming=True)
     from huggingface_hub import hf_hub_download
 
     try:

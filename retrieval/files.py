@@ -76,8 +76,8 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
         ValueError: the file cannot be read in its format. The message names it, and the line if
             there is one.
     """
-    reader = READERS.get(_format(path))
-    return reader(path) if reader else iter([{FILE_ID: name, "text": read_text(path)}])
+    read = READ_AS.get(_format(path))
+    return read(path) if read else iter([{FILE_ID: name, "text": read_text(path)}])
 
 
 def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
@@ -108,7 +108,7 @@ def read_folder(folder: Path, name: str, text_field: str) -> Iterator[Row]:
         if _describes_a_dataset(file):
             leave_out(file, "it describes the dataset beside it")
             continue
-        if _format(file) in READERS:
+        if _format(file) in READ_AS:
             rows = _rows_with(text_field, file) if _format(file) in MAYBE_ROWS else read_file(file, id_)
         if rows is not None:
             yield from ({**row, ROW_ID: f"{id_}#{number}"} for number, row in enumerate(rows))
@@ -145,7 +145,7 @@ def _describes_a_dataset(path: Path) -> bool:
 def _rows_with(text_field: str, path: Path) -> Iterator[Row] | None:
     """Return a file's rows, or None if it has no rows with this field; the log says why."""
     try:
-        rows = READERS[_format(path)](path)
+        rows = READ_AS[_format(path)](path)
         first = next(rows, None)
     except ValueError as error:
         logger.warning("Reading %s as one text: %s", readable(str(path)), error)
@@ -317,8 +317,8 @@ def _arrow(path: Path) -> Iterator[Row]:
     """Read the rows of an Arrow file (Feather) or an Arrow stream."""
     with _columnar(path) as file:
         try:
-            reader = pa.ipc.open_file(file)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            table = pa.ipc.open_file(file)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
         except pa.ArrowInvalid:
             file.seek(0)
             batches = pa.ipc.open_stream(file)
@@ -341,7 +341,7 @@ def _columnar(path: Path) -> Iterator[BinaryIO]:
             raise Unreadable(path, f"it is damaged, or not in the format that its name says ({error})") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READ_AS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_file,

@@ -21,7 +21,7 @@ PROBE_SIMILARITY = 0.999
 
 @dataclass(frozen=True)
 class Identity:
-    """The card that ties a collection to its writers and readers.
+    """The tokenizer, embedding model and chunk size that a collection is made with.
 
     It is stored with the collection and checked on opening.
 
@@ -35,7 +35,7 @@ class Identity:
         embedding_probe: first numbers of a fixed sentence's embedding. They are compared by cosine:
             the same model passes under any name, another model fails under the same name.
         chunk_size: tokens in a chunk.
-        format_version: version of a row's columns and of this card.
+        format_version: version of a row's columns and of this identity.
     """
 
     tokenizer: str
@@ -61,18 +61,18 @@ class Identity:
         )
 
     def to_json(self) -> str:
-        """Return the card as JSON."""
+        """Return the identity as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Identity":
-        """Read a card from JSON.
+        """Read an identity from JSON.
 
         Args:
             where: name of the collection in errors.
 
         Raises:
-            KnowledgeBaseError: the card is damaged, or its format is unknown.
+            KnowledgeBaseError: it is damaged, or its format is unknown.
         """
         try:
             fields = json.loads(text)
@@ -81,7 +81,7 @@ class Identity:
                 return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
             raise KnowledgeBaseError(
-                f"{where} has a damaged identity card: {error!r}. Ingest its documents into a new collection."
+                f"{where} has a damaged identity: {error!r}. Ingest its documents into a new collection."
             ) from error
         raise KnowledgeBaseError(
             f"{where} has format version {version}; this installation reads versions "
@@ -102,7 +102,7 @@ class Identity:
             )
         return different
 
-    def fits(self, tokenizer: BulkTokenizer) -> bool:
+    def accepts(self, tokenizer: BulkTokenizer) -> bool:
         """Return True if the tokenizer gives every text the same ids as in this collection.
 
         Special tokens may differ, since no text becomes one. Format 2 has only a hash that counts
@@ -129,7 +129,7 @@ class Identity:
             IdentityMismatch: a part differs. The message names both sides of each difference.
         """
         differences = []
-        if tokenizer is not None and not self.fits(tokenizer):
+        if tokenizer is not None and not self.accepts(tokenizer):
             differences.append(
                 f"its tokenizer is {self.tokenizer!r} ({self.vocab_size} ids, fingerprint "
                 f"{self.tokenizer_fingerprint[:12]}), yours is {tokenizer.name!r} ({tokenizer.vocab_size} ids, "

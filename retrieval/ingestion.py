@@ -248,30 +248,30 @@ def embed_windows(
 
     with (
         tqdm(unit=" chunks", desc="ingest", disable=not progress) as bar,
-        ThreadPoolExecutor(1, "read") as reader,
-        ThreadPoolExecutor(1, "write") as writer,
+        ThreadPoolExecutor(1, "read") as reading,
+        ThreadPoolExecutor(1, "write") as writing,
     ):
         try:
-            ahead = reader.submit(next, windows, None)
+            ahead = reading.submit(next, windows, None)
             while (window := ahead.result()) is not None:
                 if not window.settle:
-                    ahead = reader.submit(next, windows, None)
+                    ahead = reading.submit(next, windows, None)
                 writes = []
                 window.new.sort(key=lambda item: -len(item[0]))
                 step = embedder.batch_size * BATCHES_PER_WRITE
                 for start in range(0, len(window.new), step):
                     part = window.new[start : start + step]
                     chunks = [chunk for _, chunk in part]
-                    writes.append(writer.submit(write, chunks, embedder.encode([text for text, _ in part])))
+                    writes.append(writing.submit(write, chunks, embedder.encode([text for text, _ in part])))
                     unwritten.append(writes[-1])
                     settle(UNWRITTEN)
                     bar.update(len(chunks))
-                unwritten.append(writer.submit(close, window, writes))
+                unwritten.append(writing.submit(close, window, writes))
                 settle(0 if window.settle else UNWRITTEN)
                 if window.settle:
-                    ahead = reader.submit(next, windows, None)
+                    ahead = reading.submit(next, windows, None)
             settle(0)
         except BaseException:
-            writer.shutdown(cancel_futures=True)
+            writing.shutdown(cancel_futures=True)
             raise
     return report

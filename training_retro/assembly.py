@@ -15,7 +15,7 @@ from data_retro.collator import RetroDataCollator
 from data_retro.mixtures import mix, pack_streams, sample
 from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
-from data_retro.precomputed import card_of, load_precomputed
+from data_retro.precomputed import load_precomputed, requirements_of
 from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import ADDED, RENAMED
 from retrieval import BulkTokenizer, MilvusRetriever
@@ -229,7 +229,7 @@ def load_data(
     """
     block_size = data.block_size or config.n_positions
     if data.precomputed is not None:
-        parts, found_with = load_precomputed(data.precomputed, card_of(tokenizer, config, block_size))
+        parts, found_with = load_precomputed(data.precomputed, requirements_of(tokenizer, config, block_size))
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
         return parts["train"], parts.get("validation")
     sizes = (tokenizer, block_size, config.chunk_size)

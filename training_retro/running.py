@@ -1,6 +1,6 @@
 """Run a training run from its first step to the saved and evaluated model."""
 
-from data_retro.precomputed import card_of, precompute
+from data_retro.precomputed import precompute, requirements_of
 from retrieval import MilvusRetriever
 
 from .settings import DataArguments
@@ -56,5 +56,5 @@ def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
     parts = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset
-    card = card_of(retriever.tokenizer, config, data.block_size or config.n_positions)
-    precompute(parts, retriever, card, data.precompute_to)
+    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions)
+    precompute(parts, retriever, requirements, data.precompute_to)

@@ -1,5 +1,6 @@
 """The settings of a training run: three dataclasses, and the checks between them."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ class DataArguments(KnowledgeBaseArguments):
     def __post_init__(self) -> None:
         for name in ("train_data", "validation_data"):
             entries = getattr(self, name)
-            if not isinstance(entries, list):  # in YAML, a single entry without a list, or none
+            if entries is None or isinstance(entries, str | dict):  # in YAML, none, or one without a list
                 setattr(self, name, [] if entries is None else [entries])
         has_data = {name: bool(self.streams(name)) for name in ("train_data", "validation_data")}
         for name in [name for name, given in has_data.items() if given and self.precomputed is not None]:
@@ -231,6 +232,16 @@ class RetroTrainingArguments(TrainingArguments):
         # Trainer pickles its arguments beside the weights, and a checkpoint that is shared must not
         # hold a token.
         return self.__dict__ | {"hub_token": None}
+
+    def __copy__(self) -> "RetroTrainingArguments":
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)  # with the token, unlike the pickled state
+        return twin
+
+    def __deepcopy__(self, memo: dict) -> "RetroTrainingArguments":
+        twin = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @property
     def device(self) -> torch.device:

@@ -95,6 +95,7 @@ class RetroTrainer(Trainer):
         self._sequences = 0  # sequences that this process has trained on
         self._place: list[int] = []  # the stream's state after them
         self._since = Progress()  # counts since the last log
+        self._wait_is_logged = False
         self._recent: deque[dict[str, torch.Tensor]] = deque(maxlen=RECENT_BATCHES)
         self._copy_weight: float | None = None
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in self.model.parameters()]
@@ -137,7 +138,7 @@ class RetroTrainer(Trainer):
             if checkpoint is not None:
                 place = load_place(checkpoint, self.args.process_index, self.args.world_size)
                 self.train_dataset.load_state(place)
-        self._since = Progress()
+        self._since, self._wait_is_logged = Progress(), False
         self._recent.clear()
         try:
             return super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -246,7 +247,8 @@ class RetroTrainer(Trainer):
         if "loss" in logs:
             logs |= self._since.numbers(self.args) | self._counts
             self._since, self._counts = Progress(), {}
-            if logs["retrieval_wait"] > NOTABLE_WAIT and self.is_world_process_zero():
+            if logs["retrieval_wait"] > NOTABLE_WAIT and not self._wait_is_logged and self.is_world_process_zero():
+                self._wait_is_logged = True
                 logger.info(
                     "Training waits for batches %.0f %% of the time. If neighbors are fetched, a faster embedding "
                     "model or device, a Milvus server, a larger neighbor_cache_size or precompute_to would help.",

@@ -84,7 +84,7 @@ def test_agrees_with_the_slow_reference(model, length):
         {"cca_match": False},
         {"copy_head": False, "cca_match": False},
         {"cca_layers": []},
-        {"match_length": 3, "match_scale": 20.0, "cca_match_output_scale": 2.0, "gate_log_prob_scale": 5.0},
+        {"match_length": 3, "match_scale": 20, "cca_match_output_scale": 2.0, "gate_log_prob_scale": 5.0},
     ],
 )
 def test_agrees_with_the_slow_reference_with_other_settings(changes):

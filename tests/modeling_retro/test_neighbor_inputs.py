@@ -19,8 +19,9 @@ def test_scores_of_missing_neighbors_are_0_and_others_stay():
     mask[0, 1, 1] = mask[1, 2] = 0
     scores = torch.rand(2, 3, 2)
     expected = scores.clone()
-    expected[0, 1, 1] = expected[1, 2] = 0
+    expected[0, 1, 1] = expected[1, 2] = expected[0, 0, 0] = 0
     scores[0, 1, 1] = torch.nan
+    scores[0, 0, 0] = torch.nan  # of a neighbor that is there, from some other retriever
     neighbors = NeighborInputs(IDS, mask, scores)
     assert torch.equal(neighbors.scores, expected)
     assert neighbors.mask.dtype == torch.bool and torch.equal(neighbors.mask, mask.bool())

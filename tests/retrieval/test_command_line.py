@@ -96,3 +96,11 @@ def test_subset_and_split_choose_the_part_of_a_dataset(tmp_path, monkeypatch, ca
         )
     assert asked == [("org/data", "en", "test")]
     assert "there is no text in org/data" in capsys.readouterr().err
+
+
+def test_a_wrong_new_collection_is_refused_before_anything_is_made(tmp_path, capsys):
+    for command in (["ingest", str(tmp_path), "--tokenizer", "none"], ["import", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main([*command, "--uri", str(tmp_path / "kb.db"), "--expected-chunks", "0"])
+        assert "expected_chunks is 0; it must be 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "kb.db").exists()

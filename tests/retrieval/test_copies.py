@@ -270,3 +270,17 @@ def test_a_pickled_tokenizer_gives_the_same_ids(tokenizer, documents):
         and twin.uses_tiktoken
         and twin.encode_batch(texts) == tokenizer.encode_batch(texts)
     )
+
+
+def test_a_copied_address_keeps_its_token():
+    address = MilvusAddress("https://host:19530", token="root:S3cret")
+    for twin in (copy.copy(address), copy.deepcopy(address), copy.deepcopy({"address": address})["address"]):
+        assert twin.secret() == "root:S3cret" and twin == address
+    assert "S3cret" not in repr(address)
+
+
+def test_an_empty_token_is_no_token(monkeypatch):
+    monkeypatch.setenv("MILVUS_TOKEN", "")
+    address = MilvusAddress("http://host:19530")
+    assert address.secret() is None and address.options() == {}
+    assert pickle.loads(pickle.dumps(address)).secret() is None

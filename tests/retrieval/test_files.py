@@ -245,3 +245,17 @@ class TestFolders:
         Dataset.from_list([{"text": "5"}]).to_parquet(root / "z.parquet")
         ids = ["kb/r.jsonl#0", "kb/r.jsonl#1", "kb/sub/a/x.txt", "kb/sub/a.txt", "kb/z.parquet#0"]
         assert [id_ for id_, _ in ids_and_texts(root)] == ids
+
+
+def test_text_is_read_as_it_is_and_binary_files_are_left_out(tmp_path, caplog):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref")
+    (tmp_path / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
+    (tmp_path / "binary").write_bytes(b"\0\1 text")
+    name = tmp_path.name
+    expected = Document(f"{name}/windows.txt", "one\r\ntwo\r\n", {"source": name})
+    assert list(read_documents(str(tmp_path))) == [expected]
+    assert "binary" in caplog.text
+    (tmp_path / "rows.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(ValueError, match="Row 0 of rows.jsonl: field 'text' is 5, not text"):
+        list(read_documents(str(tmp_path / "rows.jsonl")))

@@ -223,3 +223,14 @@ class TestIngest:
         (tmp_path / "b" / "x.txt").write_text("x")
         assert len(list(read_documents(tmp_path / "a", tmp_path / "b"))) == 1
         assert f"{tmp_path / 'a'} holds no document" in caplog.text
+
+
+def test_two_sources_with_the_same_name_are_refused(tmp_path, tokenizer_folder, embedding_folder, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name / "texts").mkdir(parents=True)
+        (tmp_path / name / "texts" / "README.md").write_text(f"from {name}")
+    models = ["--tokenizer", str(tokenizer_folder), "--embedding-model", str(embedding_folder)]
+    sources = [str(tmp_path / name / "texts") for name in ("a", "b")]
+    with pytest.raises(SystemExit):
+        main(["ingest", *sources, "--uri", str(tmp_path / "kb.db"), *models])
+    assert "have the same name" in capsys.readouterr().err

@@ -47,7 +47,10 @@ from ..support.training_world import CHUNK
         ({"prefetch_batches": -1}, "prefetch_batches is -1"),
         ({"precompute_to": "new"}, "Give a knowledge_base"),
         ({"precomputed": "stored"}, "Both train_data and precomputed"),
-        ({"streaming": True, "max_steps": 4, "precompute_to": "new", "knowledge_base": "kb.db"}, "Use only one of them"),
+        (
+            {"streaming": True, "max_steps": 4, "precompute_to": "new", "knowledge_base": "kb.db"},
+            "Use only one of them",
+        ),
         ({"lora": {"r": 8}, "freeze_backbone": True, "knowledge_base": "kb.db"}, "lora and freeze_backbone both"),
         ({"device_peak_tflops": 0}, "device_peak_tflops is 0"),
         ({"knowledge_base": "kb.db", "per_device_eval_batch_size": 1}, "per_device_eval_batch_size is 1"),

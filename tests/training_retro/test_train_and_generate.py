@@ -1,7 +1,9 @@
 """train_hf.py and generate_hf.py run as users run them, on a real Milvus Lite file."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -35,7 +37,9 @@ def test_no_token_is_written_and_only_matrices_decay(world, tokenizer_folder, tm
     arguments = flags(world, tokenizer_folder, tmp_path / "run", hub_token="hf_secret", max_steps=1)
     trainer = train(arguments, tmp_path / "cache")
     trainer.save_model()
-    assert trainer.args.hub_token == "hf_secret"
+    for twin in (trainer.args, copy.copy(trainer.args), copy.deepcopy(trainer.args)):
+        assert twin.hub_token == "hf_secret"
+    assert b"hf_secret" not in pickle.dumps(trainer.args)
     assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
     decayed = trainer.get_decay_parameter_names(trainer.model)
     assert all((parameter.ndim > 1) == (name in decayed) for name, parameter in trainer.model.named_parameters())
