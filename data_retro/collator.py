@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from modeling_retro import Retriever
 
 # The columns of a row's neighbors: ids and mask are (chunks, k, r), scores are (chunks, k).
 NEIGHBOR_FIELDS = {
@@ -14,22 +16,6 @@ NEIGHBOR_FIELDS = {
     "neighbor_scores": torch.float32,
 }
 IGNORED_LABEL = -100  # the label of a token that is not predicted, as in transformers
-
-
-class Retriever(Protocol):
-    """The part of [`retrieval.MilvusRetriever`] that the collator uses.
-
-    A retriever may also have `max_leakage`. If it is set, `retrieve` gets the `continuations` of
-    the chunks, too.
-    """
-
-    chunk_size: int
-    num_neighbors: int
-    neighbor_length: int
-
-    def retrieve(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the neighbors of n chunks: `ids`, `attention_mask` (n, k, r), `scores` (n, k)."""
-        ...
 
 
 @dataclass
@@ -43,7 +29,8 @@ class RetroDataCollator:
     neighbor from the next document could contain the text to predict.
 
     Args:
-        retriever: finds the neighbors, for example a [`retrieval.MilvusRetriever`]. It is not used
+        retriever: finds the neighbors, for example a [`retrieval.MilvusRetriever`]. If it has
+            `max_leakage`, `retrieve` also gets the `continuations` of the chunks. It is not used
             for sequences that bring their neighbors. None: sequences without neighbors become plain
             language-model batches.
     """
@@ -119,7 +106,7 @@ class RetroDataCollator:
         if not places:
             return [none] * len(features)
         chunks = torch.tensor([tokens[chunk * size : (chunk + 1) * size] for tokens, chunk in places])
-        following = {}
+        following: dict[str, Any] = {}
         if getattr(self.retriever, "max_leakage", None) is not None:
             following["continuations"] = [tokens[(chunk + 1) * size : (chunk + 2) * size] for tokens, chunk in places]
         found = self.retriever.retrieve(chunks, exclude_doc_ids=exclude, **following)
