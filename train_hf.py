@@ -1,4 +1,4 @@
-"""Train RETRO with `Trainer`: from scratch, from GPT-2 or RETRO weights, as a RETROfit, or resumed.
+r"""Train RETRO with `Trainer`: from scratch, from GPT-2 or RETRO weights, or resumed.
 
     python train_hf.py examples/train_local.yaml --learning_rate 1e-3
     accelerate launch train_hf.py --model_name_or_path gpt2 --freeze_backbone true \
