@@ -12,6 +12,8 @@ from transformers import GPT2Config
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 16), (5, 24)  # (major, minor); all between are supported
 OLDEST_TORCH = (2, 8)
 
+SEARCHES = ("dense", "bm25", "hybrid")  # the ways to search a knowledge base
+
 # the initial weights of matches of 1, 2, … tokens; those of longer matches are as the last
 INITIAL_MATCH_WEIGHTS = (8.0, 6.0, 4.0, 3.0, 2.0)
 
@@ -64,6 +66,9 @@ class RetroConfig(GPT2Config):
         neighbor_length (`int`, *optional*, defaults to `2 * chunk_size`):
             Tokens of one neighbor, the paper's r: the neighbor chunk and its continuation in its
             document.
+        retrieval_stride (`int`, *optional*, defaults to `chunk_size`):
+            Tokens between two retrieval points, from 1 to `chunk_size`. A smaller stride searches
+            more often. The paper searches once a chunk.
         cca_layers (`list[int]`, *optional*):
             Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every
             third layer from the sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with
@@ -105,11 +110,13 @@ class RetroConfig(GPT2Config):
         collection_name (`str`, *optional*):
             Name of that knowledge base's collection. Its address and credentials are never part of
             the configuration.
+        search (`str`, *optional*):
+            The search that the model was trained with: "dense", "bm25" or "hybrid".
 
     Raises:
-        ValueError (as `StrictDataclassClassValidationError`): a size below 1, a scale of 0 or
-            below, a layer outside its stack, or another number of match weights than
-            `match_length`.
+        ValueError (as `StrictDataclassClassValidationError`): a size below 1, a stride above
+            `chunk_size`, an unknown search, a scale of 0 or below, a layer outside its stack, or
+            another number of match weights than `match_length`.
     """
 
     model_type = "retro"
@@ -117,6 +124,7 @@ class RetroConfig(GPT2Config):
     chunk_size: int = 64
     num_neighbors: int = 2
     neighbor_length: int | None = None
+    retrieval_stride: int | None = None
     cca_layers: list[int] | tuple[int, ...] | None = None
     encoder_num_layers: int = 2
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
@@ -131,10 +139,13 @@ class RetroConfig(GPT2Config):
     base_model: str | None = None
     embedding_model: str | None = None
     collection_name: str | None = None
+    search: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.neighbor_length is None:
             self.neighbor_length = 2 * self.chunk_size
+        if self.retrieval_stride is None:
+            self.retrieval_stride = self.chunk_size
         if self.cca_layers is None:
             self.cca_layers = list(range(5, self.n_layer, 3)) or [self.n_layer - 1]
         if self.initial_match_weights is None:
@@ -190,6 +201,12 @@ class RetroConfig(GPT2Config):
         for name in ("chunk_size", "num_neighbors", "neighbor_length", "encoder_num_layers", "match_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. Give at least 1.")
+        if self.retrieval_stride is None or not 1 <= self.retrieval_stride <= self.chunk_size:
+            raise ValueError(
+                f"retrieval_stride is {self.retrieval_stride}. Give a number from 1 to chunk_size ({self.chunk_size})."
+            )
+        if self.search not in (None, *SEARCHES):
+            raise ValueError(f"search is {self.search!r}. Give one of {', '.join(map(repr, SEARCHES))}, or None.")
         for name in ("match_scale", "cca_match_output_scale", "gate_log_prob_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Give a number above 0.")

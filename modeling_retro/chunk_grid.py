@@ -14,6 +14,27 @@ import torch
 M = TypeVar("M", bound="Movable")
 
 
+def retrieval_points(length: int, first_point: int, stride: int) -> range:
+    """Return the retrieval points of a text: the numbers of tokens after which it is searched for.
+
+    Args:
+        length: tokens of the text.
+        first_point: f, the first point, from 1 to chunk_size + stride − 1.
+        stride: s, the tokens between two points.
+    """
+    return range(first_point, length + 1, stride)
+
+
+def aligned_first_point(length: int, chunk_size: int, stride: int) -> int:
+    """Return the first point for which the end of a text is a point, and no query needlessly short.
+
+    An empty text gets the paper's grid.
+    """
+    if 0 < length < chunk_size:
+        return length
+    return chunk_size + (length - chunk_size) % stride if length else chunk_size
+
+
 class Movable:
     """A dataclass of tensors with a `to` method; accelerate moves it to a layer's device."""
 
