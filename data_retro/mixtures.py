@@ -19,6 +19,7 @@ from retrieval.files import Row
 from retrieval.filters import row_predicate
 from retrieval.sources import Source, documents_from_numbered_rows, is_of_the_network, same_name
 
+from .first_points import FirstPoints
 from .packing import pack_documents, packed_dataset
 
 logger = logging.getLogger(__name__)
@@ -298,11 +299,20 @@ def check_mixture(streams: Sequence[DocumentStream]) -> None:
 
 
 def pack_streams(
-    streams: list[DocumentStream], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, cache_dir: str | Path
+    streams: list[DocumentStream],
+    tokenizer: BulkTokenizer,
+    block_size: int,
+    chunk_size: int,
+    cache_dir: str | Path,
+    first_points: FirstPoints | None = None,
 ) -> Dataset:
-    """Pack one pass over the mixture into an Arrow file in `cache_dir`; see [`pack`] for sizes."""
+    """Pack one pass over the mixture into an Arrow file in `cache_dir`; see [`pack`] for sizes.
+
+    With `first_points`, each sequence gets a column `first_point`.
+    """
 
     def sequences() -> Iterator[dict]:
-        return (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
+        packed = (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
+        return packed if first_points is None else first_points.add_to(packed)
 
     return packed_dataset(sequences, cache_dir)

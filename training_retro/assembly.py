@@ -60,7 +60,7 @@ def build_trainer(
         return RetroTrainer(
             model=trained,
             args=training,
-            data_collator=RetroDataCollator(retriever),
+            data_collator=RetroDataCollator(retriever, model.config.retrieval_stride),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -228,19 +228,23 @@ def load_data(
         ValueError, OSError: something is missing, or does not fit. The message says what.
     """
     block_size = data.block_size or config.n_positions
+    first_points = data.first_points(config, training.seed)
     if data.precomputed is not None:
-        parts, found_with = load_precomputed(data.precomputed, requirements_of(tokenizer, config, block_size))
+        requirements = requirements_of(tokenizer, config, block_size, first_points)
+        if data.random_first_point is None:
+            del requirements["first_point_seed"]
+        parts, found_with = load_precomputed(data.precomputed, requirements)
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
         return parts["train"], parts.get("validation")
     sizes = (tokenizer, block_size, config.chunk_size)
     train: Dataset | PackedStream
     if data.streaming:
         streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
-        train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
+        train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes, first_points)
     else:
-        train = pack_streams(data.streams("train_data"), *sizes, cache_dir)
+        train = pack_streams(data.streams("train_data"), *sizes, cache_dir, first_points)
     if not data.validation_data:
         return train, None
-    # Shuffled once: an evaluation swaps neighbors between the sequences of a batch, which should
-    # not come from one document.
+    # On the paper's grid, so that runs compare. Shuffled once: an evaluation swaps neighbors
+    # between the sequences of a batch, which should not come from one document.
     return train, pack_streams(data.streams("validation_data"), *sizes, cache_dir).shuffle(seed=0)

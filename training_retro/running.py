@@ -56,5 +56,6 @@ def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
     parts = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset
-    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions)
+    first_points = data.first_points(config, trainer.args.seed)
+    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions, first_points)
     precompute(parts, retriever, requirements, data.precompute_to)

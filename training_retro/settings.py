@@ -10,6 +10,7 @@ import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from configuration_retro import RetroConfig
+from data_retro.first_points import FirstPoints
 from data_retro.mixtures import DocumentStream, check_mixture
 from evaluation_retro.benchmarks import BenchmarkSettings
 from retrieval.arguments import KnowledgeBaseArguments
@@ -88,6 +89,13 @@ class DataArguments(KnowledgeBaseArguments):
         default=False,
         metadata={"help": "Tokenize and pack while training, for data larger than the disk. Needs max_steps."},
     )
+    random_first_point: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give each training sequence a first retrieval point of its own, which follows from the seed and "
+            "its tokens, so that short queries are trained, too. By default false; precomputed decides for itself."
+        },
+    )
     neighbor_cache_size: int = field(
         default=100_000,
         metadata={"help": "Chunks whose neighbors are kept in memory between epochs, about 3 kB each. 0: none."},
@@ -139,6 +147,13 @@ class DataArguments(KnowledgeBaseArguments):
     def evaluates(self) -> bool:
         """True if there may be data to evaluate on."""
         return bool(self.validation_data) or self.precomputed is not None
+
+    def first_points(self, config: RetroConfig, seed: int) -> FirstPoints | None:
+        """Return what draws the training sequences' first points, None for the paper's grid."""
+        if not self.has_neighbors or not self.random_first_point:
+            return None
+        assert config.retrieval_stride is not None, "set when the configuration is built"
+        return FirstPoints(seed, config.chunk_size, config.retrieval_stride)
 
     def streams(self, part: str) -> list[DocumentStream]:
         """Return the sources of "train_data" or "validation_data".

@@ -182,7 +182,7 @@ class RetroTrainer(Trainer):
         self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
-            self._since.add(batch, self.retro.config.chunk_size)
+            self._since.add(batch, self.retro.config.chunk_size, self.retro.config.retrieval_stride)
             if self.args.device_peak_tflops is not None:
                 self._since.flops += step_flops(self.model, batch)
         if isinstance(self.train_dataset, PackedStream):
@@ -266,8 +266,14 @@ class RetroTrainer(Trainer):
         """Return each sequence's nats as logits and its sizes as labels: Trainer gathers both."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
+            config = self.retro.config
             nats, sizes = sequence_nats(
-                model, inputs, self.retro.config.chunk_size, self.bytes_of, copy_weight=self._copy_weight
+                model,
+                inputs,
+                config.chunk_size,
+                self.bytes_of,
+                copy_weight=self._copy_weight,
+                retrieval_stride=config.retrieval_stride,
             )
         return None, nats, sizes
 
@@ -280,7 +286,10 @@ class RetroTrainer(Trainer):
         """Choose the copy baseline's weight, evaluate, and keep the results for the model card."""
         with self._since.paused():
             with self.compute_loss_context_manager():
-                nats = weight_nats(self.model_wrapped, self._recent, self.retro.config.chunk_size, self.args.device)
+                config = self.retro.config
+                nats = weight_nats(
+                    self.model_wrapped, self._recent, config.chunk_size, self.args.device, config.retrieval_stride
+                )
             self._copy_weight = best_weight(self.accelerator.reduce(nats, "sum"))
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.retro.evaluation = {

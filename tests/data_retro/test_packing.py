@@ -17,10 +17,16 @@ def reference(documents, block_size, chunk_size):
         row = stream[start : start + block_size]
         if len(row) == 1:
             continue
-        chunks = [row[i : i + chunk_size] for i in range(0, len(row), chunk_size)]
+        placed = [(place + 1, doc_id) for place, (_, doc_id) in enumerate(row)]
+        chunks = [placed[i : i + chunk_size] for i in range(0, len(row), chunk_size)]
+        doc_ids = [list(dict.fromkeys(doc_id for _, doc_id in chunk)) for chunk in chunks]
         yield {
             "input_ids": [token for token, _ in row],
-            "doc_ids": [list(dict.fromkeys(doc_id for _, doc_id in chunk)) for chunk in chunks],
+            "doc_ids": doc_ids,
+            "doc_ends": [
+                [max(end for end, doc_id in chunk if doc_id == one) for one in ids]
+                for chunk, ids in zip(chunks, doc_ids, strict=True)
+            ],
         }
 
 
