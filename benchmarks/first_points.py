@@ -1,6 +1,6 @@
 """Measure what training with random first points costs on the paper's grid and gains before it.
 
-    python benchmarks/first_points.py runs/first_points    # half an hour on one core; can be resumed
+    python benchmarks/first_points.py runs/first_points    # half an hour; can be resumed
 
 The corpus is the model sources inside the transformers package. A decoder of 4 layers and width 128
 is trained alone and frozen. A copy head and cross-attention by matches are then fitted onto it, for

@@ -51,6 +51,9 @@ class RetroTrainer(Trainer):
         processing_class: the tokenizer.
         model_init, compute_loss_func, callbacks, optimizers: as for `Trainer`.
         prefetch_batches: batches made ahead of the model, at least those of one update; 0: none.
+
+    Raises:
+        ValueError: the collator has another retrieval stride than the model.
     """
 
     args: RetroTrainingArguments
@@ -86,6 +89,12 @@ class RetroTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=_metrics,
         )
+        stride, own = self.retro.config.retrieval_stride, getattr(data_collator, "retrieval_stride", None)
+        if own not in (None, stride):
+            raise ValueError(
+                f"retrieval_stride is {stride} in the model and {own} in the collator. Give the collator the model's: "
+                f"RetroDataCollator(retriever, {stride})."
+            )
         self._stopper = StopOnSignal()
         self.add_callback(self._stopper)
         if (settings := self.args.benchmark_settings()) is not None:

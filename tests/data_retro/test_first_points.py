@@ -12,6 +12,7 @@ import torch
 from data_retro.collator import RetroDataCollator
 from data_retro.first_points import FirstPoints
 from data_retro.packing import PackedStream, pack, packed_dataset
+from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Document
 
 from ..support.training_world import CHUNK
@@ -130,6 +131,35 @@ def test_a_wrong_grid_is_refused(retriever, rows, message):
 def test_a_stride_outside_its_range_is_refused(retriever, stride):
     with pytest.raises(ValueError, match=f"retrieval_stride is {stride}. Give a number from 1 to .* \\(8\\)"):
         RetroDataCollator(retriever, stride)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_the_loss_of_a_batch_is_that_of_its_rows_whoever_fetches(retriever, config, stride):
+    config.retrieval_stride, config.copy_head = stride, True
+    torch.manual_seed(0)
+    model = RetroForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "cca.c_proj" in name or "gate_scale" in name:
+            torch.nn.init.ones_(parameter) if parameter.ndim < 2 else torch.nn.init.normal_(parameter)
+    rows = [
+        {"input_ids": [*range(5, 5 + length)], "doc_ids": [[]] * 6, "first_point": first_point}
+        for length, first_point in ((44, 1), (30, 8), (17, min(15, 7 + stride)), (5, 6), (3, 2))
+    ]
+    batch = RetroDataCollator(retriever, stride)(rows)
+    loss = model(**batch).loss
+    model.set_retriever(retriever)
+    alone = [
+        model(
+            input_ids=torch.tensor([row["input_ids"]]),
+            labels=torch.tensor([row["input_ids"]]),
+            first_point=torch.tensor([row["first_point"]]),
+        ).loss
+        for row in rows
+    ]
+    counts = torch.tensor([len(row["input_ids"]) - 1 for row in rows])
+    torch.testing.assert_close(loss, (torch.stack(alone) * counts).sum() / counts.sum())
+    del batch["first_point"]
+    assert stride == 1 or not torch.allclose(loss, model(**batch).loss)
 
 
 def test_all_first_points_are_equally_likely():

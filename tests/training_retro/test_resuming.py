@@ -40,6 +40,7 @@ class TestResume:
             "per_device_train_batch_size": 4 // processes,
         }
         settings |= {"lr_scheduler_type": "constant", "neighbor_dropout": 0.2, "gradient_accumulation_steps": 2}
+        settings |= {"random_first_point": "true"}
         settings |= {"streaming": str(streaming).lower(), "train_data": None, **knowledge_base(world), **changes}
         overrides = OVERRIDES.replace(
             "embd_pdrop: 0.0", f"embd_pdrop: 0.1, copy_head: {str(streaming).lower()}, cca_match: true"
