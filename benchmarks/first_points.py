@@ -106,7 +106,7 @@ def after_prompt(sequences: Dataset, length: int) -> list[dict]:
         tokens = sequence["input_ids"][LONGEST_PROMPT - length : LONGEST_PROMPT + CONTINUATION]
         if len(tokens) == length + CONTINUATION:
             labels = [-100] * length + tokens[length:]
-            no_ids = [[]] * -(-len(tokens) // CHUNK)  # the knowledge base has no held-out document
+            no_ids: list[list[str]] = [[]] * -(-len(tokens) // CHUNK)  # the knowledge base has no held-out document
             rows.append({"input_ids": tokens, "labels": labels, "doc_ids": no_ids, "first_point": length})
     return rows
 

@@ -113,7 +113,7 @@ def load_precomputed(folder: str | os.PathLike, requirements: dict[str, Any]) ->
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no precomputed neighbors (it has no {REQUIREMENTS}).")
     theirs = json.loads(path.read_text(encoding="utf-8"))
-    if theirs["format"] == PAPERS_GRID_FORMAT:
+    if theirs.get("format") == PAPERS_GRID_FORMAT:
         theirs |= {"format": FORMAT, "retrieval_stride": theirs["chunk_size"], "first_point_seed": None}
     for name, value in requirements.items():
         if theirs.get(name) != value:

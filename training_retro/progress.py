@@ -34,13 +34,13 @@ class Progress:
         self.neighbors: torch.Tensor | int = 0
         self.similarity: torch.Tensor | float = 0.0  # sum over the neighbors
 
-    def add(self, batch: dict[str, torch.Tensor], chunk_size: int, retrieval_stride: int) -> None:
+    def add(self, batch: dict[str, torch.Tensor], chunk_size: int, retrieval_stride: int | None) -> None:
         """Count a batch that is trained on. A chunk is here what a retrieval point searches for."""
         tokens = (batch["labels"] != IGNORED_LABEL).sum(-1)
         self.tokens += tokens.sum()
         if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
             there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
-            points = last_slot(tokens, batch.get("first_point", chunk_size), retrieval_stride) + 1
+            points = last_slot(tokens, batch.get("first_point", chunk_size), retrieval_stride or chunk_size) + 1
             self.chunks += points.clamp(min=0).sum()
             self.chunks_with_neighbors += there.any(-1).sum()
             self.neighbors += there.sum()
