@@ -79,7 +79,7 @@ def prepare(folder: Path) -> None:
     new = {"tokenizer_name": folder / "tokenizer", "config_overrides": MODEL, "block_size": BLOCK}
     if not (folder / "kb.db").exists():
         build_knowledge_base(folder)
-    if not (folder / "decoder").exists():
+    if not (folder / "decoder" / "model.safetensors").exists():
         text = {"train_data": folder / "train", "output_dir": folder / "decoder"}
         train(**new, **text, max_steps=DECODER_STEPS, learning_rate=2e-3, per_device_train_batch_size=BATCH)
     place = {"knowledge_base": folder / "kb.db", "collection_name": "text", "embedding_model": folder / "embedding"}
@@ -94,7 +94,8 @@ def fit(folder: Path, grid: str, seed: int, steps: int) -> RetroForCausalLM:
     output = folder / f"{grid}_{steps}_{seed}"
     if not (output / "model.safetensors").exists():
         settings = {"model_name_or_path": folder / "decoder", "precomputed": folder / grid, "block_size": BLOCK}
-        settings |= {"config_overrides": READER, "freeze_backbone": "true", "learning_rate": 2e-3, "seed": seed}
+        settings |= {"config_overrides": READER, "freeze_backbone": "true", "seed": seed}
+        settings |= {"learning_rate": 2e-3, "warmup_steps": 10}
         train(**settings, output_dir=output, max_steps=steps, per_device_train_batch_size=BATCH)
     return RetroForCausalLM.from_pretrained(output)
 
