@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modeling_retro import Retriever
-from modeling_retro.chunk_grid import retrieval_points
+from modeling_retro.retrieval_points import retrieval_points
 
 from .first_points import check_first_point
 

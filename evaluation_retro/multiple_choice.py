@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from modeling_retro.chunk_grid import aligned_first_point
+from modeling_retro.retrieval_points import aligned_first_point
 from retrieval import BulkTokenizer
 
 SCORINGS = ("likelihood", "one_token")

@@ -362,6 +362,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         doc_ids: None = None,
+        doc_ends: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """Run the model with arguments of [`RetroModel.forward`] and `GPT2LMHeadModel.forward`.
@@ -370,19 +371,19 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             labels: (B, T); shifted inside the model, -100 is not counted.
             logits_to_keep: compute the logits of only the last tokens, or of the columns with these
                 indices. 0: of all.
-            doc_ids: always None. `Trainer` keeps only those columns of a dataset that are named
-                here, and `RetroDataCollator` needs this one to leave out neighbors from a text's
-                own document.
+            doc_ids, doc_ends: always None. `Trainer` keeps only those columns of a dataset that are
+                named here, and `RetroDataCollator` needs these to leave out neighbors from a text's
+                own documents.
 
         Returns:
             Logits (B, T, vocabulary), the loss in nats a token if labels are given, and the cache.
             The output's cross_attentions are over the neighbors that each token
             reads: (B, heads, T, k·r) for each layer with cross-attention.
         """
-        if doc_ids is not None:
+        if doc_ids is not None or doc_ends is not None:
             raise ValueError(
-                "doc_ids are for the data collator (RetroDataCollator), not for the model. Give it as data_collator, "
-                "or give the model neighbor_ids."
+                "doc_ids and doc_ends are for the data collator (RetroDataCollator), not for the model. Give it as "
+                "data_collator, or give the model neighbor_ids."
             )
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.transformer(

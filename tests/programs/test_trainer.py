@@ -136,11 +136,11 @@ def test_trainer_keeps_first_points_and_where_documents_end(tmp_path):
         calls.append(([*map(list, chunks)], exclude_doc_ids)) or retrieve(chunks, exclude_doc_ids)
     )
     tokens = random_tokens(2 * CHUNK, seed=0)
-    row = {"input_ids": tokens, "first_point": CHUNK + 4}
-    row |= {"doc_ids": [["a", "b"], ["b"]], "doc_ends": [[3, CHUNK], [2 * CHUNK]]}
+    row = {"input_ids": tokens, "first_point": CHUNK + 2}
+    row |= {"doc_ids": [["a", "b"], ["b"]], "doc_ends": [[2, CHUNK], [2 * CHUNK]]}
     run = trainer(small_model(), tmp_path, [row], RetroDataCollator(retriever), max_steps=1)
     run.train()
-    assert calls == [([tokens[4 : CHUNK + 4]], [{"b"}])]
+    assert calls == [([tokens[2 : CHUNK + 2]], [{"b"}])]
 
 
 def test_document_ids_that_reach_the_model_are_refused():
