@@ -47,13 +47,16 @@ def build_trainer(
     """
     set_seed(training.seed)
     tokenizer = load_tokenizer(model_arguments)
-    samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
+    read = ["validation_data"] if training.eval_only else ["train_data", "validation_data"]
+    samples = sample([stream for part in read for stream in data.streams(part)], DOCUMENTS_SAMPLED)
     model, new = load_model(model_arguments, tokenizer)
     check_against_model(model.config, tokenizer, data, training)
     bulk_tokenizer = BulkTokenizer(tokenizer)  # made once: it takes a while to check itself
     retriever = None if data.knowledge_base is None else connect(model, bulk_tokenizer, data)
     try:
-        trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
+        trained: torch.nn.Module = model
+        if not training.eval_only:
+            trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
         if retriever is not None and training.process_index == 0:
             warn_of_own_text(samples, bulk_tokenizer, retriever)
         train_dataset, eval_dataset = load_data(data, training, model.config, bulk_tokenizer, cache_dir)
@@ -132,7 +135,7 @@ def check_against_model(
             f"block_size is {data.block_size}; it must be from {least} ({what}) to the model's n_positions, "
             f"{config.n_positions}."
         )
-    if data.has_neighbors and data.precompute_to is None:
+    if data.has_neighbors and data.precompute_to is None and not training.eval_only:
         check_batch_size(training, config)
 
 
@@ -221,8 +224,10 @@ def load_data(
     config: RetroConfig,
     tokenizer: BulkTokenizer,
     cache_dir: str | Path,
-) -> tuple[Dataset | PackedStream, Dataset | None]:
+) -> tuple[Dataset | PackedStream | None, Dataset | None]:
     """Return the sequences to train on and to evaluate on, with neighbors if precomputed.
+
+    With `eval_only` there are none to train on.
 
     Raises:
         ValueError, OSError: something is missing, or does not fit. The message says what.
@@ -231,16 +236,26 @@ def load_data(
     if data.precomputed is not None:
         parts, found_with = load_precomputed(data.precomputed, requirements_of(tokenizer, config, block_size))
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
-        return parts["train"], parts.get("validation")
-    sizes = (tokenizer, block_size, config.chunk_size)
-    train: Dataset | PackedStream
-    if data.streaming:
-        streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
-        train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
-    else:
-        train = pack_streams(data.streams("train_data"), *sizes, cache_dir)
+        if training.eval_only and "validation" not in parts:
+            raise ValueError(
+                f"eval_only needs a validation part, which {data.precomputed} does not have. Precompute again with "
+                "validation_data."
+            )
+        return None if training.eval_only else parts["train"], parts.get("validation")
+    sizes = tokenizer, block_size, config.chunk_size
+    train = None if training.eval_only else _training_sequences(data, training, sizes, cache_dir)
     if not data.validation_data:
         return train, None
     # Shuffled once: an evaluation swaps neighbors between the sequences of a batch, which should
     # not come from one document.
     return train, pack_streams(data.streams("validation_data"), *sizes, cache_dir).shuffle(seed=0)
+
+
+def _training_sequences(
+    data: DataArguments, training: RetroTrainingArguments, sizes: tuple[BulkTokenizer, int, int], cache_dir: str | Path
+) -> Dataset | PackedStream:
+    """Return the sequences to train on, packed now or, with `streaming`, while they are read."""
+    streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
+    if data.streaming:
+        return PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
+    return pack_streams(streams, *sizes, cache_dir)

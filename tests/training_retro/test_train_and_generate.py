@@ -33,6 +33,29 @@ def test_training_from_scratch_learns_reports_and_saves(world, tokenizer_folder,
     assert seen[-1] < seen[0] - 0.5
 
 
+def test_eval_only_measures_as_training_does_and_saves_no_model(world, tokenizer_folder, tmp_path, capsys):
+    arguments = flags(world, tokenizer_folder, tmp_path / "run", **knowledge_base(world))
+    train_hf.main(arguments)
+    after_training = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    capsys.readouterr()
+    changes = {"model_name_or_path": tmp_path / "run", "train_data": None, "max_steps": None, "eval_only": "true"}
+    train_hf.main(flags(world, tokenizer_folder, tmp_path / "measured", **changes, **knowledge_base(world)))
+    metrics = json.loads((tmp_path / "measured" / "eval_results.json").read_text())
+    assert "eval_off_bits_per_byte" in capsys.readouterr().out
+    conditions = ("eval_", "eval_off_", "eval_shuffled_")
+    for name in [f"{condition}bits_per_byte" for condition in conditions]:
+        assert metrics[name] == pytest.approx(after_training[name], rel=1e-6)
+    assert {path.name for path in (tmp_path / "measured").iterdir()} == {"eval_results.json", "all_results.json"}
+
+
+def test_eval_only_needs_a_precomputed_validation_part(world, tokenizer_folder, tmp_path):
+    settings = {"validation_data": None, "precompute_to": tmp_path / "stored"}
+    train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **settings, **knowledge_base(world)))
+    settings = {"validation_data": None, "train_data": None, "precomputed": tmp_path / "stored", "eval_only": "true"}
+    with pytest.raises(SystemExit, match="eval_only needs a validation part, which .*stored does not have"):
+        train_hf.main(flags(world, tokenizer_folder, tmp_path / "run", **settings))
+
+
 def test_no_token_is_written_and_only_matrices_decay(world, tokenizer_folder, tmp_path):
     arguments = flags(world, tokenizer_folder, tmp_path / "run", hub_token="hf_secret", max_steps=1)
     trainer = train(arguments, tmp_path / "cache")
