@@ -116,6 +116,12 @@ class DataArguments(KnowledgeBaseArguments):
         has_data = {name: bool(self.streams(name)) for name in ("train_data", "validation_data")}
         for name in [name for name, given in has_data.items() if given and self.precomputed is not None]:
             raise ValueError(f"Both {name} and precomputed are given. Leave {name} out: precomputed holds it.")
+        packed = [*([] if self.streaming else self.streams("train_data")), *self.streams("validation_data")]
+        for stream in [stream for stream in packed if stream.initially_skip]:
+            raise ValueError(
+                f"{stream.where}initially_skip is for the first epoch of a stream, but this text is packed once, for "
+                "all epochs. Set streaming: true for train_data, or use skip."
+            )
         if self.precompute_to is not None and Path(self.precompute_to).exists():
             raise ValueError(f"{self.precompute_to} exists already. Precompute into a new folder, or delete it.")
         if self.precompute_to is not None and self.knowledge_base is None:

@@ -47,6 +47,7 @@ from ..support.training_world import CHUNK
         ({"eval_only": True, "validation_data": None}, "eval_only measures a model on validation_data, which is empty"),
         ({"eval_only": True, "push_to_hub": True}, "saves no model, but push_to_hub is set"),
         ({"train_data": None}, "train_data is empty"),
+        ({"train_data": [{"dataset": "train", "initially_skip": 2}]}, "this text is packed once"),
         ({"remove_unused_columns": True}, "Leave it False"),
         ({"prefetch_batches": -1}, "prefetch_batches is -1"),
         ({"precompute_to": "new"}, "Give a knowledge_base"),
