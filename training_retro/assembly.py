@@ -21,6 +21,7 @@ from modeling_retro.loading import ADDED, RENAMED
 from retrieval import BulkTokenizer, MilvusRetriever
 
 from .neighbor_corruption import check_batch_size
+from .parameters import parameter_table
 from .parsing import as_mapping
 from .settings import DataArguments, ModelArguments, RetroTrainingArguments
 from .trainer import RetroTrainer
@@ -57,6 +58,8 @@ def build_trainer(
         trained: torch.nn.Module = model
         if not training.eval_only:
             trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
+            if training.process_index == 0:
+                logger.info("\n%s", parameter_table(trained))
         if retriever is not None and training.process_index == 0:
             warn_of_own_text(samples, bulk_tokenizer, retriever)
         train_dataset, eval_dataset = load_data(data, training, model.config, bulk_tokenizer, cache_dir)
@@ -168,7 +171,7 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
 def choose_parameters(
     model: RetroForCausalLM, arguments: ModelArguments, has_neighbors: bool, new: set[str]
 ) -> torch.nn.Module:
-    """Choose the parameters that are trained, and log how many they are.
+    """Choose the parameters that are trained.
 
     Without neighbors these are the decoder's: what reads neighbors would get no gradient. With
     adapters, those parts of RETRO that have `new` parameters are trained whole: they end in zeros,
@@ -192,9 +195,6 @@ def choose_parameters(
     if (adapters := as_mapping("lora", arguments.lora)) is not None:
         modules = [part for part in ADDED if has_neighbors and any(f"{part}." in name for name in new)]
         trained = add_adapters(model, {"modules_to_save": modules or None, **adapters})
-    total = trained.num_parameters()
-    chosen = trained.num_parameters(only_trainable=True)
-    logger.info("training %s of %s parameters (%.1f %%)", f"{chosen:,}", f"{total:,}", 100 * chosen / total)
     return trained
 
 
