@@ -25,6 +25,7 @@ from .parameters import parameter_table
 from .parsing import as_mapping
 from .settings import DataArguments, ModelArguments, RetroTrainingArguments
 from .trainer import RetroTrainer
+from .vocabulary import suppress_padding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
             new = {name for name, _ in model.named_parameters()}
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
+    suppress_padding_ids(model, tokenizer)
     return model, new
 
 

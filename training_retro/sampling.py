@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from modeling_retro import RetrievedChunk, RetroForCausalLM
 from retrieval.arguments import KnowledgeBaseArguments
 
+from .vocabulary import suppress_padding_ids
+
 FILE_PREFIX = "FILE:"  # of a prompt that names a file
 
 
@@ -72,6 +74,7 @@ def load(arguments: GenerateArguments) -> tuple[RetroForCausalLM, PreTrainedToke
     device = arguments.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = RetroForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval().to(device)
+    suppress_padding_ids(model, tokenizer)
     if arguments.compile:
         model.compile()
     if arguments.knowledge_base is not None:
@@ -147,6 +150,8 @@ def likeliest_tokens(model: RetroForCausalLM, outputs: Any, count: int) -> list[
     first = outputs.sequences.shape[1] - len(outputs.logits)  # the prompt's length
     unread = model(outputs.sequences[:, :-1], use_retrieval=False).logits[:, first - 1 :]
     read = torch.stack(outputs.logits, dim=1).to(unread.device)
+    for logits in (read, unread):
+        logits[..., model.generation_config.suppress_tokens or []] = -torch.inf
     (read_ids, read_shares), (unread_ids, unread_shares) = (_top(logits, count) for logits in (read, unread))
     return [
         {
