@@ -9,7 +9,7 @@ Without a knowledge base, the decoder writes alone.
 from retrieval import KnowledgeBaseError
 from retrieval.quiet import quiet_program
 from training_retro.parsing import make_parser
-from training_retro.sampling import GenerateArguments, describe, likeliest_tokens, load, sample
+from training_retro.sampling import GenerateArguments, Likeliest, describe, likeliest_tokens, load, sample
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         model, tokenizer = load(arguments)
         outputs = sample(model, tokenizer, arguments)
-        likeliest = [{}] * arguments.num_samples
+        likeliest: list[dict[int, Likeliest]] = [{}] * arguments.num_samples
         if arguments.show_likeliest:
             likeliest = likeliest_tokens(model, outputs, arguments.show_likeliest)
     except (KnowledgeBaseError, ValueError, OSError) as error:
