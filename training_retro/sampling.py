@@ -41,7 +41,7 @@ class GenerateArguments(KnowledgeBaseArguments):
         default="auto", metadata={"help": "Number format of the weights. auto: as they were saved."}
     )
     compile: bool = field(
-        default=False, metadata={"help": "Compile the model: the first tokens take a minute, the others less time."}
+        default=False, metadata={"help": "Compile the model with torch.compile. The first tokens then take a minute."}
     )
     show_likeliest: int = field(
         default=0,
