@@ -17,10 +17,11 @@ def run_training(trainer: RetroTrainer, data: DataArguments) -> None:
     try:
         if data.precompute_to is not None:
             store_neighbors(trainer, data)
-        elif trainer.args.eval_only:
-            _evaluate(trainer)
         else:
-            _train(trainer)
+            if trainer.args.eval_only:
+                _evaluate(trainer)
+            else:
+                _train(trainer)
             # One process may serve the knowledge base to the others.
             trainer.accelerator.wait_for_everyone()
     finally:

@@ -284,8 +284,8 @@ def check_settings(model: ModelArguments, data: DataArguments, training: RetroTr
     """
     workers, processes = training.dataloader_num_workers, training.world_size
     evaluation = IntervalStrategy(training.eval_strategy).value
-    makes = ("precompute_to", "resume_from_checkpoint", "push_to_hub")
-    made = [name for name in makes if getattr(data, name, None) or getattr(training, name, None)]
+    writing = {"precompute_to": data.precompute_to, "push_to_hub": training.push_to_hub}
+    given = [name for name, value in writing.items() if value]
     for is_wrong, message in (
         (
             not (training.eval_only or data.train_data or data.precomputed),
@@ -296,9 +296,13 @@ def check_settings(model: ModelArguments, data: DataArguments, training: RetroTr
             "eval_only measures a model on validation_data, which is empty. Name sources to evaluate on.",
         ),
         (
-            training.eval_only and bool(made),
-            f"eval_only trains and saves no model, but {' and '.join(made)} is set. Leave it out. To measure a "
-            "checkpoint, name its folder in model_name_or_path.",
+            training.eval_only and bool(given),
+            f"eval_only only measures, but {' and '.join(given)} is set, too. Leave one of them out.",
+        ),
+        (
+            training.eval_only and training.resume_from_checkpoint is not None,
+            f"eval_only does not resume a run, but resume_from_checkpoint is {training.resume_from_checkpoint!r}. To "
+            "measure a checkpoint, name its folder in model_name_or_path.",
         ),
         (
             model.freeze_backbone and not data.has_neighbors,

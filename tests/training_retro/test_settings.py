@@ -45,7 +45,7 @@ from ..support.training_world import CHUNK
         ({"benchmarks": "HellaSwag", "benchmark_scoring": "guess"}, "one_token"),
         ({"eval_strategy": "steps", "eval_steps": 1, "validation_data": None}, "validation_data is empty"),
         ({"eval_only": True, "validation_data": None}, "eval_only measures a model on validation_data, which is empty"),
-        ({"eval_only": True, "push_to_hub": True}, "saves no model, but push_to_hub is set"),
+        ({"eval_only": True, "push_to_hub": True}, "only measures, but push_to_hub is set"),
         ({"train_data": None}, "train_data is empty"),
         ({"train_data": [{"dataset": "train", "initially_skip": 2}]}, "this text is packed once"),
         ({"remove_unused_columns": True}, "Leave it False"),
