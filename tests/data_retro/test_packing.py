@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from data_retro.mixtures import DocumentStream, mix
 from data_retro.packing import PackedStream, pack, packed_dataset
 from retrieval import BulkTokenizer, Document
 
@@ -66,13 +67,20 @@ def test_no_text_is_refused(tmp_path):
         packed_dataset(lambda: pack([("empty", [])], 8, 4, END), tmp_path)
 
 
-def test_a_stream_continues_at_any_sequence(tokenizer):
+def rotated(epoch, folder):
     documents = [Document(f"d{i}", f"text {i} " * (i % 5)) for i in range(9)]
+    return documents[epoch % 3 :] + documents[: epoch % 3]
 
+
+def skipping_at_first(epoch, folder):
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"text {i} " * (i % 5)}) for i in range(9)))
+    return mix([DocumentStream(str(folder / "rows.jsonl"), initially_skip=4, shuffle_buffer=3)], epoch)
+
+
+@pytest.mark.parametrize("documents", [rotated, skipping_at_first])
+def test_a_stream_continues_at_any_sequence(tokenizer, tmp_path, documents):
     def stream():
-        return PackedStream(
-            lambda epoch: documents[epoch % 3 :] + documents[: epoch % 3], BulkTokenizer(tokenizer), 16, 8
-        )
+        return PackedStream(lambda epoch: documents(epoch, tmp_path), BulkTokenizer(tokenizer), 16, 8)
 
     whole = []
     for sequence in stream():
