@@ -109,12 +109,8 @@ class MilvusCollection:
         self._layout: Identity | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_index": None,
-            "_dtype": None,
-            "_layout": None,
-        }  # they may have changed when it is unpickled
+        # they may have changed when it is unpickled
+        return {**self.__dict__, "_index": None, "_dtype": None, "_layout": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where})"
