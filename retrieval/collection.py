@@ -242,7 +242,9 @@ class MilvusCollection:
 
     def _build_index(self, column: str, kind: str, metric: str, build: Mapping[str, float]) -> None:
         params = MilvusClient.prepare_index_params()
-        params.add_index(column, index_type=kind, metric_type=metric, params=dict(build))
+        # pymilvus sends each parameter by itself, Milvus Lite reads those that lie in "params"
+        sent = {"params": dict(build)} if self.connection.is_lite else dict(build)
+        params.add_index(column, index_type=kind, metric_type=metric, params=sent)
         try:
             # Milvus Lite builds when the collection is loaded: there is nothing to wait for
             self.connection.create_index(self.collection_name, params, wait=not self.connection.is_lite)
