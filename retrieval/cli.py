@@ -273,7 +273,9 @@ def run_ingest(arguments: argparse.Namespace) -> None:
 
 
 def _stored_search(arguments: argparse.Namespace) -> str | None:
-    """Return what the collection was built for; None if it is not there."""
+    """Return the search that the collection was built for; None if it is not there."""
+    if arguments.bulk_files and not arguments.uri:
+        return None
     address = _address(arguments)
     if address.path is not None and not os.path.exists(address.path):
         return None
