@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -314,6 +315,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as store:
         identity = dataclasses.asdict(store.identity())
         identity.pop("embedding_probe")
+        identity["analyzer"] = identity["analyzer"] and json.dumps(identity["analyzer"])
         identity = {name: value for name, value in identity.items() if value is not None}
         sources = ", ".join(store.sources()) or "unknown"
         _print_table({"collection": store.where, **identity, "sources": sources, **store.health()})

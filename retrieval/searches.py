@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .analyzers import searched_text
 from .connection import RRF_K, Row
 from .embedding import Embedder
 from .errors import KnowledgeBaseError
@@ -24,7 +25,12 @@ SCORE_DIGITS, FUSED_DIGITS = 5, 8
 
 @dataclass(frozen=True)
 class Queries:
-    """Texts to search for, with their embeddings (n, dimension) if the search looks at these."""
+    """What to search for.
+
+    Attributes:
+        texts: n texts; as Milvus cuts them into words, if the search looks at these.
+        vectors: their embeddings (n, dimension), if the search looks at these, else None.
+    """
 
     texts: Sequence[str]
     vectors: np.ndarray | None
@@ -108,8 +114,9 @@ class WordSearch:
         self.store = store
 
     def queries(self, texts: Sequence[str]) -> Queries:
-        """Return the texts."""
-        return Queries(texts, None)
+        """Return the texts as Milvus cuts them into words."""
+        analyzer = self.store.analyzer()
+        return Queries([text if analyzer is None else searched_text(text, analyzer) for text in texts], None)
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
@@ -137,8 +144,8 @@ class HybridSearch:
         self._dense, self._words = DenseSearch(store, embedder), WordSearch(store)
 
     def queries(self, texts: Sequence[str]) -> Queries:
-        """Return the texts with their embeddings."""
-        return self._dense.queries(texts)
+        """Return the texts as Milvus cuts them into words, with their embeddings."""
+        return Queries(self._words.queries(texts).texts, self._dense.queries(texts).vectors)
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""

@@ -132,7 +132,7 @@ class TestSearch:
         assert "1(path): return 1" in capsys.readouterr().out
         main(["info", *place])
         shown = " ".join(capsys.readouterr().out.split())
-        assert "search bm25 analyzer {'type': 'code'}" in shown and "index of words SPARSE_INVERTED_INDEX" in shown
+        assert 'search bm25 analyzer {"type": "code"}' in shown and "index of words SPARSE_INVERTED_INDEX" in shown
         assert "embedding" not in shown
 
     def test_a_hybrid_collection_is_searched_in_each_way(self, texts, place, words, models, capsys):
