@@ -24,11 +24,6 @@ from ..support.bm25 import bm25
 from ..support.searched import SIZE, Built, queries_of
 
 
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "kb.db")
-
-
 class TestIdentity:
     def test_a_dense_collection_is_stored_as_before(self, uri, documents, tokenizer, embedder):
         built = Built(uri, "dense", documents[:2], tokenizer, embedder)

@@ -31,12 +31,7 @@ from retrieval.searches import FUSED, bounded
 
 from ..support.bm25 import reciprocal_rank_fusion
 from ..support.places import CHUNK, expected_rows, rows_of
-from ..support.searched import SIZE, Built, queries_of
-
-
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "kb.db")
+from ..support.searched import SIZE, Built, longest_common_run, queries_of
 
 
 @pytest.fixture(params=["dense", "bm25", "hybrid"])
@@ -149,14 +144,6 @@ def test_a_word_that_few_rows_share_ends_the_search(uri, tokenizer, monkeypatch)
     assert retriever.retrieve([query]).doc_ids == [["rare", None, None]]
     assert retriever.retrieve([query], exclude_doc_ids=[{"rare"}]).doc_ids == [[None] * 3]
     assert len(calls) == 2
-
-
-def longest_common_run(a, b):
-    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1, j + 1] = table[i, j] + 1 if x == y else 0
-    return table.max()
 
 
 def test_neighbors_that_share_a_long_run_are_left_out(built):

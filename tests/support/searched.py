@@ -1,5 +1,7 @@
 """A collection for one of the three searches, with the truth about its rows."""
 
+import numpy as np
+
 from retrieval import MilvusRetriever, MilvusStore, chunk_documents, ingest
 
 from .bm25 import bm25, words
@@ -40,3 +42,12 @@ def queries_of(built, count=12):
     chunks = built.chunks[:: len(built.chunks) // count][:count]
     lengths = [SIZE, 1, 5, SIZE - 1, 9]
     return [list(c.tokens)[: lengths[i % 5]] for i, c in enumerate(chunks)], [{c.doc_id} for c in chunks]
+
+
+def longest_common_run(a, b):
+    """Return the length of the longest run of tokens that two texts share."""
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else 0
+    return table.max()
