@@ -86,7 +86,7 @@ class MilvusRetriever:
         self.tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
         identity = store.identity()
         self.search = wanted_search(store, identity, search)
-        self._search = search_of(store, identity, self.search, embedder)
+        self._searcher = search_of(store, identity, self.search, embedder)
         identity.check(store.where, tokenizer=self.tokenizer, embedder=embedder)
         self.chunk_size = identity.chunk_size
         self.vocab_size = identity.vocab_size
@@ -238,7 +238,7 @@ class MilvusRetriever:
                 found = {query: self._cache[query] for query in queries if query in self._cache}
             missing = [query for query in dict.fromkeys(queries) if query not in found]
             if missing:
-                found.update(zip(missing, self._find(missing), strict=True))
+                found.update(zip(missing, self._search(missing), strict=True))
         except KnowledgeBaseError as error:
             if self.on_retrieval_error == "raise" or isinstance(error, IdentityMismatch):
                 raise
@@ -286,17 +286,17 @@ class MilvusRetriever:
             self.store.catch_up()  # or what is remembered next could be what was there before
             self._cached_revision = revision
 
-    def _find(self, queries: list[Query]) -> list[Rows]:
+    def _search(self, queries: list[Query]) -> list[Rows]:
         """Return the best rows that each query may read, at most k, exactly."""
         texts = {tokens: self.tokenizer.decode_text(tokens) for tokens, _, _ in queries}
         unique = {tokens: place for place, tokens in enumerate(tokens for tokens, text in texts.items() if text)}
         results: list[Rows] = [[] for _ in queries]
         if not unique:
             return results
-        wanted = self._search.queries([texts[tokens] for tokens in unique])
+        wanted = self._searcher.queries([texts[tokens] for tokens in unique])
         room = OVERFETCH if self.max_leakage is not None or any(keys for _, _, keys in queries) else 0
         limit = self.num_neighbors + room
-        hits = self._search.best(wanted, limit, expression=self.expression)
+        hits = self._searcher.best(wanted, limit, expression=self.expression)
         short: dict[frozenset[str], list[int]] = {}
         for number, query in enumerate(queries):
             tokens, _, keys = query
@@ -304,16 +304,16 @@ class MilvusRetriever:
                 continue
             rows = hits[unique[tokens]]
             results[number] = self._allowed(query, rows)
-            if len(results[number]) < self.num_neighbors and not (self._search.is_exact and len(rows) < limit):
+            if len(results[number]) < self.num_neighbors and not (self._searcher.is_exact and len(rows) < limit):
                 short.setdefault(keys, []).append(number)  # there may be more behind those left out
         for keys, numbers in short.items():
             places = [unique[queries[number][0]] for number in numbers]
-            refound = self._find_without(wanted.take(places), [queries[number] for number in numbers], keys)
+            refound = self._search_without(wanted.take(places), [queries[number] for number in numbers], keys)
             for number, rows in zip(numbers, refound, strict=True):
                 results[number] = rows
         return results
 
-    def _find_without(self, wanted: Queries, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
+    def _search_without(self, wanted: Queries, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
         """Search again with the documents of `keys` excluded by Milvus, ever deeper.
 
         The search ends when k rows are found that the query may read, or when all rows were seen.
@@ -322,7 +322,7 @@ class MilvusRetriever:
         results: list[Rows] = [[] for _ in queries]
         left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
         while left:
-            hits = self._search.all_best(wanted.take(left), limit, exclude=exclude, expression=self.expression)
+            hits = self._searcher.all_best(wanted.take(left), limit, exclude=exclude, expression=self.expression)
             for number, rows in zip(left, hits, strict=True):
                 results[number] = self._allowed(queries[number], rows)
             if limit == MOST_HITS:
