@@ -22,13 +22,14 @@ from .bulk import write_bulk_files
 from .chunking import CHUNK_SIZE, check_chunk_size
 from .collection import NewCollection
 from .connection import MilvusConnection
-from .embedding import BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder
+from .embedding import BACKEND_MODULES, BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder, EmbedderSettings
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .filters import Filter, parse_filter
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .quiet import quiet_program
+from .reranking import Reranker, RerankerSettings
 from .retriever import COLLECTION_NAME, NUM_NEIGHBORS, MilvusRetriever
 from .rows import VECTOR_TYPES
 from .settings import add_option
@@ -107,6 +108,11 @@ def _model_options() -> argparse.ArgumentParser:
         f"Default: {DEFAULT_EMBEDDING_MODEL} for ingest, the stored name for search.",
     )
     models.add_argument("--device", help="Device of the embedding model. Default: the best available.")
+    for name in ("query_prompt", "document_prompt"):
+        add_option(models, EmbedderSettings, name, metavar="TEXT")
+    add_option(models, EmbedderSettings, "truncate_dim", type=int)
+    add_option(models, EmbedderSettings, "backend", choices=tuple(BACKEND_MODULES))
+    add_option(models, EmbedderSettings, "trust_remote_code", action="store_true")
     return models
 
 
@@ -158,6 +164,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filter", type=_filter, help='Condition on metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}.'
     )
+    add_option(parser, RerankerSettings, "reranker")
+    add_option(parser, RerankerSettings, "rerank_candidates", type=int)
     parser.set_defaults(run=run_search)
 
 
@@ -226,7 +234,8 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
     device = arguments.device or (str(ranks.device) if ranks else None)
-    embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
+    settings = EmbedderSettings.of(arguments)
+    embedder = Embedder(model, settings=settings, device=device, batch_size=arguments.batch_size)
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
     settings = {"chunk_size": arguments.chunk_size, "progress": rank == 0}
@@ -254,9 +263,16 @@ def run_search(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as store:
         identity = store.identity()
         tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
-        embedder = Embedder(arguments.embedding_model or identity.embedding_model, device=arguments.device)
+        model, settings = arguments.embedding_model or identity.embedding_model, EmbedderSettings.of(arguments)
+        embedder = Embedder(model, settings=settings, device=arguments.device)
         retriever = MilvusRetriever(
-            store, tokenizer, embedder, num_neighbors=arguments.num_neighbors, filter=arguments.filter
+            store,
+            tokenizer,
+            embedder,
+            num_neighbors=arguments.num_neighbors,
+            filter=arguments.filter,
+            reranker=_reranker(arguments),
+            rerank_candidates=arguments.rerank_candidates,
         )
         (query,) = retriever.tokenizer.encode_batch([arguments.query])
         found = retriever.retrieve([query[: retriever.chunk_size]])
@@ -268,11 +284,18 @@ def run_search(arguments: argparse.Namespace) -> None:
             console.print(Text(retriever.tokenizer.decode(tokens)), end="\n\n")
 
 
+def _reranker(arguments: argparse.Namespace) -> Reranker | None:
+    if arguments.reranker is None:
+        return None
+    return Reranker(arguments.reranker, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
+
+
 def run_info(arguments: argparse.Namespace) -> None:
     """Print the identity, size, index and health of a collection."""
     with _opened(arguments) as store:
         identity = dataclasses.asdict(store.identity())
         identity.pop("embedding_probe")
+        identity |= identity.pop("embedding_settings")
         sources = ", ".join(store.sources()) or "unknown"
         _print_table({"collection": store.where, **identity, "sources": sources, **store.health()})
 

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
@@ -36,6 +37,8 @@ class Identity:
             the same model passes under any name, another model fails under the same name.
         chunk_size: tokens in a chunk.
         format_version: version of a row's columns and of this identity.
+        embedding_settings: prompts and truncation of the embedding model, those that have an
+            effect; see [`Embedder.vector_settings`]. They are compared.
     """
 
     tokenizer: str
@@ -46,6 +49,7 @@ class Identity:
     embedding_probe: Sequence[float]
     chunk_size: int
     format_version: int = FORMAT_VERSION
+    embedding_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> "Identity":
@@ -58,11 +62,15 @@ class Identity:
             embedding_dimension=embedder.dimension,
             embedding_probe=embedder.probe,
             chunk_size=chunk_size,
+            embedding_settings=embedder.vector_settings,
         )
 
     def to_json(self) -> str:
-        """Return the identity as JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        """Return the identity as JSON. Without embedding settings, older versions read it, too."""
+        fields = dataclasses.asdict(self)
+        if not self.embedding_settings:
+            del fields["embedding_settings"]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Identity":
@@ -95,6 +103,10 @@ class Identity:
             f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
             for name in ("format_version", "tokenizer_fingerprint", "embedding_dimension", "chunk_size")
             if getattr(self, name) != getattr(other, name)
+        ]
+        different += [
+            f"{name} is {mine} and {theirs}"
+            for name, mine, theirs in _unequal(self.embedding_settings, other.embedding_settings)
         ]
         if not different and (cosine := _cosine(self.embedding_probe, other.embedding_probe)) < PROBE_SIMILARITY:
             different.append(
@@ -145,6 +157,11 @@ class Identity:
                 f"its embedding model is {self.embedding_model!r}, yours is {embedder.label!r}: they embed the same "
                 f"sentence differently (cosine {similarity:.4f})"
             )
+        if embedder is not None:
+            differences += [
+                f"its {name} is {its}, yours is {yours}"
+                for name, its, yours in _unequal(self.embedding_settings, embedder.vector_settings)
+            ]
         if chunk_size is not None and chunk_size != self.chunk_size:
             differences.append(f"its chunk_size is {self.chunk_size}, yours is {chunk_size}")
         if differences:
@@ -152,6 +169,15 @@ class Identity:
                 f"{where} was built differently: {'; '.join(differences)}. Use what it was built with, or ingest into "
                 "another collection."
             )
+
+
+def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List the settings that differ: the name, and both values for people."""
+    return [
+        (name, repr(a[name]) if name in a else "not set", repr(b[name]) if name in b else "not set")
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
 
 
 def _cosine(a: Sequence[float], b: Sequence[float]) -> float:

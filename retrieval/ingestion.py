@@ -99,6 +99,8 @@ def ingest(
         ValueError: chunk_size or a document id is out of its range.
     """
     started = time.monotonic()
+    if store.exists():
+        embedder = embedder.for_collection(store.identity().embedding_settings)
     open_collection(store, tokenizer, embedder, chunk_size, new)
     # Milvus Lite hides rows on their way from memory to disk: look up or write, not both at once
     turn = threading.Lock()

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .addresses import MilvusAddress
 from .connection import Row
-from .embedding import Embedder
+from .embedding import Embedder, EmbedderSettings
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
+from .reranking import RERANK_CANDIDATES, PairScorer, Reranker
 from .rows import doc_key
 from .store import MOST_HITS, MilvusStore
 from .tokenization import BulkTokenizer
@@ -78,10 +79,13 @@ class MilvusRetriever:
             remembers none. All are forgotten when the collection changes.
         on_retrieval_error: "raise", or "skip" to continue without neighbors, counted in
             `skipped_chunks`.
+        reranker: a cross-encoder that chooses the neighbors from more candidates, by name or
+            folder, or a [`Reranker`]. It sets their order; scores stay the search's.
+        rerank_candidates: rows that the reranker reads for each chunk.
 
     Raises:
         KnowledgeBaseError: the collection is empty, or was made with another tokenizer or embedding
-            model.
+            model, or the reranker cannot be loaded.
         ValueError: an argument is out of its range.
     """
 
@@ -97,11 +101,14 @@ class MilvusRetriever:
         max_leakage: float | None = None,
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
+        reranker: str | os.PathLike[str] | PairScorer | Reranker | None = None,
+        rerank_candidates: int = RERANK_CANDIDATES,
     ) -> None:
-        self.store, self.embedder = store, embedder
+        self.store = store
         self.tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
         identity = store.identity()
-        identity.check(store.where, tokenizer=self.tokenizer, embedder=embedder)
+        self.embedder = embedder.for_collection(identity.embedding_settings)
+        identity.check(store.where, tokenizer=self.tokenizer, embedder=self.embedder)
         self.chunk_size = identity.chunk_size
         self.vocab_size = identity.vocab_size
         self.embedding_model = identity.embedding_model
@@ -111,6 +118,11 @@ class MilvusRetriever:
         self.neighbor_length = 2 * self.chunk_size if neighbor_length is None else neighbor_length
         if not 1 <= num_neighbors <= MOST_HITS - OVERFETCH:
             raise ValueError(f"num_neighbors must be from 1 to {MOST_HITS - OVERFETCH}, not {num_neighbors}.")
+        if reranker is not None and not num_neighbors <= rerank_candidates <= MOST_HITS - OVERFETCH:
+            raise ValueError(
+                f"rerank_candidates is {rerank_candidates}; it must be from num_neighbors ({num_neighbors}) to "
+                f"{MOST_HITS - OVERFETCH}."
+            )
         if cache_size < 0:
             raise ValueError(f"cache_size is {cache_size}; it must be 0 (remember nothing) or more.")
         if not 1 <= self.neighbor_length <= 2 * self.chunk_size:
@@ -130,6 +142,8 @@ class MilvusRetriever:
         self.max_leakage = max_leakage
         self.on_retrieval_error = on_retrieval_error
         self.cache_size = cache_size
+        self.reranker = reranker if isinstance(reranker, Reranker) or reranker is None else Reranker(reranker)
+        self._rows_wanted = num_neighbors if reranker is None else rerank_candidates
         self._begin()
         self._checked = True
 
@@ -169,6 +183,9 @@ class MilvusRetriever:
         max_leakage: float | None = None,
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
+        embedding_settings: EmbedderSettings | None = None,
+        reranker: str | os.PathLike[str] | PairScorer | Reranker | None = None,
+        rerank_candidates: int = RERANK_CANDIDATES,
     ) -> "MilvusRetriever":
         """Open a knowledge base.
 
@@ -179,10 +196,13 @@ class MilvusRetriever:
             tokenizer: the model's.
             embedding_model: name or folder to load it from. Default: the name that the collection
                 was built with.
-            device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
+            device: the embedding model's and the reranker's, such as "cpu" or "cuda:1". Default:
+                the best there is.
             search_params: the index's search parameters, such as {"ef": 128}.
-            num_neighbors, neighbor_length, filter, max_leakage, cache_size, on_retrieval_error: as
-                for the class.
+            num_neighbors, neighbor_length, filter, max_leakage, cache_size, on_retrieval_error,
+                reranker, rerank_candidates: as for the class.
+            embedding_settings: prompts, truncation, backend and trust in remote code. What is not
+                given is as the collection was built.
 
         Raises:
             KnowledgeBaseError, ValueError: as the class, [`MilvusAddress`] and
@@ -193,7 +213,10 @@ class MilvusRetriever:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
             identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded
-            embedder = Embedder(embedding_model or identity.embedding_model, device=device)
+            model, settings = embedding_model or identity.embedding_model, embedding_settings or EmbedderSettings()
+            embedder = Embedder(model, settings=settings, device=device)
+            if isinstance(reranker, str | os.PathLike):
+                reranker = Reranker(reranker, device=device, trust_remote_code=settings.trust_remote_code)
             return cls(
                 store,
                 tokenizer,
@@ -204,6 +227,8 @@ class MilvusRetriever:
                 max_leakage=max_leakage,
                 cache_size=cache_size,
                 on_retrieval_error=on_retrieval_error,
+                reranker=reranker,
+                rerank_candidates=rerank_candidates,
             )
         except Exception:
             store.close()
@@ -291,10 +316,14 @@ class MilvusRetriever:
             self._cached_revision = revision
 
     def _search(self, queries: list[Query]) -> list[Rows]:
-        """Return the best rows that each query may read, at most k, exactly."""
+        """Return the best rows that each query may read, at most k, exactly.
+
+        With a reranker, these are its choice from the best `rerank_candidates` rows.
+        """
         unique = {tokens: place for place, tokens in enumerate(dict.fromkeys(tokens for tokens, _, _ in queries))}
-        vectors = self.embedder.encode([self.tokenizer.decode(list(tokens)) for tokens in unique])
-        wanted = self.num_neighbors
+        texts = [self.tokenizer.decode(list(tokens)) for tokens in unique]
+        vectors = self.embedder.encode(texts, is_query=True)
+        wanted = self._rows_wanted
         room = OVERFETCH if self.max_leakage is not None or any(keys for _, _, keys in queries) else 0
         hits = self.store.search(vectors, wanted + room, expression=self.expression)
         results = [self._allowed(query, hits[unique[query[0]]]) for query in queries]
@@ -307,6 +336,10 @@ class MilvusRetriever:
             refound = self._search_without(vectors[places], [queries[number] for number in numbers], keys)
             for number, rows in zip(numbers, refound, strict=True):
                 results[number] = rows
+        if self.reranker is not None:
+            row_texts = [[self.tokenizer.decode(row["tokens"]) for row in rows] for rows in results]
+            query_texts = [texts[unique[tokens]] for tokens, _, _ in queries]
+            results = self.reranker.best(query_texts, results, row_texts, self.num_neighbors)
         return results
 
     def _search_without(self, vectors: np.ndarray, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
@@ -316,7 +349,7 @@ class MilvusRetriever:
         """
         exclude, expression = [doc_key(key) for key in keys], self.expression
         results: list[Rows] = [[] for _ in queries]
-        left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
+        left, limit = list(range(len(queries))), self._rows_wanted + OVERFETCH
         while left:
             there = self.store.how_many(exclude=exclude, expression=expression, at_most=limit)
             hits = self.store.search(vectors[left], limit, exclude=exclude, expression=expression)
@@ -329,12 +362,12 @@ class MilvusRetriever:
                 results[number] = self._allowed(queries[number], rows)
             if there < limit or limit == MOST_HITS:
                 break
-            left = [number for number in left if len(results[number]) < self.num_neighbors]
+            left = [number for number in left if len(results[number]) < self._rows_wanted]
             limit = min(8 * limit, MOST_HITS)
         return results
 
     def _allowed(self, query: Query, rows: Rows) -> Rows:
-        """Return the first k of these rows that this chunk may read."""
+        """Return the first of these rows that this chunk may read, as many as are wanted."""
         tokens, following, keys = query
         rows = [row for row in rows if row["doc_id"] not in keys]
         if self.max_leakage is not None:
@@ -343,7 +376,7 @@ class MilvusRetriever:
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
         # equal chunks come in any order, their scores differ by rounding: sort them the same way
         rows = sorted(rows, key=lambda row: (-round(row["score"], 5), row["doc_id"], row["chunk_index"]))
-        return rows[: self.num_neighbors]
+        return rows[: self._rows_wanted]
 
     def _tensors(self, found: list[list[dict[str, Any]]]) -> Neighbors:
         n, k, r = len(found), self.num_neighbors, self.neighbor_length
