@@ -234,8 +234,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
     device = arguments.device or (str(ranks.device) if ranks else None)
-    settings = EmbedderSettings.of(arguments)
-    embedder = Embedder(model, settings=settings, device=device, batch_size=arguments.batch_size)
+    embedder = Embedder(model, settings=EmbedderSettings.of(arguments), device=device, batch_size=arguments.batch_size)
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
     settings = {"chunk_size": arguments.chunk_size, "progress": rank == 0}

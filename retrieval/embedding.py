@@ -136,7 +136,7 @@ class Embedder:
         truncated = self.settings.truncate_dim
         if truncated is not None and truncated > self.dimension:
             raise ValueError(
-                f"truncate_dim is {truncated}, but {model} gives {self.dimension} components. Set it lower."
+                f"truncate_dim is {truncated}, but {self.label} gives {self.dimension} components. Set it lower."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Embedder:
         return self
 
     def for_collection(self, recorded: Mapping[str, Any]) -> "Embedder":
-        """Return an embedder of the same loaded model that takes what is not given from a collection.
+        """Return an embedder of the same model, with a collection's settings where none are given.
 
         Args:
             recorded: the `vector_settings` that the collection was made with.
@@ -158,7 +158,7 @@ class Embedder:
         missing = {
             name: recorded.get(name, value) for name, value in plain.items() if getattr(self.settings, name) is None
         }
-        other = object.__new__(Embedder)
+        other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.settings = dataclasses.replace(self.settings, **missing)
         return other
@@ -227,7 +227,10 @@ class Embedder:
 
     @property
     def probe(self) -> list[float]:
-        """The first numbers of a fixed sentence's embedding without prompt: they identify the model."""
+        """The first numbers of a fixed sentence's embedding: they identify the model.
+
+        It is embedded without a query or document prompt.
+        """
         return [round(float(value), 6) for value in self._probe_vector[: min(PROBE_LENGTH, self.dimension)]]
 
     def encode(self, texts: Sequence[str], *, is_query: bool = False) -> np.ndarray:
@@ -284,12 +287,12 @@ class Embedder:
         if length > window:
             self._warned.add(kind)
             logger.warning(
-                "A %s has %d tokens for %s, whose window is %d: the rest is not embedded. Make the knowledge base with "
-                "smaller chunks, or use an embedding model with a longer window. Further ones are not reported.",
-                kind,
-                length,
+                "%s embeds only the first %d of the %d tokens of a %s. Make the knowledge base with smaller chunks, or "
+                "use an embedding model with a longer window. This is reported once.",
                 self.label,
                 window,
+                length,
+                kind,
             )
 
 

@@ -100,12 +100,13 @@ class Reranker:
             )
         except (OSError, ValueError, ImportError) as error:
             raise self._cannot_load(str(error).rstrip(".")) from error
-        if model.config.num_labels != 1:
-            raise self._cannot_load(f"it sorts pairs into {model.config.num_labels} classes instead of scoring them")
-        # transformers would give any other model a new, random head
+        if model.num_labels != 1:
+            raise self._cannot_load(f"it sorts pairs into {model.num_labels} classes instead of scoring them")
         kinds = getattr(model.config, "architectures", None) or ()
-        if len(list(model.children())) == 1 and not any(kind.endswith(SCORING_ARCHITECTURES) for kind in kinds):
-            raise self._cannot_load(f"it is no cross-encoder, but {' '.join(kinds) or 'of an unknown kind'}")
+        modules = [module for module in model.children() if not isinstance(module, torch.nn.Identity)]
+        if len(modules) == 1 and not any(kind.endswith(SCORING_ARCHITECTURES) for kind in kinds):
+            # transformers has given it a new, random head
+            raise self._cannot_load(f"it is no cross-encoder, but a {' '.join(kinds) or 'model of unknown kind'}")
         return model
 
     def _cannot_load(self, reason: str) -> KnowledgeBaseError:
@@ -127,7 +128,7 @@ class Reranker:
             texts: the texts of those rows.
 
         Raises:
-            KnowledgeBaseError: the model failed, or gave other than one finite number for a pair.
+            KnowledgeBaseError: the model gave other than one finite number for a pair.
         """
         pairs = [(query, text) for query, its_texts in zip(queries, texts, strict=True) for text in its_texts]
         unique = list(dict.fromkeys(pairs))  # in other batches, the same pair's score differs by rounding
