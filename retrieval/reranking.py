@@ -99,7 +99,7 @@ class Reranker:
                 activation_fn=torch.nn.Identity(),  # a sigmoid would make high scores equal
             )
         except (OSError, ValueError, ImportError) as error:
-            raise self._cannot_load(str(error).rstrip(".")) from error
+            raise self._cannot_load(" ".join(str(error).split()).rstrip(".")) from error
         if model.num_labels != 1:
             raise self._cannot_load(f"it sorts pairs into {model.num_labels} classes instead of scoring them")
         kinds = getattr(model.config, "architectures", None) or ()
