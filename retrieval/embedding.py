@@ -190,17 +190,18 @@ class Embedder:
     @property
     def _default_prompt(self) -> str:
         """The prompt that the model reads before any text if none is named, '' for most models."""
-        return self.model.prompts.get(self.model.default_prompt_name, "")
+        return self._shipped_prompt(self.model.default_prompt_name or "")
+
+    def _shipped_prompt(self, *names: str) -> str:
+        """Return the first prompt of these names that the model ships and that is not empty."""
+        return next((text for name in names if (text := self.model.prompts.get(name))), "")
 
     def _prompt(self, name: str) -> str:
         """Return the `query_prompt` or the `document_prompt` that is in effect."""
         given = getattr(self.settings, name)
         if given is not None:
             return given
-        shipped = {
-            kind: next((self.model.prompts[key] for key in keys if self.model.prompts.get(key)), "")
-            for kind, keys in SHIPPED_PROMPTS.items()
-        }
+        shipped = {kind: self._shipped_prompt(*names) for kind, names in SHIPPED_PROMPTS.items()}
         return shipped[name] if any(shipped.values()) else self._default_prompt
 
     @property
