@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = zip(outputs.sequences.tolist(), outputs.retrieved, likeliest, strict=True)
     for number, (row, retrieved, tokens) in enumerate(samples, 1):
         print(f"=== sample {number} of {arguments.num_samples} ===")
-        print(describe(row, retrieved, tokenizer, model.config.chunk_size, tokens), end="\n\n")
+        print(describe(row, retrieved, tokenizer, tokens), end="\n\n")
 
 
 if __name__ == "__main__":

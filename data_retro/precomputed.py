@@ -86,6 +86,7 @@ def precompute(
         stored.save_to_disk(str(draft))
         requirements = requirements | {
             "embedding_model": retriever.embedding_model,
+            "search": retriever.search,
             "collection_name": retriever.collection_name,
         }
         (draft / REQUIREMENTS).write_text(json.dumps(requirements, indent=2), encoding="utf-8")

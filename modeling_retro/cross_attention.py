@@ -28,7 +28,7 @@ class CrossAttention(GPT2Attention):
     ) -> torch.Tensor:  # (N, q, d)
         """Attend to the other states."""
         if mask is None:
-            return super().forward(hidden_states, encoder_hidden_states=others)[0]
+            return super().forward(hidden_states, encoder_hidden_states=others)[0]  # type: ignore[arg-type, return-value]
         keys, values = self.c_attn(others).split(self.split_size, dim=-1)
         output, _ = self.attend(self.q_attn(hidden_states), keys, values, mask)
         return self.resid_dropout(self.c_proj(output))

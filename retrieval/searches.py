@@ -10,7 +10,7 @@ import torch
 
 from .analyzers import searched_text
 from .connection import RRF_K, Row
-from .embedding import Embedder
+from .embedding import Embedder, EmbedderSettings
 from .errors import KnowledgeBaseError
 from .identity import Identity, check_search
 from .rows import VECTORS
@@ -83,7 +83,7 @@ class DenseSearch:
 
     def queries(self, texts: Sequence[str]) -> Queries:
         """Return the texts with their embeddings."""
-        return Queries(texts, self.embedder.encode(texts))
+        return Queries(texts, self.embedder.encode(texts, is_query=True))
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
@@ -216,16 +216,21 @@ def wanted_search(store: MilvusStore, identity: Identity, search: str | None) ->
 
 
 def load_embedder(
-    identity: Identity, search: str, model: str | None, *, device: str | torch.device | None = None
+    identity: Identity,
+    search: str,
+    model: str | None,
+    settings: EmbedderSettings | None = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> Embedder | None:
     """Load the embedding model for a search, by default the collection's own; None for "bm25".
 
     Raises:
-        ValueError: a model is named for "bm25".
+        ValueError: a model or its settings are given for "bm25".
     """
-    check_search(search, embedding_model=model)
+    check_search(search, embedding_model=model, embedding_settings=settings)
     name = model or identity.embedding_model
-    return None if search == "bm25" or name is None else Embedder(name, device=device)
+    return None if search == "bm25" or name is None else Embedder(name, settings=settings, device=device)
 
 
 def bounded(score: float, query: str) -> float:

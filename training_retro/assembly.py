@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
 from data_retro.collator import RetroDataCollator
+from data_retro.first_points import FirstPoints
 from data_retro.mixtures import mix, pack_streams, sample
 from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
@@ -167,6 +168,7 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
         raise
     config.embedding_model = retriever.embedding_model
     config.collection_name = retriever.collection_name
+    config.search = retriever.search
     return retriever
 
 

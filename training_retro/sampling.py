@@ -26,6 +26,13 @@ class GenerateArguments(KnowledgeBaseArguments):
     prompt: str = field(
         default="", metadata={"help": f"Text to continue, or {FILE_PREFIX}path. Without, a new document begins."}
     )
+    align_to_prompt: bool = field(
+        default=True,
+        metadata={"help": "Search at the prompt's end. False: first after chunk_size tokens, as the paper does."},
+    )
+    retrieval_stride: int | None = field(
+        default=None, metadata={"help": "Tokens between two searches, at most chunk_size. By default the model's."}
+    )
     num_samples: int = field(default=1, metadata={"help": "Number of continuations of the prompt."})
     max_new_tokens: int = field(default=200, metadata={"help": "Tokens to write at most."})
     temperature: float = field(
@@ -112,6 +119,8 @@ def sample(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, argument
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=arguments.max_new_tokens,
         num_return_sequences=arguments.num_samples,
+        retrieval_stride=arguments.retrieval_stride,
+        align_to_prompt=arguments.align_to_prompt,
         pad_token_id=tokenizer.eos_token_id,
         return_dict_in_generate=True,
         output_logits=arguments.show_likeliest > 0,
@@ -175,28 +184,25 @@ def describe(
     tokens: list[int],
     retrieved: Sequence[RetrievedChunk],
     tokenizer: PreTrainedTokenizerBase,
-    chunk_size: int,
     likeliest: Mapping[int, Likeliest] | None = None,
 ) -> str:
-    """Return a sample as text, then a line for each document that a chunk read.
+    """Return a sample as text, then a line for each document that was read.
 
     Args:
         tokens: the sample.
-        retrieved: for each chunk a [`modeling_retro.RetrievedChunk`].
+        retrieved: for each retrieval point a [`modeling_retro.RetrievedChunk`].
         tokenizer: decodes the tokens.
-        chunk_size: tokens in a chunk.
         likeliest: one sample's entry of [`likeliest_tokens`]. Shown are those of the first new
             token, and of the first token after each retrieval.
     """
     lines = [str(tokenizer.decode(tokens, skip_special_tokens=True))]
     places = likeliest or {}
-    ends = {(read.chunk + 1) * chunk_size: read for read in retrieved}  # tokens before what reads them
+    ends = {read.end: read for read in retrieved}  # tokens before what reads them
     if places and min(places) not in ends:
         first = min(places)
         lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], tokenizer)]
     for end, read in ends.items():
-        start = end - chunk_size
-        lines.append(f"\n  chunk {read.chunk}, tokens {start} to {end - 1}, read")
+        lines.append(f"\n  for tokens {read.start} to {end - 1}, read")
         found = [
             f"    {score:.3f}  {doc_id}, chunk {index}"
             for doc_id, index, score in zip(read.doc_ids, read.chunk_indices, read.scores, strict=True)

@@ -126,7 +126,7 @@ def test_the_likeliest_tokens_are_those_of_one_forward(reader):
             best = shares.topk(5)
             assert [token for token, _ in tokens] == best.indices.tolist()
             torch.testing.assert_close(torch.tensor([share for _, share in tokens]), best.values, atol=1e-5, rtol=1e-4)
-    shown = describe(row, outputs.retrieved[0], tokenizer, CHUNK, found)
+    shown = describe(row, outputs.retrieved[0], tokenizer, found)
     assert shown.count("next, with neighbors: ") == shown.count("next, without neighbors: ")
     assert shown.count("next, with neighbors: ") == sum(end in found for end in ends) + ((length - 20) not in ends)
     model.retriever.close()
