@@ -19,7 +19,6 @@ from training_retro.sampling import GenerateArguments, describe, likeliest_token
 
 from ..support.hub import Hub
 from ..support.runs import flags, knowledge_base, train
-from ..support.training_world import CHUNK
 
 
 def test_training_from_scratch_learns_reports_and_saves(world, tokenizer_folder, tmp_path, capsys):
