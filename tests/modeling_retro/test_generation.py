@@ -1,5 +1,7 @@
 """Generation with a retriever: equal with and without a cache, one search a chunk, and a log."""
 
+import logging
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel, pipeline
@@ -221,3 +223,17 @@ def test_a_knowledge_base_with_other_sizes_is_refused(attribute, value):
     with pytest.raises(ValueError, match=str(value)) as error:
         model.set_retriever(retriever)
     assert str(getattr(model.config, attribute)) in str(error.value)
+
+
+def test_another_search_than_in_training_is_said_in_one_line(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, retriever = small_model(embedding_model="test/hash", search="dense"), HashRetriever()
+    retriever.search = "dense"
+    model.set_retriever(retriever)
+    assert not caplog.records
+    retriever.search, retriever.embedding_model = "bm25", None  # a knowledge base of words alone
+    model.set_retriever(retriever)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "The model was trained with neighbors found by dense search; this knowledge base is searched by bm25."
+    )
