@@ -107,7 +107,7 @@ def write(
     measured = {(reader, stride): Measured() for reader in models for stride in strides}
     for number, prompt in enumerate([prompts[0], *prompts]):
         tokens = torch.tensor([prompt])
-        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         settings |= {"attention_mask": torch.ones_like(tokens), "return_dict_in_generate": True}
         for (reader, stride), side in measured.items():
             started = time.perf_counter()
