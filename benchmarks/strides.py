@@ -9,8 +9,10 @@ with one search a chunk, as in the paper. Then both read held-out documents at s
 Printed are two tables in Markdown. The first measures held-out sequences whose neighbors are given:
 searches a token, bits per byte, what they save against one search a chunk, and the time of a
 forward. The second measures `generate()`, searches included. Intervals are two standard errors over
-sequences. The sides take turns; times are the median, the least and the most over batches or
-prompts.
+sequences.
+
+The sides take turns. Times are the processor's, of all threads of this process, so other work on
+the machine changes them little: the median, the least and the most over batches or prompts.
 """
 
 import argparse
@@ -48,7 +50,7 @@ class Measured:
         nats: of each sequence.
         searches: of all sequences, or of all prompts.
         tokens: of all sequences, or generated after all prompts.
-        milliseconds: for a token, of each batch or prompt.
+        milliseconds: processor time for a token, of each batch or prompt.
     """
 
     nats: list[float] = field(default_factory=list)
@@ -89,9 +91,9 @@ def read(
             batch = dict(batches[stride])
             labels = batch.pop("labels")[:, 1:]
             searches = int(batch["neighbor_attention_mask"].flatten(2).any(-1).sum()) if stride else 0
-            started = time.perf_counter()
+            started = time.process_time()
             logits = models[reader](**batch, **options(stride)).logits
-            side.add(time.perf_counter() - started, sum(len(row["input_ids"]) for row in part), searches)
+            side.add(time.process_time() - started, sum(len(row["input_ids"]) for row in part), searches)
             nats = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")  # 0 for padding
             side.nats += nats.sum(1).tolist()
     return measured
@@ -110,10 +112,10 @@ def write(
         settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         settings |= {"attention_mask": torch.ones_like(tokens), "return_dict_in_generate": True}
         for (reader, stride), side in measured.items():
-            started = time.perf_counter()
+            started = time.process_time()
             output = models[reader].generate(tokens, **settings, **options(stride))
             if number:
-                side.add(time.perf_counter() - started, new, len(output.retrieved[0]))
+                side.add(time.process_time() - started, new, len(output.retrieved[0]))
     return measured
 
 
@@ -147,12 +149,12 @@ def write_table(measured: dict[Side, Measured]) -> list[str]:
 
 
 def time_searches(retriever: MilvusRetriever, prompts: list[list[int]]) -> str:
-    """Return the milliseconds of a search for one chunk."""
+    """Return the processor time of a search for one chunk."""
     milliseconds = []
     for prompt in [prompts[0], *prompts]:
-        started = time.perf_counter()
+        started = time.process_time()
         retriever.retrieve([prompt[-CHUNK:]])
-        milliseconds.append(1000 * (time.perf_counter() - started))
+        milliseconds.append(1000 * (time.process_time() - started))
     return spread(milliseconds[1:], " ms")
 
 
