@@ -224,6 +224,10 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs: Any
     ) -> Any:
+        # a first forward with a draft holds more than the prompt
+        log = model_kwargs.get("retrieval_log")
+        if log is not None and log.prompt_mask is None:
+            log.prompt_mask = model_kwargs.get("attention_mask")
         # an assistant drafts with its own retrieval, if any; this model's neighbors are not its
         # arguments
         if assistant_model is not None:

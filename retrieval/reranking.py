@@ -98,7 +98,9 @@ class Reranker:
                 trust_remote_code=self._trust_remote_code,
                 activation_fn=torch.nn.Identity(),  # a sigmoid would make high scores equal
             )
-        except (OSError, ValueError, ImportError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last one without a network
             raise self._cannot_load(" ".join(str(error).split()).rstrip(".")) from error
         if model.num_labels != 1:
             raise self._cannot_load(f"it sorts pairs into {model.num_labels} classes instead of scoring them")
