@@ -33,3 +33,19 @@ def test_a_mask_of_any_type_is_the_same_mask(dtype):
     settings = {"max_new_tokens": 3, "do_sample": False}
     masked = model.generate(tokens, attention_mask=torch.ones_like(tokens).to(dtype), **settings)
     assert torch.equal(masked, model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings))
+
+
+@pytest.mark.parametrize("piece", [2, 5])
+def test_pieces_of_a_prompt_without_padding_do_not_move_the_points(piece):
+    model, prompt = retrieving_model(), random_tokens(2 * CHUNK + 3, seed=1)
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=CHUNK,
+        do_sample=False,
+        return_dict_in_generate=True,
+        prefill_chunk_size=piece,
+    )
+    grid = Grid.aligned_to(prompt)
+    written = greedy_by_hand(model, prompt, CHUNK, grid)
+    assert output.sequences[0].tolist() == written
+    assert [chunk.end for chunk in output.retrieved[0]] == grid.points(written[:-1])
