@@ -79,10 +79,12 @@ class RetrievalPoints(Movable):
             return known
         size = config.chunk_size
         stride = config.retrieval_stride if stride is None else stride
-        if not isinstance(stride, int) or not 1 <= stride <= size:
-            raise ValueError(f"retrieval_stride is {stride}. Give a number from 1 to chunk_size ({size}).")
+        if type(stride) is not int or not 1 <= stride <= size:
+            raise ValueError(f"retrieval_stride is {stride!r}. Give an int from 1 to chunk_size ({size}).")
         if first_point is None:
             return cls(size, stride, None)
+        if not isinstance(first_point, torch.Tensor):
+            raise ValueError(f"first_point is {first_point!r}. Give a tensor with one int64 number for each row.")
         if first_point.dtype != torch.int64 or first_point.shape != (batch_size,):
             raise ValueError(
                 f"first_point has shape {tuple(first_point.shape)} and type {first_point.dtype}. Give one int64 number "

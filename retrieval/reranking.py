@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from .connection import Row
 from .errors import KnowledgeBaseError
@@ -100,7 +101,8 @@ class Reranker:
             )
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last one without a network
+        # a RuntimeError comes without a network
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise self._cannot_load(" ".join(str(error).split()).rstrip(".")) from error
         if model.num_labels != 1:
             raise self._cannot_load(f"it sorts pairs into {model.num_labels} classes instead of scoring them")

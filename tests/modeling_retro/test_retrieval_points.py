@@ -320,6 +320,7 @@ class TestBadInput:
             (torch.tensor([1, 2]), r"shape \(2,\)"),
             (torch.tensor([[1]]), r"shape \(1, 1\)"),
             (torch.tensor([1.0]), "float32"),
+            ([1], r"\[1\]. Give a tensor"),
         ],
     )
     def test_a_first_point_of_another_shape_or_range(self, first_point, complaint):

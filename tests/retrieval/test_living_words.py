@@ -14,15 +14,15 @@ def uri(tmp_path):
     return str(tmp_path / "kb.db")
 
 
-def test_a_document_that_is_added_later_is_found_by_its_own_words(uri, tokenizer):
+def test_a_document_that_is_added_later_is_found_by_its_own_words_and_meaning(uri, tokenizer, embedder):
     store = MilvusStore(uri, "words")
     topics = list(pydoc_data.topics.topics.values())[:40]
     documents = [Document(f"topic {number}", text[:1500]) for number, text in enumerate(topics)]
-    ingest(documents, store, tokenizer, chunk_size=SIZE, search="bm25")
+    ingest(documents, store, tokenizer, embedder, chunk_size=SIZE, search="hybrid")
     text = "the quokka flies over wombat hills and the quokka sleeps"
-    ingest([Document("new", text)], store, tokenizer, chunk_size=SIZE, search="bm25")
+    ingest([Document("new", text)], store, tokenizer, embedder, chunk_size=SIZE, search="hybrid")
     query = tokenizer.encode_batch([text])[0][:SIZE]
-    found = MilvusRetriever(store, tokenizer).retrieve([query])
+    found = MilvusRetriever(store, tokenizer, embedder).retrieve([query])
     store.close()
     assert found.doc_ids[0][0] == "new"
 
