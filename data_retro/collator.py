@@ -25,7 +25,7 @@ IGNORED_LABEL = -100  # the label of a token that is not predicted, as in transf
 class RetroDataCollator:
     """Collate packed sequences into a batch, and fetch all their neighbors in one search.
 
-    Sequences are as [`data_retro.packing.pack`] yields them. A sequence is searched for after
+    Sequences are as [`data_retro.packing.pack`] yields them. Points lie after
     `first_point` tokens, then after every `retrieval_stride` more. The query of a point is the
     chunk_size tokens before it, or all tokens if they are fewer.
 

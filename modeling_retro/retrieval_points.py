@@ -15,7 +15,7 @@ from .movable import Movable
 
 
 def retrieval_points(length: int, first_point: int, stride: int) -> range:
-    """Return the retrieval points of a text: the numbers of tokens after which it is searched for.
+    """Return the retrieval points of a text: the numbers of tokens before each search.
 
     Args:
         length: tokens of the text.
