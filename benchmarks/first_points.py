@@ -4,9 +4,9 @@
 
 The corpus is the beginnings of the model sources inside the transformers package. They are searched
 by static embeddings: MiniLM's word vectors, frequent words weighted down (Arora et al., 2017). A
-decoder of 4 layers and width 128 is trained alone and frozen. A copy head and cross-attention by
-matches are then fitted onto it, for each seed once on the paper's grid and once with
-`random_first_point`. Both read the same sequences.
+decoder of 4 layers and width 128 is trained alone and frozen. A reader (a copy head, by default
+with cross-attention by matches) is then fitted onto it, for each seed once on the paper's grid and
+once with `random_first_point`. Both read the same sequences.
 
 Both are measured on held-out documents: on the paper's grid, and on the 64 tokens after a prompt of
 8, 16 or 32 tokens whose end is a retrieval point. The 64 tokens are the same for every prompt.
@@ -45,7 +45,7 @@ MODEL = (
     "{n_layer: 4, n_embd: 128, n_head: 4, n_positions: 256, cca_layers: [1, 3], "
     "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
 )
-READER = "{copy_head: true, cca_match: true}"
+READERS = {"both": "{copy_head: true, cca_match: true}", "copy_head": "{copy_head: true, cca_layers: []}"}
 
 
 def save_embedding(texts: Sequence[str], folder: Path) -> None:
@@ -89,15 +89,28 @@ def prepare(folder: Path) -> None:
             train(**new, **place, **data, random_first_point=is_random, precompute_to=folder / grid)
 
 
-def fit(folder: Path, grid: str, seed: int, steps: int) -> RetroForCausalLM:
-    """Fit RETRO onto the decoder, unless that was done before, and load it."""
-    output = folder / f"{grid}_{steps}_{seed}"
+def fit(folder: Path, grid: str, reader: str, seed: int, steps: int) -> RetroForCausalLM:
+    """Fit a reader onto the decoder, unless that was done before, and load it."""
+    output = folder / f"{grid}_{reader}_{steps}_{seed}"
     if not (output / "model.safetensors").exists():
         settings = {"model_name_or_path": folder / "decoder", "precomputed": folder / grid, "block_size": BLOCK}
-        settings |= {"config_overrides": READER, "freeze_backbone": "true", "seed": seed}
+        settings |= {"config_overrides": READERS[reader], "freeze_backbone": "true", "seed": seed}
         settings |= {"learning_rate": 2e-3, "warmup_steps": 10}
         train(**settings, output_dir=output, max_steps=steps, per_device_train_batch_size=BATCH)
     return RetroForCausalLM.from_pretrained(output)
+
+
+def open_retriever(folder: Path) -> MilvusRetriever:
+    """Open the knowledge base of the training texts. It has no held-out document."""
+    tokenizer, embedding = AutoTokenizer.from_pretrained(folder / "tokenizer"), str(folder / "embedding")
+    place = (folder / "kb.db", "text")
+    return MilvusRetriever.from_uri(*place, tokenizer=tokenizer, embedding_model=embedding, device="cpu")
+
+
+def held_out_sequences(folder: Path) -> Dataset:
+    """Return shuffled sequences to measure, with their neighbors on the paper's grid."""
+    held_out = load_from_disk(str(folder / "paper"))["validation"].shuffle(seed=0)
+    return held_out.select(range(min(HELD_OUT, len(held_out))))
 
 
 def after_prompt(sequences: Dataset, length: int) -> list[dict]:
@@ -130,25 +143,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps texts, knowledge base and models")
     parser.add_argument("--seeds", type=int, default=3, help="fits of each kind")
+    parser.add_argument("--reader", choices=READERS, default="both", help="a copy head with cross-attention, or alone")
     parser.add_argument("--steps", type=int, default=80, help="steps of a fit, 2,048 tokens each")
     arguments = parser.parse_args()
     folder = arguments.folder
     print(machine(), flush=True)
     prepare(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    held_out = load_from_disk(str(folder / "paper"))["validation"].shuffle(seed=0)
-    held_out = held_out.select(range(min(HELD_OUT, len(held_out))))
+    held_out = held_out_sequences(folder)
     data = {"paper's grid": batches(list(held_out), RetroDataCollator())}
-    retriever = MilvusRetriever.from_uri(
-        folder / "kb.db", "text", tokenizer=tokenizer, embedding_model=str(folder / "embedding"), device="cpu"
-    )
+    retriever = open_retriever(folder)
     for length in PROMPTS:
         data[f"after {length} tokens"] = batches(after_prompt(held_out, length), RetroDataCollator(retriever))
     retriever.close()
     print(json.dumps({name: sum(len(batch["input_ids"]) for batch in parts) for name, parts in data.items()}))
     print(f"{'bits per byte':28s}  decoder    paper   random  random saves", flush=True)
     for seed in range(arguments.seeds):
-        models = {grid: fit(folder, grid, seed, arguments.steps) for grid in GRIDS}
+        models = {grid: fit(folder, grid, arguments.reader, seed, arguments.steps) for grid in GRIDS}
         for name, parts in data.items():
             measured = {grid: evaluate(model, parts, byte_lengths(tokenizer)) for grid, model in models.items()}
             print(report(f"seed {seed}, {name}", measured), flush=True)
