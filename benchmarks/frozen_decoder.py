@@ -32,16 +32,24 @@ WARMUP_STEPS = 10
 LEAST_REST = 1e-9  # least probability of all tokens that are neither predicted nor copied
 
 
-def load_decoder(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a decoder and its tokenizer in float32 from a folder or a GGUF file."""
-    if path.suffix != ".gguf":
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
-            path
-        )
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.backend_tokenizer.decoder = ByteLevel()  # the conversion puts another one in its place
-    return model, tokenizer
+def load_decoder(path: Path) -> PreTrainedModel:
+    """Load a decoder in float32 from a folder or a GGUF file."""
+    folder, file = _place(path)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file).eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load a decoder's tokenizer from a folder or a GGUF file."""
+    folder, file = _place(path)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    if file:
+        tokenizer.backend_tokenizer.decoder = ByteLevel()  # the conversion puts another one in its place
+    return tokenizer
+
+
+def _place(path: Path) -> tuple[Path, dict[str, str]]:
+    """Return a model's folder, and the argument that names its file if it is a GGUF file."""
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,11 +27,11 @@ class SplitSize:
         held_out: sequences to measure, each from a document of its own.
     """
 
-    chunks: int = 8000
+    chunks: int = 6000
     chunk_size: int = 64
     length: int = 256
     training: int = 64
-    held_out: int = 240
+    held_out: int = 208
 
 
 @dataclass
@@ -117,8 +117,13 @@ def split_corpus(documents: Iterable[Document], tokenizer: BulkTokenizer, size: 
     )
 
 
-def load_or_make(folder: Path, documents: Iterable[Document], tokenizer: BulkTokenizer, size: SplitSize) -> Split:
+def load_or_make(
+    folder: Path, documents: Callable[[], Iterable[Document]], tokenizer: BulkTokenizer, size: SplitSize
+) -> Split:
     """Return the split in a folder, which is made first if it is missing.
+
+    Args:
+        documents: makes the corpus; called only if there is no split yet.
 
     Raises:
         ValueError: the corpus is too small, or the folder has a split of another size.
@@ -126,7 +131,7 @@ def load_or_make(folder: Path, documents: Iterable[Document], tokenizer: BulkTok
     made_with = folder / "size.json"
     if not made_with.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        split_corpus(documents, tokenizer, size).save(folder)
+        split_corpus(documents(), tokenizer, size).save(folder)
         made_with.write_text(json.dumps(asdict(size)))
     if (made := json.loads(made_with.read_text())) != asdict(size):
         raise ValueError(f"{folder} has a split of {made}, not of {asdict(size)}. Name another folder.")

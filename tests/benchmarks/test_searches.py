@@ -1,14 +1,17 @@
 """The comparison of searches measures what the whole decoder and copy head would say."""
 
 import pydoc_data.topics
+from dataclasses import replace
 
 import frozen_decoder
 import numpy as np
 import pytest
+import search_timing
 import searches
 import torch
 import torch.nn.functional as F
-from searches import Bench, Row
+from search_rows import REFERENCE, Row
+from searches import Bench
 from splits import SplitSize, split_corpus, without_near_duplicates
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +52,7 @@ def decoder(hf_tokenizer):
 @pytest.fixture(scope="module")
 def row(hf_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "static"
-    return Row(searches.REFERENCE, "dense", str(save_static_embedding(hf_tokenizer, folder, dim=16, seed=0)))
+    return Row("dense", "MiniLM", str(save_static_embedding(hf_tokenizer, folder, dim=16, seed=0)))
 
 
 @pytest.fixture
@@ -118,20 +121,39 @@ def test_a_corpus_that_is_too_small_is_refused(documents, tokenizer):
         split_corpus(documents[:5], tokenizer, SIZE)
 
 
-def test_rows_are_measured_once_and_resumed(bench, row, decoder, documents, tokenizer, monkeypatch):
-    lines = list(searches.gains(bench, [row], steps=3))
-    assert [line.get("k") for line in lines] == [None, *searches.NEIGHBORS]
+@pytest.fixture
+def rows(row):
+    changes = [{}, {"search": "bm25"}, {"search": "hybrid"}, {"search": "bm25", "zero_scores": True}]
+    return [replace(row, **change) for change in changes]
+
+
+def test_rows_are_measured_once_and_resumed(bench, rows, decoder, documents, tokenizer, monkeypatch):
+    lines = list(searches.measure_gains(bench, rows, steps=3))
+    assert [line["k"] for line in lines] == [k for k in searches.NEIGHBORS for _ in rows]
+    assert rows[0].name == REFERENCE and "over_reference" not in lines[0] and "over_reference" in lines[1]
+    assert len({line["bits"] for line in lines}) == len(lines)  # each row found or saw something else
     with torch.no_grad():
         tokens = torch.from_numpy(bench.split.held_out)
         nats = F.cross_entropy(decoder(tokens).logits[:, 7:-1].flatten(0, 1), tokens[:, 8:].flatten(), reduction="sum")
     text = [tokenizer.decode(ids[8:]) for ids in bench.split.held_out.tolist()]
-    bits = float(nats) / np.log(2) / sum(len(part.encode()) for part in text if part.isascii())
-    assert all(map(str.isascii, text)) and lines[0]["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
+    assert all(map(str.isascii, text))  # so that a character is a byte
+    assert lines[0]["decoder"] == pytest.approx(float(nats) / np.log(2) / sum(map(len, text)), abs=1e-4)
 
-    monkeypatch.setattr(searches, "ingest", None)  # nothing is built again
+    table = list(searches.gain_table(lines))
+    assert len(table) == 3 + len(lines) and {line.count("|") for line in table} == {7}
+
+    monkeypatch.setattr(searches, "hybrid_base", None)  # nothing is built or searched again
     monkeypatch.setattr(searches, "fetch", None)
-    again = Bench(bench.folder, lambda: [], decoder, tokenizer, SIZE)
-    assert list(searches.gains(again, [row], steps=3)) == lines
+    again = Bench(bench.folder, list, decoder, tokenizer, SIZE)
+    assert list(searches.measure_gains(again, rows, steps=3)) == lines
+
+
+def test_every_row_is_timed_in_every_round(bench, rows, tokenizer):
+    timings = search_timing.time_rows(rows[:3], bench.split, tokenizer, 8, chunks=30, rounds=2)
+    assert list(timings) == [row.name for row in rows[:3]]
+    for measures in timings.values():
+        assert all(len(values) == 2 and min(values) > 0 for values in measures.values())
+    assert len(list(search_timing.cost_table(timings))) == 2 + 3
 
 
 def test_training_sequences_do_not_read_their_own_documents(bench, row, tokenizer):
