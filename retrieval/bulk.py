@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .analyzers import Analyzer
 from .chunking import CHUNK_SIZE, Chunk, Document, check_chunk_size
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
@@ -29,9 +30,11 @@ def write_bulk_files(
     documents: Iterable[Document],
     folder: str | os.PathLike,
     tokenizer: BulkTokenizer,
-    embedder: Embedder,
+    embedder: Embedder | None = None,
     *,
     chunk_size: int = CHUNK_SIZE,
+    search: str = "dense",
+    analyzer: str | Analyzer | None = None,
     rank: int = 0,
     progress: bool = False,
 ) -> IngestReport:
@@ -43,21 +46,26 @@ def write_bulk_files(
 
     Args:
         folder: receives `identity.json` and `part-<rank>-<number>-<hash>.parquet`.
+        embedder: the embedding model; None for search by words alone.
         chunk_size: tokens in a chunk.
+        search: what the collection can be searched by: "dense", "bm25" or "hybrid".
+        analyzer: how Milvus cuts text into words, as for [`parse_analyzer`].
         rank: this process's number, if several write into one folder.
         progress: show a progress bar, in chunks.
 
     Raises:
         KnowledgeBaseError: pymilvus' bulk writer is not installed.
-        IdentityMismatch: the folder has files of another tokenizer, embedding model or chunk size.
-        ValueError: a document id comes twice: an import would keep both texts.
+        IdentityMismatch: the folder has files of another tokenizer, embedding model, search,
+            analyzer or chunk size.
+        ValueError: a document id comes twice: an import would keep both texts. Or the search does
+            not go together with the embedding model or the analyzer.
     """
     started = time.monotonic()
     check_chunk_size(chunk_size)
     _bulk_writer()  # fails before anything is embedded
+    identity = Identity.of(tokenizer, embedder, chunk_size, search, analyzer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    identity = Identity.of(tokenizer, embedder, chunk_size)
     _sign(folder, identity)
     draft = folder / f".draft-{rank}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -77,8 +85,10 @@ def write_bulk_files(
             parts.append(part)
             yield window
 
-    def write(chunks: list[Chunk], embeddings: np.ndarray) -> None:
-        rows.extend(row_of(chunk, vector) for chunk, vector in zip(chunks, embeddings, strict=True))
+    def write(chunks: list[Chunk], embeddings: np.ndarray | None, texts: list[str]) -> None:
+        vectors = [None] * len(chunks) if embeddings is None else embeddings
+        written = zip(chunks, vectors, texts, strict=True)
+        rows.extend(row_of(chunk, vector, text, identity.analyzer) for chunk, vector, text in written)
 
     def finish(_: Window) -> None:
         part = parts.pop(0)

@@ -13,11 +13,12 @@ from pymilvus import MilvusClient
 from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_delay, wait_random
 
 from .addresses import MilvusAddress, no_file
+from .analyzers import Analyzer, check_analyzer
 from .connection import MilvusConnection
 from .errors import KnowledgeBaseError
 from .identity import Identity
 from .indexes import IndexSettings, recommend
-from .rows import VECTOR_TYPES, collection_schema
+from .rows import VECTOR_TYPES, VECTORS, WORDS, collection_schema
 
 Self = TypeVar("Self", bound="MilvusCollection")
 
@@ -25,7 +26,8 @@ Self = TypeVar("Self", bound="MilvusCollection")
 IDENTITY, INDEX, REVISION, SOURCES = "retro.identity", "retro.index", "retro.revision", "retro.sources"
 MAX_SOURCES = 100  # names of sources that a collection remembers
 HALF_SINCE = (2, 4)  # first version of a server with vectors of half precision
-VECTORS = "embedding"  # the column of vectors, and the name of its index
+# BM25's parameters, the same on Milvus Lite, whose default k1 is 1.5, and on servers
+BM25_INDEX, BM25_PARAMS = "SPARSE_INVERTED_INDEX", {"bm25_k1": 1.2, "bm25_b": 0.75}
 APPEAR_SECONDS = 2.0  # until a collection that another process is making is there
 
 
@@ -104,9 +106,15 @@ class MilvusCollection:
         self._given_search_params = dict(search_params or {})
         self._index: IndexSettings | None = None
         self._dtype: np.dtype | None = None
+        self._layout: Identity | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "_dtype": None}  # they may have changed when it is unpickled
+        return {
+            **self.__dict__,
+            "_index": None,
+            "_dtype": None,
+            "_layout": None,
+        }  # they may have changed when it is unpickled
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where})"
@@ -146,8 +154,7 @@ class MilvusCollection:
         """Return True if the collection is there, and load it: only a loaded one can be read."""
         if not self.connection.has_collection(self.collection_name):
             return False
-        if not self.connection.list_indexes(self.collection_name):  # killed before the index was made
-            self._build_index(self.index())
+        self._build_indexes()  # those of a process that was killed before it had built them
         if self.connection.owns_file:  # rows that a killed process left in the log are slow to search
             self.flush()
         self._load()
@@ -160,11 +167,12 @@ class MilvusCollection:
         """Make the collection; one that another process has just made is left as it is.
 
         Args:
-            identity: the tokenizer, embedding model and chunk size of its rows.
+            identity: the tokenizer, embedding model, search and chunk size of its rows.
             new: its index and type of vectors.
 
         Raises:
-            KnowledgeBaseError: the server does not know the index or the type.
+            KnowledgeBaseError: the server does not know the index, the type, search by words or the
+                analyzer.
             ValueError: the index's parameters do not suit the dimension, or Milvus allows no
                 collection of that name.
         """
@@ -176,14 +184,21 @@ class MilvusCollection:
                 f"{new.vector_dtype} vectors need a Milvus server 2.4 or newer; at {self.connection.uri} is "
                 f"{'Milvus Lite' if is_lite else 'version ' + '.'.join(map(str, version))}. Use float32."
             )
-        settings = new.index_settings(is_lite=is_lite)
-        settings.check(self.where, is_lite=is_lite, version=version, dimension=identity.embedding_dimension)
-        index = _index_json(settings, automatic=new.index is None)
-        properties = {IDENTITY: identity.to_json(), INDEX: index, REVISION: "0"}
+        if identity.analyzer is not None:
+            check_analyzer(identity.analyzer, self.where, is_lite=is_lite, version=version)
+        properties = {IDENTITY: identity.to_json(), REVISION: "0"}
+        if identity.embedding_dimension is not None:
+            settings = new.index_settings(is_lite=is_lite)
+            settings.check(self.where, is_lite=is_lite, version=version, dimension=identity.embedding_dimension)
+            properties[INDEX] = _index_json(settings, automatic=new.index is None)
+        elif new.index is not None or new.vector_dtype != "float32":
+            raise ValueError(
+                f"{self.where} has no vectors, as it is searched by words. Leave out their index and type."
+            )
         schema = collection_schema(identity, new.vector_dtype)
         try:
             self.connection.create_collection(self.collection_name, schema, properties)
-            self._build_index(settings, identity.embedding_dimension)
+            self._build_indexes()
             self._load()
         except KnowledgeBaseError:
             # if two ingestions start at once, one of them makes it, which may take a moment
@@ -219,15 +234,24 @@ class MilvusCollection:
             self._index = IndexSettings.of(stored.pop("kind"), stored | self._given_search_params)
         return self._index
 
-    def _build_index(self, settings: IndexSettings, dimension: int | None = None) -> None:
+    def _build_indexes(self) -> None:
+        """Build the indexes that are missing: that of the vectors and that of the words."""
+        identity = self.identity()
+        there = self.connection.list_indexes(self.collection_name)
+        if identity.embedding_dimension is not None and VECTORS not in there:
+            settings = self.index()
+            self._build_index(VECTORS, settings.kind, "IP", settings.build_params(identity.embedding_dimension))
+        if identity.has_words and WORDS not in there:
+            self._build_index(WORDS, BM25_INDEX, "BM25", BM25_PARAMS)
+
+    def _build_index(self, column: str, kind: str, metric: str, build: Mapping[str, float]) -> None:
         params = MilvusClient.prepare_index_params()
-        dimension = dimension or self.identity().embedding_dimension
-        params.add_index(VECTORS, index_type=settings.kind, metric_type="IP", params=settings.build_params(dimension))
+        params.add_index(column, index_type=kind, metric_type=metric, params=dict(build))
         try:
             # Milvus Lite builds when the collection is loaded: there is nothing to wait for
             self.connection.create_index(self.collection_name, params, wait=not self.connection.is_lite)
         except KnowledgeBaseError:
-            if not self.connection.list_indexes(self.collection_name):  # no other process has built one
+            if column not in self.connection.list_indexes(self.collection_name):  # no other process has built it
                 raise
 
     def reindex(self, settings: IndexSettings, *, automatic: bool = False) -> None:
@@ -239,10 +263,15 @@ class MilvusCollection:
             automatic: nobody asked for this index, so another one may replace it later.
 
         Raises:
-            KnowledgeBaseError: the server does not know it; the old one then stays.
+            KnowledgeBaseError: the server does not know it; the old one then stays. Or there are no
+                vectors.
             ValueError: its parameters do not suit the dimension.
         """
         dimension = self.identity().embedding_dimension
+        if dimension is None:
+            raise KnowledgeBaseError(
+                f"{self.where} has no vectors, as it is searched by words. Its one index, {BM25_INDEX}, stays."
+            )
         settings.check(
             self.where, is_lite=self.connection.is_lite, version=self.connection.version, dimension=dimension
         )
@@ -252,7 +281,7 @@ class MilvusCollection:
         index = _index_json(settings, automatic=automatic)
         self.connection.alter_properties(self.collection_name, {INDEX: index})
         self._index = settings
-        self._build_index(settings, dimension)
+        self._build_indexes()
         self._load()
 
     def _drop_index(self) -> None:
@@ -276,7 +305,7 @@ class MilvusCollection:
         since others search meanwhile.
         """
         if not self.connection.owns_file or not json.loads(self._properties().get(INDEX, "{}")).get("automatic"):
-            return
+            return  # asked for, or there are no vectors
         better = recommend(self.count(), is_lite=True)
         if better.kind != self.index().kind:
             self.reindex(better, automatic=True)
@@ -299,6 +328,12 @@ class MilvusCollection:
             else:
                 self._dtype = np.dtype(name)
         return self._dtype
+
+    def analyzer(self) -> Analyzer | None:
+        """Return how text is cut into words; None if the collection is not searched by words."""
+        if self._layout is None:
+            self._layout = self.identity()
+        return self._layout.analyzer
 
     def flush(self) -> None:
         """Flush pending writes to disk."""
@@ -326,16 +361,21 @@ class MilvusCollection:
 
     def health(self) -> dict[str, str | int]:
         """Return the size, the index and its state, the load state, and the server's version."""
-        index = self.connection.describe_index(self.collection_name, VECTORS)
-        waiting = int(index.get("pending_index_rows") or 0)
+        identity, facts, waiting = self.identity(), {}, 0
+        if identity.has_vectors:
+            settings, index = self.index(), self.connection.describe_index(self.collection_name, VECTORS)
+            waiting += int(index.get("pending_index_rows") or 0)
+            facts["vectors"] = self.vector_dtype().name
+            facts["index"] = _index_text(index["index_type"], {**settings.build, **settings.search})
+        if identity.has_words:
+            index = self.connection.describe_index(self.collection_name, WORDS)
+            waiting += int(index.get("pending_index_rows") or 0)
+            facts["index of words"] = _index_text(index["index_type"], BM25_PARAMS)
         state = self.connection.load_state(self.collection_name)
         lite = "Milvus Lite " if self.connection.is_lite else "Milvus "
-        settings = self.index()
-        parameters = ", ".join(f"{name} {value}" for name, value in {**settings.build, **settings.search}.items())
         return {
             "chunks": self.count(),
-            "vectors": self.vector_dtype().name,
-            "index": f"{index['index_type']}" + (f" ({parameters})" if parameters else ""),
+            **facts,
             "index state": f"{waiting} rows to go" if waiting else "complete",
             "loaded": "yes" if state == "Loaded" else state,
             "server": lite + ".".join(map(str, self.connection.version)),
@@ -352,3 +392,9 @@ def _index_json(settings: IndexSettings, *, automatic: bool) -> str:
     `automatic` says that nobody asked for this index.
     """
     return json.dumps({"kind": settings.kind, **settings.build, **settings.search, "automatic": automatic})
+
+
+def _index_text(kind: str, parameters: Mapping[str, float]) -> str:
+    """Return an index with its parameters, for people."""
+    named = ", ".join(f"{name} {value}" for name, value in parameters.items())
+    return f"{kind} ({named})" if named else kind

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from pymilvus import MilvusClient
+from pymilvus import AnnSearchRequest, MilvusClient, RRFRanker
 from pymilvus.milvus_client import IndexParams
 from pymilvus.orm.schema import CollectionSchema
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Row = dict[str, Any]
 
+RRF_K = 60  # of reciprocal rank fusion, from Cormack et al. (2009): a row of rank r gains 1 / (60 + r)
 CONNECT_SECONDS = 10.0  # the most that one attempt to connect may take
 # pymilvus sends a ping every 10 seconds. The server inside Milvus Lite permits one in 5 minutes and
 # hangs up on clients that send more ("too_many_pings"). It is on this machine, where a lost
@@ -348,18 +349,21 @@ class MilvusConnection:
     def search(
         self,
         name: str,
-        vectors: Sequence[np.ndarray],
+        queries: Sequence[np.ndarray] | Sequence[str],
         *,
+        column: str,
         limit: int,
         expression: str,
         fields: Sequence[str],
         parameters: dict[str, Any],
         consistency: str = "Session",
     ) -> list[list[Row]]:
-        """Return, for each vector, the nearest rows that match a filter expression, best first.
+        """Return, for each query, the nearest rows that match a filter expression, best first.
 
         Args:
-            limit: rows for each vector, at most.
+            queries: vectors, or texts for a column of words.
+            column: the column that is searched.
+            limit: rows for each query, at most.
             fields: columns to read.
             parameters: the index's search parameters.
             consistency: as for `query`.
@@ -369,11 +373,42 @@ class MilvusConnection:
             name,
             lambda client: client.search(
                 name,
-                list(vectors),
+                list(queries),
+                anns_field=column,
                 limit=limit,
                 filter=expression,
                 output_fields=list(fields),
                 search_params=parameters,
+                consistency_level=consistency,
+                timeout=self.timeout,
+            ),
+        )
+
+    def hybrid_search(
+        self,
+        name: str,
+        requests: list[AnnSearchRequest],
+        *,
+        limit: int,
+        fields: Sequence[str],
+        consistency: str = "Session",
+    ) -> list[list[Row]]:
+        """Make several searches at once and fuse their results by reciprocal rank, best first.
+
+        Args:
+            requests: the searches, of one query each for every result.
+            limit: rows of each fused result, at most.
+            fields, consistency: as for `search`.
+        """
+        return self._call(
+            "hybrid_search",
+            name,
+            lambda client: client.hybrid_search(
+                name,
+                requests,
+                RRFRanker(RRF_K),
+                limit=limit,
+                output_fields=list(fields),
                 consistency_level=consistency,
                 timeout=self.timeout,
             ),

@@ -1,18 +1,24 @@
-"""The identity of a collection: the tokenizer, embedding model and chunk size of its rows."""
+"""The identity of a collection: tokenizer, embedding model, search and chunk size of its rows."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .analyzers import Analyzer, parse_analyzer
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .tokenization import BulkTokenizer
 
+SEARCHES = ("dense", "bm25", "hybrid")  # by meaning, by words, by both
+
 # 2: metadata. 3: special tokens do not count in tokenizer_fingerprint and vocab_size.
+# 4: search by words; dense collections stay in format 3.
 FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
+WORDS_FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
 
 # Least cosine of two probes of the same model. Half precision and other hardware stay above 0.9999;
 # other models are far below.
@@ -21,7 +27,7 @@ PROBE_SIMILARITY = 0.999
 
 @dataclass(frozen=True)
 class Identity:
-    """The tokenizer, embedding model and chunk size that a collection is made with.
+    """The tokenizer, embedding model, search and chunk size that a collection is made with.
 
     It is stored with the collection and checked on opening.
 
@@ -30,39 +36,92 @@ class Identity:
         tokenizer_fingerprint: hash of everything that decides which ids a text becomes. This is
             compared. In format 2 it is the hash of the whole tokenizer.
         vocab_size: every id in a chunk is below this.
-        embedding_model: name, for people and as a default to load.
+        embedding_model: name, for people and as a default to load. This and the next two are None
+            if the collection has no embeddings.
         embedding_dimension: components of an embedding.
         embedding_probe: first numbers of a fixed sentence's embedding. They are compared by cosine:
             the same model passes under any name, another model fails under the same name.
         chunk_size: tokens in a chunk.
         format_version: version of a row's columns and of this identity.
+        search: what its rows are searched by: "dense" (their embeddings), "bm25" (their words) or
+            "hybrid" (both).
+        analyzer: how Milvus cuts text into words; None in a dense collection. See
+            [`parse_analyzer`].
     """
 
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int
-    embedding_model: str
-    embedding_dimension: int
-    embedding_probe: Sequence[float]
+    embedding_model: str | None
+    embedding_dimension: int | None
+    embedding_probe: Sequence[float] | None
     chunk_size: int
     format_version: int = FORMAT_VERSION
+    search: str = "dense"
+    analyzer: Analyzer | None = None
 
     @classmethod
-    def of(cls, tokenizer: BulkTokenizer, embedder: Embedder, chunk_size: int) -> "Identity":
-        """Return the identity of a collection that is built with these three."""
+    def of(
+        cls,
+        tokenizer: BulkTokenizer,
+        embedder: Embedder | None,
+        chunk_size: int,
+        search: str = "dense",
+        analyzer: str | Analyzer | None = None,
+    ) -> "Identity":
+        """Return the identity of a collection that is built with these.
+
+        Args:
+            embedder: the embedding model; None for "bm25".
+            search: "dense", "bm25" or "hybrid".
+            analyzer: as for [`parse_analyzer`]; None in a dense collection.
+
+        Raises:
+            ValueError: the search is unknown, or does not go together with the embedding model or
+                the analyzer.
+        """
+        check_search(search)
+        if search == "dense" and analyzer is not None:
+            raise ValueError(
+                f"The analyzer {analyzer!r} is given, but search 'dense' looks at no words. Leave it out, or search "
+                "by 'bm25' or 'hybrid'."
+            )
+        if (search == "bm25") != (embedder is None):
+            raise ValueError(
+                f"Search {search!r} needs an embedding model. Give one, or search by 'bm25'."
+                if embedder is None
+                else f"Search 'bm25' uses no embedding model, but {embedder.label!r} is given. Leave it out, or "
+                "search by 'dense' or 'hybrid'."
+            )
         return cls(
             tokenizer=tokenizer.name,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
-            embedding_model=embedder.label,
-            embedding_dimension=embedder.dimension,
-            embedding_probe=embedder.probe,
+            embedding_model=embedder.label if embedder else None,
+            embedding_dimension=embedder.dimension if embedder else None,
+            embedding_probe=embedder.probe if embedder else None,
             chunk_size=chunk_size,
+            format_version=FORMAT_VERSION if search == "dense" else WORDS_FORMAT_VERSION,
+            search=search,
+            analyzer=None if search == "dense" else parse_analyzer(analyzer),
         )
 
+    @property
+    def has_words(self) -> bool:
+        """True if rows hold their text, to be searched by words."""
+        return self.search != "dense"
+
+    @property
+    def has_vectors(self) -> bool:
+        """True if rows hold their embedding, to be searched by meaning."""
+        return self.search != "bm25"
+
     def to_json(self) -> str:
-        """Return the identity as JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        """Return the identity as JSON. A dense one says nothing of search, as before format 4."""
+        fields = dataclasses.asdict(self)
+        if not self.has_words:
+            del fields["search"], fields["analyzer"]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Identity":
@@ -78,22 +137,25 @@ class Identity:
             fields = json.loads(text)
             version = fields["format_version"]
             if version in READABLE_VERSIONS:
-                return cls(**fields)
+                identity = cls(**fields)
+                check_search(identity.search)
+                return identity
         except (ValueError, TypeError, KeyError) as error:
             raise KnowledgeBaseError(
                 f"{where} has a damaged identity: {error!r}. Ingest its documents into a new collection."
             ) from error
         raise KnowledgeBaseError(
             f"{where} has format version {version}; this installation reads versions "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}. "
+            f"{', '.join(map(str, READABLE_VERSIONS))}. "
             "Ingest its documents again, or install the version of transformers-retro that wrote it."
         )
 
     def differences(self, other: "Identity") -> list[str]:
         """List the reasons why two collections cannot share rows. Names do not count."""
+        names = ("format_version", "search", "analyzer", "tokenizer_fingerprint", "embedding_dimension", "chunk_size")
         different = [
             f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
-            for name in ("format_version", "tokenizer_fingerprint", "embedding_dimension", "chunk_size")
+            for name in names
             if getattr(self, name) != getattr(other, name)
         ]
         if not different and (cosine := _cosine(self.embedding_probe, other.embedding_probe)) < PROBE_SIMILARITY:
@@ -119,6 +181,8 @@ class Identity:
         tokenizer: BulkTokenizer | None = None,
         embedder: Embedder | None = None,
         chunk_size: int | None = None,
+        search: str | None = None,
+        analyzer: Analyzer | None = None,
     ) -> None:
         """Compare a collection's identity with the caller's parts. None is not compared.
 
@@ -135,7 +199,12 @@ class Identity:
                 f"{self.tokenizer_fingerprint[:12]}), yours is {tokenizer.name!r} ({tokenizer.vocab_size} ids, "
                 f"fingerprint {tokenizer.fingerprint[:12]})"
             )
-        if embedder is not None and embedder.dimension != self.embedding_dimension:
+        for name, mine, yours in (("search", self.search, search), ("analyzer", self.analyzer, analyzer)):
+            if yours is not None and yours != mine:
+                differences.append(f"its {name} is {mine!r}, yours is {yours!r}")
+        if embedder is not None and not self.has_vectors:
+            differences.append(f"it has no embeddings, yours are those of {embedder.label!r}")
+        elif embedder is not None and embedder.dimension != self.embedding_dimension:
             differences.append(
                 f"its embedding model is {self.embedding_model!r} with dimension {self.embedding_dimension}, yours is "
                 f"{embedder.label!r} with dimension {embedder.dimension}"
@@ -154,6 +223,15 @@ class Identity:
             )
 
 
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+def check_search(search: Any) -> None:
+    """Raise ValueError unless this is the name of a search."""
+    if search not in SEARCHES:
+        raise ValueError(f"There is no search {search!r}. Use one of {', '.join(SEARCHES)}.")
+
+
+def _cosine(a: Sequence[float] | None, b: Sequence[float] | None) -> float:
+    """Return the cosine of two probes; 1 if there are none to compare."""
+    if a is None or b is None:
+        return 1.0
     norms = math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
     return math.fsum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0

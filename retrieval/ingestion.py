@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
+from .analyzers import Analyzer
 from .chunking import CHUNK_SIZE, Chunk, Document, check_chunk_size, document_batches, source_names, split_tokens
 from .collection import NewCollection
-from .embedding import Embedder
+from .embedding import BATCH_SIZE, Embedder
 from .identity import Identity
 from .rows import content_hash, doc_key, primary_key
 from .store import MilvusStore
@@ -73,9 +74,11 @@ def ingest(
     documents: Iterable[Document],
     store: MilvusStore,
     tokenizer: BulkTokenizer,
-    embedder: Embedder,
+    embedder: Embedder | None = None,
     *,
     chunk_size: int = CHUNK_SIZE,
+    search: str | None = None,
+    analyzer: str | Analyzer | None = None,
     new: NewCollection | None = None,
     progress: bool = False,
 ) -> IngestReport:
@@ -88,18 +91,24 @@ def ingest(
 
     Args:
         documents: any iterable; another thread reads it.
+        embedder: the embedding model; None for search by words alone.
         chunk_size: tokens in a chunk.
+        search: what the collection can be searched by: "dense" (embeddings), "bm25" (words) or
+            "hybrid" (both). Default: that of the collection, "dense" for a new one.
+        analyzer: how Milvus cuts text into words, as for [`parse_analyzer`].
         new: how the collection is made, if it is not there.
         progress: show a progress bar, in chunks.
 
     Raises:
-        IdentityMismatch: the collection was made with another tokenizer, embedding model or chunk
-            size.
-        KnowledgeBaseError: Milvus failed, also when retried, or does not know the index or vectors.
-        ValueError: chunk_size or a document id is out of its range.
+        IdentityMismatch: the collection was made with another tokenizer, embedding model, search,
+            analyzer or chunk size.
+        KnowledgeBaseError: Milvus failed, also when retried, or does not know the index, vectors or
+            analyzer.
+        ValueError: chunk_size or a document id is out of its range, or the search does not go
+            together with the embedding model or the analyzer.
     """
     started = time.monotonic()
-    open_collection(store, tokenizer, embedder, chunk_size, new)
+    open_collection(store, tokenizer, embedder, chunk_size, new, search=search, analyzer=analyzer)
     # Milvus Lite hides rows on their way from memory to disk: look up or write, not both at once
     turn = threading.Lock()
 
@@ -107,9 +116,9 @@ def ingest(
         with turn:
             return store.chunks_of(doc_ids)
 
-    def write(chunks: list[Chunk], embeddings: np.ndarray) -> None:
+    def write(chunks: list[Chunk], embeddings: np.ndarray | None, texts: list[str]) -> None:
         with turn:
-            store.upsert(chunks, embeddings)
+            store.upsert(chunks, embeddings, texts)
 
     def finish(window: Window) -> None:
         with turn:
@@ -137,23 +146,40 @@ def documents_of_rank(documents: Iterable[Document], rank: int, processes: int) 
 def open_collection(
     store: MilvusStore,
     tokenizer: BulkTokenizer,
-    embedder: Embedder,
+    embedder: Embedder | None,
     chunk_size: int,
     new: NewCollection | None = None,
+    *,
+    search: str | None = None,
+    analyzer: str | Analyzer | None = None,
 ) -> None:
     """Make the collection, or check that the one that is there has the same identity.
 
     Args:
         new: how the collection is made, if it is not there.
+        search, analyzer: as for [`ingest`].
 
     Raises:
-        IdentityMismatch: it was made with another tokenizer, embedding model or chunk size.
-        ValueError: chunk_size is out of its range.
+        IdentityMismatch: it was made with another tokenizer, embedding model, search, analyzer or
+            chunk size.
+        ValueError: chunk_size is out of its range, or the search does not go together with the
+            embedding model or the analyzer.
     """
     check_chunk_size(chunk_size)
+    if store.exists():
+        search = search or store.identity().search
+        analyzer = store.analyzer() if analyzer is None else analyzer
+    mine = Identity.of(tokenizer, embedder, chunk_size, search or "dense", analyzer)
     if not store.exists():
-        store.create(Identity.of(tokenizer, embedder, chunk_size), new)
-    store.identity().check(store.where, tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size)
+        store.create(mine, new)
+    store.identity().check(
+        store.where,
+        tokenizer=tokenizer,
+        embedder=embedder,
+        chunk_size=chunk_size,
+        search=mine.search,
+        analyzer=mine.analyzer,
+    )
 
 
 def read_windows(
@@ -214,8 +240,8 @@ def _add_documents(
 
 def embed_windows(
     windows: Iterator[Window],
-    embedder: Embedder,
-    write: Callable[[list[Chunk], np.ndarray], None],
+    embedder: Embedder | None,
+    write: Callable[[list[Chunk], np.ndarray | None, list[str]], None],
     finish: Callable[[Window], None],
     *,
     progress: bool = False,
@@ -223,8 +249,9 @@ def embed_windows(
     """Embed all windows in the caller's thread while others read the next and write the last.
 
     Args:
-        write: called in order, in one other thread, with chunks and their embeddings (n,
-            dimension).
+        embedder: the embedding model; None if nothing is embedded.
+        write: called in order, in one other thread, with chunks, their embeddings (n, dimension) or
+            None, and their texts.
         finish: called there when all chunks of a window are written.
 
     Returns:
@@ -258,11 +285,12 @@ def embed_windows(
                     ahead = reading.submit(next, windows, None)
                 writes = []
                 window.new.sort(key=lambda item: -len(item[0]))
-                step = embedder.batch_size * BATCHES_PER_WRITE
+                step = (BATCH_SIZE if embedder is None else embedder.batch_size) * BATCHES_PER_WRITE
                 for start in range(0, len(window.new), step):
                     part = window.new[start : start + step]
-                    chunks = [chunk for _, chunk in part]
-                    writes.append(writing.submit(write, chunks, embedder.encode([text for text, _ in part])))
+                    texts, chunks = [text for text, _ in part], [chunk for _, chunk in part]
+                    embeddings = None if embedder is None else embedder.encode(texts)
+                    writes.append(writing.submit(write, chunks, embeddings, texts))
                     unwritten.append(writes[-1])
                     settle(UNWRITTEN)
                     bar.update(len(chunks))

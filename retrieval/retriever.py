@@ -18,7 +18,9 @@ from .connection import Row
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
+from .identity import Identity
 from .rows import doc_key
+from .searches import Queries, search_of, wanted_search
 from .store import MOST_HITS, MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -45,7 +47,8 @@ class Neighbors:
         attention_mask: (n, k, r) bool; False for padding and for missing neighbors.
         doc_ids: n lists of k document ids, None for a missing neighbor.
         chunk_indices: (n, k) int64, the chunk's number in its document, -1 for a missing neighbor.
-        scores: (n, k) float32 cosine similarity, nan for a missing neighbor.
+        scores: (n, k) float32, nan for a missing neighbor: the cosine similarity, or for search by
+            words a number in [0, 1), see [`retrieval.searches.bounded`].
     """
 
     ids: torch.Tensor
@@ -65,7 +68,9 @@ class MilvusRetriever:
     Args:
         store: an open collection that has rows.
         tokenizer: the tokenizer that it was built with.
-        embedder: the embedding model that it was built with.
+        embedder: the embedding model that it was built with; None for search by words alone.
+        search: "dense" (by meaning), "bm25" (by words) or "hybrid" (by both). Default: the one that
+            the collection was built for. A hybrid collection can be searched in all three ways.
         num_neighbors: neighbors of a chunk, the paper's k.
         neighbor_length: tokens of a neighbor, the paper's r. Default: 2 * chunk_size, the chunk and
             its continuation.
@@ -80,8 +85,8 @@ class MilvusRetriever:
             `skipped_chunks`.
 
     Raises:
-        KnowledgeBaseError: the collection is empty, or was made with another tokenizer or embedding
-            model.
+        KnowledgeBaseError: the collection is empty, was made with another tokenizer or embedding
+            model, or was not built for this search.
         ValueError: an argument is out of its range.
     """
 
@@ -89,8 +94,9 @@ class MilvusRetriever:
         self,
         store: MilvusStore,
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
-        embedder: Embedder,
+        embedder: Embedder | None = None,
         *,
+        search: str | None = None,
         num_neighbors: int = NUM_NEIGHBORS,
         neighbor_length: int | None = None,
         filter: Filter | None = None,
@@ -101,10 +107,12 @@ class MilvusRetriever:
         self.store, self.embedder = store, embedder
         self.tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
         identity = store.identity()
+        self.search = wanted_search(store, identity, search)
+        self._search = search_of(store, identity, self.search, embedder)
         identity.check(store.where, tokenizer=self.tokenizer, embedder=embedder)
         self.chunk_size = identity.chunk_size
         self.vocab_size = identity.vocab_size
-        self.embedding_model = identity.embedding_model
+        self.embedding_model = None if embedder is None else identity.embedding_model
         self.tokenizer_fingerprint = identity.tokenizer_fingerprint
         self.collection_name = store.collection_name
         self.num_neighbors = num_neighbors
@@ -162,6 +170,7 @@ class MilvusRetriever:
         tokenizer: PreTrainedTokenizerBase | BulkTokenizer,
         embedding_model: str | None = None,
         device: str | torch.device | None = None,
+        search: str | None = None,
         search_params: Mapping[str, int] | None = None,
         num_neighbors: int = NUM_NEIGHBORS,
         neighbor_length: int | None = None,
@@ -178,26 +187,27 @@ class MilvusRetriever:
             collection_name: the collection.
             tokenizer: the model's.
             embedding_model: name or folder to load it from. Default: the name that the collection
-                was built with.
+                was built with. Search by words loads none.
             device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
-            search_params: the index's search parameters, such as {"ef": 128}.
-            num_neighbors, neighbor_length, filter, max_leakage, cache_size, on_retrieval_error: as
-                for the class.
+            search_params: the vector index's search parameters, such as {"ef": 128}.
+            search, num_neighbors, neighbor_length, filter, max_leakage, cache_size,
+                on_retrieval_error: as for the class.
 
         Raises:
             KnowledgeBaseError, ValueError: as the class, [`MilvusAddress`] and
-                [`MilvusStore.open`].
+                [`MilvusStore.open`]; also if an embedding model is named for search by words.
         """
         store = MilvusStore.open(uri, collection_name, search_params=search_params)
         try:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
             identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded
-            embedder = Embedder(embedding_model or identity.embedding_model, device=device)
+            search = wanted_search(store, identity, search)
             return cls(
                 store,
                 tokenizer,
-                embedder,
+                load_embedder(identity, search, embedding_model, device=device),
+                search=search,
                 num_neighbors=num_neighbors,
                 neighbor_length=neighbor_length,
                 filter=filter,
@@ -215,18 +225,20 @@ class MilvusRetriever:
         exclude_doc_ids: Sequence[Collection[str]] | None = None,
         continuations: Sequence[Sequence[int]] | None = None,
     ) -> Neighbors:
-        """Return the k chunks of the knowledge base nearest to each chunk, by cosine similarity.
+        """Return the k chunks of the knowledge base that the search finds best for each chunk.
+
+        Special tokens are not searched for. A chunk without other tokens has no neighbors.
 
         Args:
-            chunks: (n, chunk_size) int64 token ids, or n lists of ids.
+            chunks: (n, m) int64 token ids, or n lists of ids, each of 1 to chunk_size.
             exclude_doc_ids: for each chunk, documents that its neighbors must not come from.
             continuations: for each chunk, the up to chunk_size ids that follow it, for
                 `max_leakage`.
 
         Raises:
             KnowledgeBaseError: the search failed, also when it was retried.
-            ValueError: an argument has another length than `chunks`, or a string is given instead
-                of a collection of document ids.
+            ValueError: a chunk is empty or longer than chunk_size, an argument has another length
+                than `chunks`, or a string is given instead of a collection of document ids.
         """
         queries = self._queries(chunks, exclude_doc_ids, continuations)
         if self._process != os.getpid():  # forked; a thread of the parent may have held the lock
@@ -248,7 +260,7 @@ class MilvusRetriever:
                 found = {query: self._cache[query] for query in queries if query in self._cache}
             missing = [query for query in dict.fromkeys(queries) if query not in found]
             if missing:
-                found.update(zip(missing, self._search(missing), strict=True))
+                found.update(zip(missing, self._find(missing), strict=True))
         except KnowledgeBaseError as error:
             if self.on_retrieval_error == "raise" or isinstance(error, IdentityMismatch):
                 raise
@@ -271,6 +283,12 @@ class MilvusRetriever:
         continuations: Sequence[Sequence[int]] | None,
     ) -> list[Query]:
         rows = chunks.tolist() if isinstance(chunks, torch.Tensor) else [list(chunk) for chunk in chunks]
+        for place, row in enumerate(rows):
+            if not 1 <= len(row) <= self.chunk_size:
+                raise ValueError(
+                    f"chunks[{place}] has {len(row)} tokens. Search for 1 to {self.chunk_size}, the chunk size of "
+                    f"{self.store.where}."
+                )
         for place, keys in enumerate(() if exclude_doc_ids is None else exclude_doc_ids):
             if isinstance(keys, str):  # a set of its letters would exclude nothing
                 raise ValueError(f"exclude_doc_ids[{place}] is {keys!r}: give a collection of ids, such as {[keys]!r}.")
@@ -290,59 +308,63 @@ class MilvusRetriever:
             self.store.catch_up()  # or what is remembered next could be what was there before
             self._cached_revision = revision
 
-    def _search(self, queries: list[Query]) -> list[Rows]:
+    def _find(self, queries: list[Query]) -> list[Rows]:
         """Return the best rows that each query may read, at most k, exactly."""
-        unique = {tokens: place for place, tokens in enumerate(dict.fromkeys(tokens for tokens, _, _ in queries))}
-        vectors = self.embedder.encode([self.tokenizer.decode(list(tokens)) for tokens in unique])
-        wanted = self.num_neighbors
+        texts = {tokens: self.tokenizer.decode_text(tokens) for tokens, _, _ in queries}
+        unique = {tokens: place for place, tokens in enumerate(tokens for tokens, text in texts.items() if text)}
+        results: list[Rows] = [[] for _ in queries]
+        if not unique:
+            return results
+        wanted = self._search.queries([texts[tokens] for tokens in unique])
         room = OVERFETCH if self.max_leakage is not None or any(keys for _, _, keys in queries) else 0
-        hits = self.store.search(vectors, wanted + room, expression=self.expression)
-        results = [self._allowed(query, hits[unique[query[0]]]) for query in queries]
+        limit = self.num_neighbors + room
+        hits = self._search.best(wanted, limit, expression=self.expression)
         short: dict[frozenset[str], list[int]] = {}
-        for number, (_, _, keys) in enumerate(queries):
-            if len(results[number]) < wanted:  # there may be more behind those left out
-                short.setdefault(keys, []).append(number)
+        for number, query in enumerate(queries):
+            tokens, _, keys = query
+            if tokens not in unique:
+                continue
+            rows = hits[unique[tokens]]
+            results[number] = self._allowed(query, rows)
+            if len(results[number]) < self.num_neighbors and not (self._search.is_exact and len(rows) < limit):
+                short.setdefault(keys, []).append(number)  # there may be more behind those left out
         for keys, numbers in short.items():
             places = [unique[queries[number][0]] for number in numbers]
-            refound = self._search_without(vectors[places], [queries[number] for number in numbers], keys)
+            refound = self._find_without(wanted.take(places), [queries[number] for number in numbers], keys)
             for number, rows in zip(numbers, refound, strict=True):
                 results[number] = rows
         return results
 
-    def _search_without(self, vectors: np.ndarray, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
+    def _find_without(self, wanted: Queries, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
         """Search again with the documents of `keys` excluded by Milvus, ever deeper.
 
         The search ends when k rows are found that the query may read, or when all rows were seen.
         """
-        exclude, expression = [doc_key(key) for key in keys], self.expression
+        exclude = [doc_key(key) for key in keys]
         results: list[Rows] = [[] for _ in queries]
         left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
         while left:
-            there = self.store.how_many(exclude=exclude, expression=expression, at_most=limit)
-            hits = self.store.search(vectors[left], limit, exclude=exclude, expression=expression)
-            missed = [place for place, rows in enumerate(hits) if len(rows) < there]
-            if missed:  # an approximate index does not reach every row through a narrow filter
-                exact = self.store.search_exactly(vectors[left][missed], limit, exclude=exclude, expression=expression)
-                for place, rows in zip(missed, exact, strict=True):
-                    hits[place] = rows
+            hits = self._search.all_best(wanted.take(left), limit, exclude=exclude, expression=self.expression)
             for number, rows in zip(left, hits, strict=True):
                 results[number] = self._allowed(queries[number], rows)
-            if there < limit or limit == MOST_HITS:
+            if limit == MOST_HITS:
                 break
-            left = [number for number in left if len(results[number]) < self.num_neighbors]
+            left = [
+                number
+                for number, rows in zip(left, hits, strict=True)
+                if len(rows) == limit and len(results[number]) < self.num_neighbors
+            ]
             limit = min(8 * limit, MOST_HITS)
         return results
 
     def _allowed(self, query: Query, rows: Rows) -> Rows:
-        """Return the first k of these rows that this chunk may read."""
+        """Return the first k of these rows, in their order, that this chunk may read."""
         tokens, following, keys = query
         rows = [row for row in rows if row["doc_id"] not in keys]
         if self.max_leakage is not None:
             run = int(self.max_leakage * self.chunk_size) + 1  # the shortest run that is too long
             text = runs((*tokens, *following), run)
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
-        # equal chunks come in any order, their scores differ by rounding: sort them the same way
-        rows = sorted(rows, key=lambda row: (-round(row["score"], 5), row["doc_id"], row["chunk_index"]))
         return rows[: self.num_neighbors]
 
     def _tensors(self, found: list[list[dict[str, Any]]]) -> Neighbors:
@@ -368,7 +390,8 @@ class MilvusRetriever:
     def describe(self) -> dict[str, str | int | list[str]]:
         """Return names and size of the knowledge base for a model card, never its address."""
         return {
-            "embedding model": self.embedding_model,
+            "search": self.search,
+            **({} if self.embedding_model is None else {"embedding model": self.embedding_model}),
             "collection": self.collection_name,
             "chunks": self.store.count(),
             "sources": self.store.sources(),
@@ -377,6 +400,26 @@ class MilvusRetriever:
     def close(self) -> None:
         """Release the knowledge base; a Milvus Lite file can then be opened by another process."""
         self.store.close()
+
+
+def load_embedder(
+    identity: Identity, search: str, model: str | None, *, device: str | torch.device | None = None
+) -> Embedder | None:
+    """Load the embedding model for a search, by default the one of the collection; None for "bm25".
+
+    Raises:
+        ValueError: a model is named for "bm25".
+    """
+    if search == "bm25":
+        if model is not None:
+            raise ValueError(
+                f"Search 'bm25' uses no embedding model, but {model!r} is named. Leave it out, or search by 'dense' or "
+                "'hybrid'."
+            )
+        return None
+    name = model or identity.embedding_model
+    assert name is not None, "a collection with embeddings names their model"
+    return Embedder(name, device=device)
 
 
 def runs(tokens: Sequence[int], length: int) -> set[tuple[int, ...]]:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
-from pymilvus import DataType, MilvusClient
+from pymilvus import DataType, Function, FunctionType, MilvusClient
 from pymilvus.orm.schema import CollectionSchema
 
+from .analyzers import MAX_TEXT_BYTES, Analyzer, milvus_params, searched_text
 from .chunking import MAX_ID_BYTES, Chunk
 from .filters import MAX_FIELDS, tags
 from .hashing import hash64, sha256
@@ -16,6 +17,8 @@ VECTOR_TYPES = {
     "float16": DataType.FLOAT16_VECTOR,
     "bfloat16": DataType.BFLOAT16_VECTOR,
 }
+VECTORS = "embedding"  # the column of vectors, and the name of its index
+TEXT, WORDS = "text", "words"  # the column of texts, and that of their words, the name of its index
 
 
 def doc_key(doc_id: str) -> int:
@@ -36,9 +39,16 @@ def content_hash(chunk: Chunk) -> int:
     return hash64(repr((list(chunk.tokens), list(chunk.continuation), sorted(chunk.metadata.items()))))
 
 
-def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
-    """Return the row of a chunk with its embedding (dimension,)."""
-    return {
+def row_of(
+    chunk: Chunk, embedding: np.ndarray | None, text: str | None = None, analyzer: Analyzer | None = None
+) -> dict[str, Any]:
+    """Return the row of a chunk.
+
+    Args:
+        embedding: (dimension,), or None in a collection without embeddings.
+        text: the chunk's text, if the collection is searched by words with this analyzer.
+    """
+    row = {
         "pk": primary_key(chunk.doc_id, chunk.index),
         "doc_id": chunk.doc_id,
         "doc_key": doc_key(chunk.doc_id),
@@ -48,8 +58,14 @@ def row_of(chunk: Chunk, embedding: np.ndarray) -> dict[str, Any]:
         "continuation": list(chunk.continuation),
         "metadata": dict(chunk.metadata),
         "tags": tags(chunk.metadata),
-        "embedding": embedding,
     }
+    if embedding is not None:
+        row[VECTORS] = embedding
+    if analyzer is not None:
+        if text is None:
+            raise ValueError(f"Chunk {chunk.index} of {chunk.doc_id!r} has no text to search by words. Give texts.")
+        row[TEXT] = searched_text(text, analyzer)
+    return row
 
 
 def collection_schema(identity: Identity, vector_dtype: str = "float32") -> CollectionSchema:
@@ -64,5 +80,13 @@ def collection_schema(identity: Identity, vector_dtype: str = "float32") -> Coll
         schema.add_field(name, DataType.ARRAY, element_type=DataType.INT32, max_capacity=identity.chunk_size)
     schema.add_field("metadata", DataType.JSON)
     schema.add_field("tags", DataType.ARRAY, element_type=DataType.INT64, max_capacity=MAX_FIELDS)
-    schema.add_field("embedding", VECTOR_TYPES[vector_dtype], dim=identity.embedding_dimension)
+    if identity.has_vectors:
+        schema.add_field(VECTORS, VECTOR_TYPES[vector_dtype], dim=identity.embedding_dimension)
+    if identity.analyzer is not None:
+        params = milvus_params(identity.analyzer)
+        schema.add_field(
+            TEXT, DataType.VARCHAR, max_length=MAX_TEXT_BYTES, enable_analyzer=True, analyzer_params=params
+        )
+        schema.add_field(WORDS, DataType.SPARSE_FLOAT_VECTOR)
+        schema.add_function(Function("bm25", FunctionType.BM25, [TEXT], [WORDS]))
     return schema

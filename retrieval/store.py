@@ -1,17 +1,19 @@
 """MilvusStore: the rows of a knowledge base; read, written, deleted and searched."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from pymilvus import AnnSearchRequest
 
+from .analyzers import searched_text
 from .chunking import Chunk
 from .collection import MilvusCollection
 from .connection import Row
 from .errors import KnowledgeBaseError
 from .filters import Filter, all_of, filter_expression
-from .rows import doc_key, row_of
+from .rows import VECTORS, WORDS, doc_key, row_of
 
 ROWS_PER_CALL = 500
 MOST_HITS = 16384  # Milvus returns no more for one vector
@@ -24,7 +26,7 @@ READ_BY_MODELS = ("doc_id", "doc_key", "chunk_index", "tokens", "continuation")
 
 
 class MilvusStore(MilvusCollection):
-    """The rows of a collection: chunk, continuation, metadata of its document, embedding.
+    """The rows of a collection: chunk, continuation, metadata of its document, embedding, text.
 
     Arguments and errors as for [`MilvusCollection`].
     """
@@ -58,14 +60,22 @@ class MilvusStore(MilvusCollection):
                 return
             last = rows[-1]["pk"]
 
-    def upsert(self, chunks: Sequence[Chunk], embeddings: np.ndarray) -> None:
-        """Write chunks with their embeddings (n, dimension); one that is there already is replaced.
+    def upsert(
+        self, chunks: Sequence[Chunk], embeddings: np.ndarray | None, texts: Sequence[str] | None = None
+    ) -> None:
+        """Write chunks; one that is there already is replaced.
+
+        Args:
+            embeddings: (n, dimension), or None in a collection without embeddings.
+            texts: n texts, in a collection that is searched by words.
 
         Raises:
-            ValueError: a document id longer than 4096 bytes.
+            ValueError: a document id longer than 4096 bytes, or no texts for search by words.
         """
-        vectors = np.asarray(embeddings, dtype=self.vector_dtype())
-        rows = [row_of(chunk, vector) for chunk, vector in zip(chunks, vectors, strict=True)]
+        vectors = [None] * len(chunks) if embeddings is None else np.asarray(embeddings, dtype=self.vector_dtype())
+        written = zip(chunks, vectors, [None] * len(chunks) if texts is None else texts, strict=True)
+        analyzer = self.analyzer()
+        rows = [row_of(chunk, vector, text, analyzer) for chunk, vector, text in written]
         for start in range(0, len(rows), ROWS_PER_CALL):
             self.connection.upsert(self.collection_name, rows[start : start + ROWS_PER_CALL])
 
@@ -114,31 +124,113 @@ class MilvusStore(MilvusCollection):
             exclude: `doc_key`s of documents to leave out.
             expression: a filter expression that rows must match.
         """
-        found: list[list[Row]] = []
-        vectors = np.asarray(embeddings, dtype=self.vector_dtype())
-        matching = all_of([_without(exclude), expression])
-        step = max(1, HITS_PER_CALL // limit)
-        for start in range(0, len(vectors), step):
-            hits = self._hits(list(vectors[start : start + step]), limit, matching)
-            found += [[{**hit["entity"], "score": hit["distance"]} for hit in near] for near in hits]
+        vectors = list(np.asarray(embeddings, dtype=self.vector_dtype()))
+        return self._search(VECTORS, vectors, limit, self.index().search_params(limit), exclude, expression)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        limit: int,
+        *,
+        exclude: Iterable[int] = (),
+        expression: str = "",
+        with_vectors: bool = False,
+    ) -> list[list[Row]]:
+        """Return the rows that share most words with each text, by their BM25 score.
+
+        Other arguments as for `search`. Only rows that share a word are returned. All of them are,
+        if they are fewer than the limit: the index is exact.
+
+        Args:
+            with_vectors: rows get their "embedding" (dimension,), too.
+        """
+        fields = (*READ_BY_MODELS, VECTORS) if with_vectors else READ_BY_MODELS
+        found = self._search(WORDS, self._searched(texts), limit, {"params": {}}, exclude, expression, fields)
+        for row in (row for near in found for row in near):
+            row["score"] = abs(row["score"])  # Milvus Lite returns -score
+            if with_vectors:
+                row[VECTORS] = self.vector(row[VECTORS])
         return found
 
-    def _hits(self, vectors: list[np.ndarray], limit: int, expression: str) -> list[list[Row]]:
-        """Search, and wait while the collection cannot be read."""
+    def search_both(
+        self,
+        embeddings: np.ndarray,
+        texts: Sequence[str],
+        limit: int,
+        depth: int,
+        *,
+        exclude: Iterable[int] = (),
+        expression: str = "",
+    ) -> list[list[Row]]:
+        """Search by embeddings (n, dimension) and by n texts in one request, fused by rank.
+
+        Args:
+            limit: rows for each query, at most.
+            depth: rows of each of the two searches that are fused.
+            exclude, expression: as for `search`.
+
+        Returns:
+            rows with their "embedding" (dimension,) and, as their "score", the sum of 1 / (60 +
+            rank) over both searches.
+        """
+        vectors = list(np.asarray(embeddings, dtype=self.vector_dtype()))
+        words = self._searched(texts)
+        matching = all_of([_without(exclude), expression])
+        parameters = self.index().search_params(depth)
+        found: list[list[Row]] = []
+        for part in _parts(len(vectors), 2 * depth):
+            requests = [
+                AnnSearchRequest(vectors[part], VECTORS, {"metric_type": "IP", **parameters}, depth, expr=matching),
+                AnnSearchRequest(words[part], WORDS, {"metric_type": "BM25", "params": {}}, depth, expr=matching),
+            ]
+            found += self._rows(
+                lambda requests=requests: self.connection.hybrid_search(
+                    self.collection_name, requests, limit=limit, fields=(*READ_BY_MODELS, VECTORS)
+                )
+            )
+        for row in (row for near in found for row in near):
+            row[VECTORS] = self.vector(row[VECTORS])
+        return found
+
+    def _searched(self, texts: Sequence[str]) -> list[str]:
+        analyzer = self.analyzer()
+        return [text if analyzer is None else searched_text(text, analyzer) for text in texts]
+
+    def _search(
+        self,
+        column: str,
+        queries: Sequence[np.ndarray] | Sequence[str],
+        limit: int,
+        parameters: dict[str, Any],
+        exclude: Iterable[int],
+        expression: str,
+        fields: Sequence[str] = READ_BY_MODELS,
+    ) -> list[list[Row]]:
+        matching = all_of([_without(exclude), expression])
+        found: list[list[Row]] = []
+        for part in _parts(len(queries), limit):
+            found += self._rows(
+                lambda part=part: self.connection.search(
+                    self.collection_name,
+                    queries[part],
+                    column=column,
+                    limit=limit,
+                    expression=matching,
+                    fields=fields,
+                    parameters=parameters,
+                    # "Strong" would wait 200 ms on a server
+                    consistency="Session",
+                )
+            )
+        return found
+
+    def _rows(self, search: Callable[[], list[list[Row]]]) -> list[list[Row]]:
+        """Search, and wait while the collection cannot be read; return rows with their "score"."""
         deadline = time.monotonic() + self.connection.timeout
         while True:
-            hits = self.connection.search(
-                self.collection_name,
-                vectors,
-                limit=limit,
-                expression=expression,
-                fields=READ_BY_MODELS,
-                parameters=self.index().search_params(limit),
-                # "Strong" would wait 200 ms on a server
-                consistency="Session",
-            )
+            hits = search()
             if all(hits) or self._is_readable():
-                return hits
+                return [[{**hit["entity"], "score": hit["distance"]} for hit in near] for near in hits]
             if time.monotonic() > deadline:
                 raise KnowledgeBaseError(
                     f"{self.where} has rows, but none could be read for {self.connection.timeout:.0f} s: is its index "
@@ -161,7 +253,7 @@ class MilvusStore(MilvusCollection):
         page: list[Row] = []
 
         def take() -> None:
-            scores = embeddings @ np.stack([self.vector(row.pop("embedding")) for row in page]).T
+            scores = embeddings @ np.stack([self.vector(row.pop(VECTORS)) for row in page]).T
             for number, near in enumerate(scores):
                 candidates = best[number] + [
                     {**page[place], "score": float(near[place])} for place in np.argsort(-near)[:limit]
@@ -169,7 +261,7 @@ class MilvusStore(MilvusCollection):
                 best[number] = sorted(candidates, key=lambda row: -row["score"])[:limit]
             page.clear()
 
-        for row in self.scan((*READ_BY_MODELS, "embedding"), all_of([_without(exclude), expression])):
+        for row in self.scan((*READ_BY_MODELS, VECTORS), all_of([_without(exclude), expression])):
             page.append(row)
             if len(page) == ROWS_COMPARED:
                 take()
@@ -192,6 +284,12 @@ class MilvusStore(MilvusCollection):
         matching = all_of(['pk > ""', _without(exclude), expression])
         rows = self.connection.query(self.collection_name, matching, ["pk"], limit=at_most, consistency="Session")
         return len(rows)
+
+
+def _parts(queries: int, limit: int) -> Iterator[slice]:
+    """Yield the queries of each request, so that no answer is too large."""
+    step = max(1, HITS_PER_CALL // limit)
+    return (slice(start, start + step) for start in range(0, queries, step))
 
 
 def _documents(doc_ids: Iterable[str]) -> str:

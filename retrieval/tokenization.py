@@ -97,6 +97,11 @@ class BulkTokenizer:
         assert isinstance(text, str), "one list of ids has one text"
         return text
 
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens, such as end-of-text."""
+        reserved = self._reserved.keys() - {self._unknown_id}
+        return self.decode([token for token in tokens if token not in reserved])
+
     @cached_property
     def fingerprint(self) -> str:
         """The hash (hex) of everything that decides which ids a text becomes.

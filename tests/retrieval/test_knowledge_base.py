@@ -168,7 +168,8 @@ def test_a_real_embedding_model_finds_the_text_that_means_the_same(uri, tokenize
         "cooking": "Boil the pasta in salted water, then add tomato sauce and cheese.",
         "space": "The rocket left the atmosphere and flew to the moon.",
     }
-    store, _ = build(uri, [Document(*item) for item in texts.items()], tokenizer, embedder)
+    store = MilvusStore(uri, "retro")
+    ingest([Document(*item) for item in texts.items()], store, tokenizer, embedder, chunk_size=3 * CHUNK)
     retriever = MilvusRetriever(store, tokenizer, embedder, num_neighbors=1)
     (query,) = tokenizer.encode_batch(["spaceship to Mars and the moon"])
     found = retriever.retrieve([query[: 3 * CHUNK]])
@@ -296,7 +297,8 @@ class TestAddedTokens:
         words = list(next(chunk_documents(documents, tokenizer, CHUNK)).tokens)
         pad, beyond = padded.hf_tokenizer.pad_token_id, len(padded.hf_tokenizer) + 7
         found = retriever.retrieve([words, [*words[:-2], pad, beyond], [pad] * CHUNK, [beyond] * CHUNK])
-        assert all(None not in row for row in found.doc_ids) and found.ids[0, 0, :CHUNK].tolist() == words
+        assert all(None not in row for row in found.doc_ids[:2]) and found.ids[0, 0, :CHUNK].tolist() == words
+        assert not found.attention_mask[2:].any()  # no text is left to search for
 
     def test_an_export_fits_collections_of_both_tokenizers(self, uri, tmp_path, documents, tokenizer, padded, embedder):
         store, _ = build(uri, documents[:2], padded, embedder)
