@@ -69,9 +69,10 @@ def time_row(
     retriever = row.open(file, tokenizer, K, embedder)
     try:
         retriever.retrieve(queries[-1:])  # loads the collection
-        batches = [queries[start : start + BATCH] for start in range(0, BATCH * BATCHES, BATCH)]
-        singles = [[query] for query in queries[BATCH * BATCHES :][:SINGLES]]
-        in_batch, alone = (1000 * seconds_a_query(retriever, asked) for asked in (batches, singles))
+        asked = itertools.cycle(queries)
+        batches = [list(itertools.islice(asked, BATCH)) for _ in range(BATCHES)]
+        singles = [list(itertools.islice(asked, 1)) for _ in range(SINGLES)]
+        in_batch, alone = (1000 * seconds_a_query(retriever, some) for some in (batches, singles))
     finally:
         retriever.close()
     return stored / seconds, in_batch, alone, disk_bytes(file) / stored
