@@ -132,6 +132,8 @@ def head_config(model: PreTrainedModel, chunk_size: int, k: int) -> RetroConfig:
         num_neighbors=k,
         cca_layers=[],
         copy_head=True,
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 

@@ -1,5 +1,6 @@
 """The ways to search that benchmarks/searches.py compares: what each needs, builds and finds."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -53,14 +54,20 @@ class Row:
         return self.name.replace(", ", "_").replace(" ", "_")
 
     def embedder(self) -> Embedder | None:
-        """Load the embedding model; None if the search uses none."""
-        return None if self.search == "bm25" else Embedder(self.model, device="cpu")
+        """Return the embedding model, loaded once; None if the search uses none."""
+        return None if self.search == "bm25" else load_embedder(self.model)
 
     def open(self, file: Path, tokenizer: BulkTokenizer, k: int, embedder: Embedder | None) -> MilvusRetriever:
         """Open a knowledge base for this search."""
         store = MilvusStore(str(file), COLLECTION)
         options: dict[str, Any] = {} if self.reranker is None else {"reranker": self.reranker}
         return MilvusRetriever(store, tokenizer, embedder, search=self.search, num_neighbors=k, **options)
+
+
+@functools.cache
+def load_embedder(model: str) -> Embedder:
+    """Load an embedding model, once in a process."""
+    return Embedder(model, device="cpu")
 
 
 def static_model(folder: Path) -> Path | None:
@@ -108,9 +115,7 @@ def hybrid_base(folder: Path, row: Row, documents: list[Document], tokenizer: Bu
     if not done.exists():
         store = MilvusStore(str(file), COLLECTION)
         try:
-            report = ingest(
-                documents, store, tokenizer, Embedder(row.model, device="cpu"), search="hybrid", chunk_size=size
-            )
+            report = ingest(documents, store, tokenizer, load_embedder(row.model), search="hybrid", chunk_size=size)
             done.write_text(json.dumps({"rows": store.count(), "seconds": report.seconds}))
         finally:
             store.close()

@@ -89,14 +89,14 @@ class Bench:
             yield prepare(self.model, config, read[rows], NeighborInputs(*fields))
 
     def neighbors(self, row: Row, k: int) -> dict[str, np.ndarray]:
-        """Return the neighbors of all sequences, as arrays by part and name."""
+        """Return the k best neighbors of all sequences' chunks, as arrays by part and name."""
         found_by = replace(row, zero_scores=False)
-        file = self.folder / f"neighbors_{found_by.file_name}_{k}.npz"
+        file = self.folder / f"neighbors_{found_by.file_name}.npz"
         if not file.exists():
             base = hybrid_base(self.folder, row, self.split.knowledge, self.tokenizer, self.size.chunk_size)
-            np.savez(file, **fetch(found_by, base, self.tokenizer, self.split, k))
+            np.savez(file, **fetch(found_by, base, self.tokenizer, self.split, max(NEIGHBORS)))
         with np.load(file) as stored:
-            arrays = dict(stored)
+            arrays = {name: array[:, :, :k] for name, array in stored.items()}
         if row.zero_scores:
             arrays |= {f"{part}_scores": np.zeros_like(arrays[f"{part}_scores"]) for part in PARTS}
         return arrays
