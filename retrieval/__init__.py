@@ -11,7 +11,8 @@ from .exchange import export_knowledge_base, import_knowledge_base, push_knowled
 from .identity import Identity
 from .indexes import IndexSettings
 from .ingestion import IngestReport, documents_of_rank, ingest
-from .retriever import MilvusRetriever, Neighbors
+from .neighbors import Neighbors
+from .retriever import MilvusRetriever
 from .sources import Source, documents_from_rows, read_documents
 from .store import MilvusStore
 from .tokenization import BulkTokenizer

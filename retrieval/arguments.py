@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from .identity import SEARCHES
 from .retriever import COLLECTION_NAME, MilvusRetriever
 from .tokenization import BulkTokenizer
 
@@ -30,7 +31,15 @@ class KnowledgeBaseArguments:
         default=None,
         metadata={
             "help": "Folder or Hub name to load the embedding model from. By default the name stored in the knowledge "
-            "base."
+            "base. Search by words needs none."
+        },
+    )
+    search: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the knowledge base is searched: dense (by meaning), bm25 (by words) or hybrid (by both). By "
+            "default in the way that it was built for.",
+            "choices": list(SEARCHES),
         },
     )
 
@@ -54,6 +63,7 @@ class KnowledgeBaseArguments:
             self.collection_name or collection_name or COLLECTION_NAME,
             tokenizer=tokenizer,
             embedding_model=self.embedding_model,
+            search=self.search,
             num_neighbors=num_neighbors,
             neighbor_length=neighbor_length,
             cache_size=cache_size,

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .addresses import TLS, MilvusAddress
+from .analyzers import Analyzer, parse_analyzer
 from .bulk import write_bulk_files
 from .chunking import CHUNK_SIZE, check_chunk_size
 from .collection import NewCollection
@@ -26,11 +27,13 @@ from .embedding import BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .filters import Filter, parse_filter
+from .identity import SEARCHES, check_search
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .quiet import quiet_program
 from .retriever import COLLECTION_NAME, NUM_NEIGHBORS, MilvusRetriever
 from .rows import VECTOR_TYPES
+from .searches import load_embedder, wanted_search
 from .settings import add_option
 from .sources import Source, at_least_one, read_documents
 from .store import MilvusStore
@@ -104,7 +107,13 @@ def _model_options() -> argparse.ArgumentParser:
     models.add_argument(
         "--embedding-model",
         help="sentence-transformers model, a name or folder. "
-        f"Default: {DEFAULT_EMBEDDING_MODEL} for ingest, the stored name for search.",
+        f"Default: {DEFAULT_EMBEDDING_MODEL} for ingest, the stored name for search. BM25 needs none.",
+    )
+    models.add_argument(
+        "--search",
+        choices=SEARCHES,
+        help="Search by meaning (dense), by words (bm25), or by both (hybrid). Default: as the collection was built, "
+        "and dense for a new one.",
     )
     models.add_argument("--device", help="Device of the embedding model. Default: the best available.")
     return models
@@ -133,6 +142,12 @@ def _add_ingest(parser: argparse.ArgumentParser) -> None:
     for name in ("text_field", "doc_id_field", "subset", "split"):
         add_option(parser, Source, name)
     add_option(parser, Source, "metadata_fields", nargs="+")
+    parser.add_argument(
+        "--analyzer",
+        type=_analyzer,
+        help="How a new bm25 or hybrid collection cuts text into words: standard, english, chinese, code, or Milvus' "
+        "analyzer_params as JSON. Default: standard.",
+    )
     parser.add_argument("--chunk-size", type=int, default=CHUNK_SIZE, help=f"Tokens in a chunk. Default: {CHUNK_SIZE}.")
     parser.add_argument(
         "--batch-size",
@@ -170,6 +185,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _index(text: str) -> IndexSettings:
     return _parsed(IndexSettings.parse, text)
+
+
+def _analyzer(text: str) -> Analyzer:
+    return _parsed(parse_analyzer, text)
 
 
 def _filter(text: str) -> Filter:
@@ -223,28 +242,43 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     fields = {declared.name: getattr(arguments, declared.name) for declared in dataclasses.fields(Source)[1:]}
     documents = read_documents(*(Source(name, **fields) for name in arguments.sources))
     documents = at_least_one(documents, arguments.sources)  # fails before models are loaded
+    search = arguments.search or _stored_search(arguments) or "dense"
+    check_search(search, embedding_model=arguments.embedding_model, analyzer=arguments.analyzer)
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
-    model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
-    device = arguments.device or (str(ranks.device) if ranks else None)
-    embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
+    embedder = None
+    if search != "bm25":
+        model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
+        device = arguments.device or (str(ranks.device) if ranks else None)
+        embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
-    settings = {"chunk_size": arguments.chunk_size, "progress": rank == 0}
+    settings = {"chunk_size": arguments.chunk_size, "search": search, "analyzer": arguments.analyzer}
     in_all = {}
     if arguments.bulk_files:
-        report = write_bulk_files(documents, arguments.bulk_files, tokenizer, embedder, rank=rank, **settings)
+        report = write_bulk_files(
+            documents, arguments.bulk_files, tokenizer, embedder, rank=rank, progress=rank == 0, **settings
+        )
         if rank == 0 and arguments.uri:
             with _opened(arguments, new=True) as store:
-                open_collection(store, tokenizer, embedder, arguments.chunk_size, new)
+                open_collection(store, tokenizer, embedder, new=new, **settings)
                 console.print(f"The empty {store.where} is ready for the files in {arguments.bulk_files}.")
     else:
         with _opened(arguments, new=True) as store:
-            report = ingest(documents, store, tokenizer, embedder, new=new, **settings)
+            report = ingest(documents, store, tokenizer, embedder, new=new, progress=rank == 0, **settings)
             if ranks:
                 ranks.wait_for_everyone()
             in_all = {"chunks in all": store.count()}
     numbers = dataclasses.asdict(report) | {"seconds": f"{report.seconds:.1f}"}
     _print_table(numbers | in_all, f"process {rank} of {processes}" if ranks else None)
+
+
+def _stored_search(arguments: argparse.Namespace) -> str | None:
+    """Return what the collection was built for; None if it is not there."""
+    address = _address(arguments)
+    if address.path is not None and not os.path.exists(address.path):
+        return None
+    with _opened(arguments, new=True) as store:
+        return store.identity().search if store.exists() else None
 
 
 def run_search(arguments: argparse.Namespace) -> None:
@@ -254,9 +288,14 @@ def run_search(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as store:
         identity = store.identity()
         tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
-        embedder = Embedder(arguments.embedding_model or identity.embedding_model, device=arguments.device)
+        search = wanted_search(store, identity, arguments.search)
         retriever = MilvusRetriever(
-            store, tokenizer, embedder, num_neighbors=arguments.num_neighbors, filter=arguments.filter
+            store,
+            tokenizer,
+            load_embedder(identity, search, arguments.embedding_model, device=arguments.device),
+            search=search,
+            num_neighbors=arguments.num_neighbors,
+            filter=arguments.filter,
         )
         (query,) = retriever.tokenizer.encode_batch([arguments.query])
         found = retriever.retrieve([query[: retriever.chunk_size]])
@@ -273,6 +312,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as store:
         identity = dataclasses.asdict(store.identity())
         identity.pop("embedding_probe")
+        identity = {name: value for name, value in identity.items() if value is not None}
         sources = ", ".join(store.sources()) or "unknown"
         _print_table({"collection": store.where, **identity, "sources": sources, **store.health()})
 

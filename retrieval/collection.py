@@ -109,12 +109,8 @@ class MilvusCollection:
         self._layout: Identity | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_index": None,
-            "_dtype": None,
-            "_layout": None,
-        }  # they may have changed when it is unpickled
+        # they may have changed when it is unpickled
+        return {**self.__dict__, "_index": None, "_dtype": None, "_layout": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where})"
@@ -246,7 +242,9 @@ class MilvusCollection:
 
     def _build_index(self, column: str, kind: str, metric: str, build: Mapping[str, float]) -> None:
         params = MilvusClient.prepare_index_params()
-        params.add_index(column, index_type=kind, metric_type=metric, params=dict(build))
+        # pymilvus sends each parameter by itself, Milvus Lite reads those that lie in "params"
+        sent = {"params": dict(build)} if self.connection.is_lite else dict(build)
+        params.add_index(column, index_type=kind, metric_type=metric, params=sent)
         try:
             # Milvus Lite builds when the collection is loaded: there is nothing to wait for
             self.connection.create_index(self.collection_name, params, wait=not self.connection.is_lite)

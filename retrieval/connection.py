@@ -349,7 +349,7 @@ class MilvusConnection:
     def search(
         self,
         name: str,
-        queries: Sequence[np.ndarray] | Sequence[str],
+        queries: list[np.ndarray] | list[str],
         *,
         column: str,
         limit: int,
@@ -373,7 +373,7 @@ class MilvusConnection:
             name,
             lambda client: client.search(
                 name,
-                list(queries),
+                queries,
                 anns_field=column,
                 limit=limit,
                 filter=expression,

@@ -18,6 +18,7 @@ from .collection import NewCollection
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .identity import Identity
 from .quiet import no_dataset_bars
+from .rows import VECTORS
 from .store import ROWS_PER_CALL, MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -27,8 +28,7 @@ tags: [retro, knowledge-base]
 ---
 # {name}
 
-A knowledge base for RETRO models: {chunks:,} chunks of {chunk_size} tokens, tokenizer `{tokenizer}`, embeddings of
-`{embedding_model}` ({dimension} numbers).
+A knowledge base for RETRO models: {chunks:,} chunks of {chunk_size} tokens, tokenizer `{tokenizer}`, {searched}.
 
 ```sh
 python -m retrieval import {name} --uri kb.db
@@ -68,12 +68,15 @@ def export_knowledge_base(
         {name: Value("string") for name in ("doc_id", "text", "metadata")}
         | {"chunk_index": Value("int64")}
         | {name: List(Value("int32")) for name in ("tokens", "continuation")}
-        | {"embedding": List(Value("float32"), length=identity.embedding_dimension)}
     )
+    if identity.embedding_dimension is not None:
+        features[VECTORS] = List(Value("float32"), length=identity.embedding_dimension)
 
     def rows() -> Iterator[dict[str, Any]]:
-        fields = ("doc_id", "chunk_index", "tokens", "continuation", "metadata", "embedding")
+        vectors = [VECTORS] if identity.has_vectors else []
+        fields = ("doc_id", "chunk_index", "tokens", "continuation", "metadata", *vectors)
         for row in tqdm(store.scan(fields), total=chunks, unit=" chunks", desc="export", disable=not progress):
+            embedding = {VECTORS: store.vector(row[VECTORS])} if vectors else {}
             yield {
                 "doc_id": row["doc_id"],
                 "chunk_index": row["chunk_index"],
@@ -81,7 +84,7 @@ def export_knowledge_base(
                 "continuation": list(row["continuation"]),
                 "text": tokenizer.decode(list(row["tokens"])),
                 "metadata": json.dumps(row["metadata"]),
-                "embedding": store.vector(row["embedding"]),
+                **embedding,
             }
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def export_knowledge_base(
         del dataset
         shutil.rmtree(cache)
         (draft / "identity.json").write_text(identity.to_json())
-        facts = asdict(identity) | {"name": folder.name, "chunks": written, "dimension": identity.embedding_dimension}
+        facts = asdict(identity) | {"name": folder.name, "chunks": written, "searched": _searched_by(identity)}
         (draft / "README.md").write_text(README.format(**facts))
         draft.chmod(0o755)
         draft.replace(folder)
@@ -108,6 +111,13 @@ def export_knowledge_base(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return written
+
+
+def _searched_by(identity: Identity) -> str:
+    """Return what the rows are searched by, for the README."""
+    vectors = f"embeddings of\n`{identity.embedding_model}` ({identity.embedding_dimension} numbers)"
+    words = f"searched by words (BM25, analyzer `{json.dumps(identity.analyzer)}`)"
+    return {"dense": vectors, "bm25": words, "hybrid": f"{vectors}, also {words}"}[identity.search]
 
 
 def push_knowledge_base(folder: str | os.PathLike, repo_id: str, *, private: bool = True) -> str:
@@ -160,11 +170,12 @@ def import_knowledge_base(
                         strict=True,
                     )
                 ]
-                embeddings = np.array(batch["embedding"], dtype=np.float32)
+                embeddings = np.array(batch[VECTORS], dtype=np.float32) if identity.has_vectors else None
+                texts = [str(text) for text in batch["text"]] if identity.has_words else None
                 _check(chunks, embeddings, identity)
             except (ValueError, KeyError, TypeError) as error:
                 raise KnowledgeBaseError(f"Rows {written} and following of {source} are damaged: {error}") from error
-            store.upsert(chunks, embeddings)
+            store.upsert(chunks, embeddings, texts)
             sources |= source_names(chunks)
             written += len(chunks)
             bar.update(len(chunks))
@@ -194,9 +205,10 @@ def _open_export(source: str) -> tuple[str, Any]:
         ) from error
 
 
-def _check(chunks: list[Chunk], embeddings: np.ndarray, identity: Identity) -> None:
+def _check(chunks: list[Chunk], embeddings: np.ndarray | None, identity: Identity) -> None:
     """Raise ValueError unless an ingestion could have written these."""
-    if embeddings.shape != (len(chunks), identity.embedding_dimension) or not np.isfinite(embeddings).all():
+    shape = (len(chunks), identity.embedding_dimension)
+    if embeddings is not None and (embeddings.shape != shape or not np.isfinite(embeddings).all()):
         raise ValueError(f"embeddings are not all {identity.embedding_dimension} finite numbers.")
     for chunk in chunks:
         check_id(chunk.doc_id)

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .analyzers import Analyzer, parse_analyzer
 from .embedding import Embedder
@@ -80,19 +79,9 @@ class Identity:
             ValueError: the search is unknown, or does not go together with the embedding model or
                 the analyzer.
         """
-        check_search(search)
-        if search == "dense" and analyzer is not None:
-            raise ValueError(
-                f"The analyzer {analyzer!r} is given, but search 'dense' looks at no words. Leave it out, or search "
-                "by 'bm25' or 'hybrid'."
-            )
-        if (search == "bm25") != (embedder is None):
-            raise ValueError(
-                f"Search {search!r} needs an embedding model. Give one, or search by 'bm25'."
-                if embedder is None
-                else f"Search 'bm25' uses no embedding model, but {embedder.label!r} is given. Leave it out, or "
-                "search by 'dense' or 'hybrid'."
-            )
+        check_search(search, embedding_model=embedder.label if embedder else None, analyzer=analyzer)
+        if embedder is None and search != "bm25":
+            raise ValueError(f"Search {search!r} needs an embedding model. Give one, or search by 'bm25'.")
         return cls(
             tokenizer=tokenizer.name,
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -223,10 +212,20 @@ class Identity:
             )
 
 
-def check_search(search: Any) -> None:
-    """Raise ValueError unless this is the name of a search."""
+def check_search(search: str, *, embedding_model: str | None = None, analyzer: str | Analyzer | None = None) -> None:
+    """Raise ValueError unless there is such a search, and it uses what is given."""
     if search not in SEARCHES:
         raise ValueError(f"There is no search {search!r}. Use one of {', '.join(SEARCHES)}.")
+    if search == "bm25" and embedding_model is not None:
+        raise ValueError(
+            f"The embedding model {embedding_model!r} is given, but search 'bm25' uses none. Leave it out, or search "
+            "by 'dense' or 'hybrid'."
+        )
+    if search == "dense" and analyzer is not None:
+        raise ValueError(
+            f"The analyzer {analyzer!r} is given, but search 'dense' looks at no words. Leave it out, or search by "
+            "'bm25' or 'hybrid'."
+        )
 
 
 def _cosine(a: Sequence[float] | None, b: Sequence[float] | None) -> float:

@@ -6,10 +6,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -18,9 +16,9 @@ from .connection import Row
 from .embedding import Embedder
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
-from .identity import Identity
+from .neighbors import Neighbors
 from .rows import doc_key
-from .searches import Queries, search_of, wanted_search
+from .searches import Queries, load_embedder, search_of, wanted_search
 from .store import MOST_HITS, MilvusStore
 from .tokenization import BulkTokenizer
 
@@ -36,26 +34,6 @@ NUM_NEIGHBORS = 2  # the paper's k, unless another number is given
 # read
 Query = tuple[tuple[int, ...], tuple[int, ...], frozenset[str]]
 Rows = list[Row]
-
-
-@dataclass
-class Neighbors:
-    """The k neighbors of each of n chunks, r tokens each.
-
-    Attributes:
-        ids: (n, k, r) int64; the neighbor chunk's tokens, its continuation, then 0 as padding.
-        attention_mask: (n, k, r) bool; False for padding and for missing neighbors.
-        doc_ids: n lists of k document ids, None for a missing neighbor.
-        chunk_indices: (n, k) int64, the chunk's number in its document, -1 for a missing neighbor.
-        scores: (n, k) float32, nan for a missing neighbor: the cosine similarity, or for search by
-            words a number in [0, 1), see [`retrieval.searches.bounded`].
-    """
-
-    ids: torch.Tensor
-    attention_mask: torch.Tensor
-    doc_ids: list[list[str | None]]
-    chunk_indices: torch.Tensor
-    scores: torch.Tensor
 
 
 class MilvusRetriever:
@@ -367,25 +345,8 @@ class MilvusRetriever:
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
         return rows[: self.num_neighbors]
 
-    def _tensors(self, found: list[list[dict[str, Any]]]) -> Neighbors:
-        n, k, r = len(found), self.num_neighbors, self.neighbor_length
-        ids, mask = np.zeros((n, k, r), dtype=np.int64), np.zeros((n, k, r), dtype=bool)
-        indices, scores = np.full((n, k), -1), np.full((n, k), np.nan, dtype=np.float32)
-        doc_ids: list[list[str | None]] = [[None] * k for _ in found]
-        for chunk, rows in enumerate(found):
-            for place, row in enumerate(rows):
-                tokens = [*row["tokens"], *row["continuation"]][:r]
-                ids[chunk, place, : len(tokens)] = tokens
-                mask[chunk, place, : len(tokens)] = True
-                doc_ids[chunk][place] = row["doc_id"]
-                indices[chunk, place], scores[chunk, place] = row["chunk_index"], row["score"]
-        return Neighbors(
-            torch.from_numpy(ids),
-            torch.from_numpy(mask),
-            doc_ids,
-            torch.from_numpy(indices),
-            torch.from_numpy(scores),
-        )
+    def _tensors(self, found: list[Rows]) -> Neighbors:
+        return Neighbors.of(found, self.num_neighbors, self.neighbor_length)
 
     def describe(self) -> dict[str, str | int | list[str]]:
         """Return names and size of the knowledge base for a model card, never its address."""
@@ -400,26 +361,6 @@ class MilvusRetriever:
     def close(self) -> None:
         """Release the knowledge base; a Milvus Lite file can then be opened by another process."""
         self.store.close()
-
-
-def load_embedder(
-    identity: Identity, search: str, model: str | None, *, device: str | torch.device | None = None
-) -> Embedder | None:
-    """Load the embedding model for a search, by default the one of the collection; None for "bm25".
-
-    Raises:
-        ValueError: a model is named for "bm25".
-    """
-    if search == "bm25":
-        if model is not None:
-            raise ValueError(
-                f"Search 'bm25' uses no embedding model, but {model!r} is named. Leave it out, or search by 'dense' or "
-                "'hybrid'."
-            )
-        return None
-    name = model or identity.embedding_model
-    assert name is not None, "a collection with embeddings names their model"
-    return Embedder(name, device=device)
 
 
 def runs(tokens: Sequence[int], length: int) -> set[tuple[int, ...]]:

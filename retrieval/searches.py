@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from .connection import RRF_K, Row
 from .embedding import Embedder
@@ -38,11 +39,9 @@ class Search(Protocol):
     """A way to search a collection.
 
     Attributes:
-        embedder: the embedding model; None if the search uses none.
         is_exact: fewer rows than asked for are all there are. An approximate index may miss some.
     """
 
-    embedder: Embedder | None
     is_exact: bool
 
     def queries(self, texts: Sequence[str]) -> Queries:
@@ -103,7 +102,6 @@ class DenseSearch:
 class WordSearch:
     """Search by words: rows by their BM25 score, mapped into [0, 1) by [`bounded`]."""
 
-    embedder: Embedder | None = None
     is_exact = True
 
     def __init__(self, store: MilvusStore) -> None:
@@ -181,12 +179,8 @@ def search_of(store: MilvusStore, identity: Identity, search: str | None, embedd
         ValueError: there is no such search, or it does not go together with the embedding model.
     """
     search = wanted_search(store, identity, search)
+    check_search(search, embedding_model=embedder.label if embedder else None)
     if search == "bm25":
-        if embedder is not None:
-            raise ValueError(
-                f"Search 'bm25' uses no embedding model, but {embedder.label!r} is given. Leave it out, or search by "
-                "'dense' or 'hybrid'."
-            )
         return WordSearch(store)
     if embedder is None:
         raise ValueError(
@@ -212,6 +206,19 @@ def wanted_search(store: MilvusStore, identity: Identity, search: str | None) ->
             f"{identity.search!r}, or ingest its documents into another collection with --search {search}."
         )
     return search
+
+
+def load_embedder(
+    identity: Identity, search: str, model: str | None, *, device: str | torch.device | None = None
+) -> Embedder | None:
+    """Load the embedding model for a search, by default the collection's own; None for "bm25".
+
+    Raises:
+        ValueError: a model is named for "bm25".
+    """
+    check_search(search, embedding_model=model)
+    name = model or identity.embedding_model
+    return None if search == "bm25" or name is None else Embedder(name, device=device)
 
 
 def bounded(score: float, query: str) -> float:

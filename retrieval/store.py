@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -183,11 +184,8 @@ class MilvusStore(MilvusCollection):
                 AnnSearchRequest(vectors[part], VECTORS, {"metric_type": "IP", **parameters}, depth, expr=matching),
                 AnnSearchRequest(words[part], WORDS, {"metric_type": "BM25", "params": {}}, depth, expr=matching),
             ]
-            found += self._rows(
-                lambda requests=requests: self.connection.hybrid_search(
-                    self.collection_name, requests, limit=limit, fields=(*READ_BY_MODELS, VECTORS)
-                )
-            )
+            search = partial(self.connection.hybrid_search, self.collection_name, requests)
+            found += self._rows(partial(search, limit=limit, fields=(*READ_BY_MODELS, VECTORS)))
         for row in (row for near in found for row in near):
             row[VECTORS] = self.vector(row[VECTORS])
         return found
@@ -199,7 +197,7 @@ class MilvusStore(MilvusCollection):
     def _search(
         self,
         column: str,
-        queries: Sequence[np.ndarray] | Sequence[str],
+        queries: list[np.ndarray] | list[str],
         limit: int,
         parameters: dict[str, Any],
         exclude: Iterable[int],
@@ -209,19 +207,18 @@ class MilvusStore(MilvusCollection):
         matching = all_of([_without(exclude), expression])
         found: list[list[Row]] = []
         for part in _parts(len(queries), limit):
-            found += self._rows(
-                lambda part=part: self.connection.search(
-                    self.collection_name,
-                    queries[part],
-                    column=column,
-                    limit=limit,
-                    expression=matching,
-                    fields=fields,
-                    parameters=parameters,
-                    # "Strong" would wait 200 ms on a server
-                    consistency="Session",
-                )
+            search = partial(
+                self.connection.search,
+                self.collection_name,
+                queries[part],
+                column=column,
+                limit=limit,
+                expression=matching,
+                fields=fields,
+                parameters=parameters,
+                consistency="Session",  # "Strong" would wait 200 ms on a server
             )
+            found += self._rows(search)
         return found
 
     def _rows(self, search: Callable[[], list[list[Row]]]) -> list[list[Row]]:
