@@ -9,7 +9,7 @@ Without a knowledge base, the decoder writes alone.
 from retrieval import KnowledgeBaseError
 from retrieval.quiet import quiet_program
 from training_retro.parsing import make_parser
-from training_retro.sampling import GenerateArguments, describe, load, sample
+from training_retro.sampling import GenerateArguments, Likeliest, describe, likeliest_tokens, load, sample
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,11 +20,15 @@ def main(argv: list[str] | None = None) -> None:
         (arguments,) = parser.parse_args_into_dataclasses(argv)
         model, tokenizer = load(arguments)
         outputs = sample(model, tokenizer, arguments)
+        likeliest: list[dict[int, Likeliest]] = [{}] * arguments.num_samples
+        if arguments.show_likeliest:
+            likeliest = likeliest_tokens(model, outputs, arguments.show_likeliest)
     except (KnowledgeBaseError, ValueError, OSError) as error:
         parser.error(str(error))
-    for number, (row, retrieved) in enumerate(zip(outputs.sequences.tolist(), outputs.retrieved, strict=True), 1):
+    samples = zip(outputs.sequences.tolist(), outputs.retrieved, likeliest, strict=True)
+    for number, (row, retrieved, tokens) in enumerate(samples, 1):
         print(f"=== sample {number} of {arguments.num_samples} ===")
-        print(describe(row, retrieved, tokenizer, model.config.chunk_size), end="\n\n")
+        print(describe(row, retrieved, tokenizer, tokens), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Training data: documents → mixtures → packed sequences → batches with their neighbors."""
 
 from .collator import NEIGHBOR_FIELDS, RetroDataCollator
+from .first_points import FirstPoints
 from .mixtures import DocumentStream, mix
 from .packing import PackedStream, pack, packed_dataset
 from .precomputed import load_precomputed, precompute
@@ -9,6 +10,7 @@ from .prefetch import Prefetcher
 __all__ = [
     "NEIGHBOR_FIELDS",
     "DocumentStream",
+    "FirstPoints",
     "PackedStream",
     "Prefetcher",
     "RetroDataCollator",

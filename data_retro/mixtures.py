@@ -1,6 +1,7 @@
 """Streams of documents: datasets that are filtered, shuffled and mixed by weight."""
 
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,19 @@ from retrieval.files import Row
 from retrieval.filters import row_predicate
 from retrieval.sources import Source, documents_from_numbered_rows, is_of_the_network, same_name
 
+from .first_points import FirstPoints
 from .packing import pack_documents, packed_dataset
 
 logger = logging.getLogger(__name__)
 
 FEATURES = Features({"id": Value("string"), "text": Value("string")})
 LONGEST_PAUSE = 60  # seconds between two attempts of a network call
+ROW_NUMBER = "row_number"  # in a filter, the name of a row's number
+# the least value of each count of a stream
+LEAST = {"shuffle_buffer": 0, "num_shards": 1, "shard_index": 0, "skip": 0, "take": 1, "initially_skip": 0}
 _END = object()
+
+RowFilter = Callable[[Mapping[str, Any], int], bool]  # takes a row and its number
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,19 @@ class DocumentStream(Source):
     Attributes:
         weight: this source's share of the mixture's documents, relative to the other weights. All
             sources have a weight, or none has.
-        filter: "module:function", a function that takes a row and returns True to keep it; or a
-            condition on columns such as {"language": "en", "score": {">=": 0.5}, "kind": ["web",
-            "wiki"]}. A row without the column is left out.
+        filter: "module:function", a function that takes a row, or a row and its number, and returns
+            True to keep it; or a condition on columns such as {"language": "en", "score": {">=":
+            0.5}, "kind": ["web", "wiki"]}. A row without the column is left out. The column
+            `row_number` is the row's number, unless the rows have such a column of their own. Rows
+            are numbered from 0 in the whole source, before the shard.
         shuffle_buffer: documents among which the next one is drawn; 0 keeps the order.
         seed: seed of the shuffle. Each epoch has another order.
         num_shards, shard_index: read only every `num_shards`-th row, from row `shard_index` on.
         skip, take: after the shard and the filter, rows to leave out first, and rows to read at
             most.
+        initially_skip: of the rows that are left, those to leave out at first, where an earlier run
+            stopped reading. The next epoch, or the next pass over a source that begins again, reads
+            them.
 
     Raises:
         ValueError: a field is out of its range; `filter` is neither form; or `metadata_fields` is
@@ -59,6 +71,7 @@ class DocumentStream(Source):
     shard_index: int = 0
     skip: int = 0
     take: int | None = None
+    initially_skip: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +81,7 @@ class DocumentStream(Source):
             )
         if self.weight is not None and not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
             raise ValueError(f"{self.where}weight is {self.weight!r}; it must be a number from 0.")
-        for name, least in (("shuffle_buffer", 0), ("num_shards", 1), ("shard_index", 0), ("skip", 0), ("take", 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if (name, value) != ("take", None) and not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{self.where}{name} is {value!r}; it must be a whole number from {least}.")
@@ -79,23 +92,26 @@ class DocumentStream(Source):
     def has_files_for(self, processes: int) -> bool:
         """Return True if the source has files that `processes` can share evenly.
 
-        It returns False if rows must be numbered (for ids, shards, skip or take). It also returns
+        It returns False if rows must be numbered (for ids, shards, skips or take). It also returns
         False with a filter, which may drop all rows of some files.
         """
-        if self.doc_id_field is None or self.filter or (self.num_shards, self.skip, self.take) != (1, 0, None):
+        numbered = self.num_shards > 1 or self.skip or self.take is not None or self.initially_skip
+        if self.doc_id_field is None or self.filter or numbered:
             return False
         rows = network_retries()(self.rows)
         return isinstance(rows, IterableDataset) and rows.num_shards % processes == 0
 
-    def documents(self, rank: int = 0, processes: int = 1) -> Iterator[dict[str, str]]:
+    def documents(self, rank: int = 0, processes: int = 1, skipped: int = 0) -> Iterator[dict[str, str]]:
         """Yield {"id", "text"} for each document, in one pass without shuffle.
 
         Args:
             rank, processes: with several processes, read only the files of this one.
+            skipped: documents to leave out at the start of this pass, such as `initially_skip`.
 
         Raises:
             FileNotFoundError: there is no such file, folder or dataset.
-            ValueError: a row has no text field; the message names those that it has.
+            ValueError: a row has no text field, and the message names those that it has; or there
+                are fewer documents than `skipped`.
         """
 
         def read() -> Iterable[Row]:
@@ -106,8 +122,11 @@ class DocumentStream(Source):
         rows = islice(rows, self.shard_index, None, self.num_shards)
         if self.filter is not None:
             keeps = row_filter(self.filter, self.where)
-            rows = (numbered for numbered in rows if keeps(numbered[1]))
+            rows = ((number, row) for number, row in rows if keeps(row, number))
         rows = islice(rows, self.skip, None if self.take is None else self.skip + self.take)
+        there = sum(1 for _ in islice(rows, skipped))
+        if there < skipped:
+            raise ValueError(f"{self.where}initially_skip is {skipped}, but only {there} rows are left. Lower it.")
         for document in documents_from_numbered_rows(rows, self):
             yield {"id": document.id, "text": document.text}
 
@@ -135,8 +154,8 @@ def sample(streams: Sequence[DocumentStream], count: int) -> dict[str, list[dict
     return samples
 
 
-def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Callable[[Mapping[str, Any]], bool]:
-    """Return `DocumentStream.filter` as a function of a row.
+def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> RowFilter:
+    """Return `DocumentStream.filter` as a function of a row and its number.
 
     Args:
         condition: "module:function", a filter as in [`retrieval.filters`], or None to keep all.
@@ -147,7 +166,7 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
             too, for a value that cannot be compared.
     """
     if condition is None:
-        return lambda row: True
+        return lambda row, number: True
     if isinstance(condition, str):
         return _imported_filter(condition, where)
     if not isinstance(condition, Mapping):
@@ -159,7 +178,9 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
 
-    def keeps(row: Mapping[str, Any]) -> bool:
+    def keeps(row: Mapping[str, Any], number: int) -> bool:
+        if ROW_NUMBER in condition:
+            row = {ROW_NUMBER: number, **row}
         try:
             return matches(row)
         except ValueError as error:
@@ -168,8 +189,8 @@ def row_filter(condition: str | Mapping[str, Any] | None, where: str = "") -> Ca
     return keeps
 
 
-def _imported_filter(name: str, where: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Import the filter "module:function"."""
+def _imported_filter(name: str, where: str) -> RowFilter:
+    """Import the filter "module:function", which takes a row, or a row and its number."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -181,7 +202,24 @@ def _imported_filter(name: str, where: str) -> Callable[[Mapping[str, Any]], boo
         raise ValueError(
             f"{where}The filter {name!r} is no function, but {function!r}. Name one like 'package.module:function'."
         )
-    return function
+    takes = [count for count in (1, 2) if _takes(function, count)]
+    if not takes:
+        raise ValueError(
+            f"{where}The filter {name!r} cannot be called with a row, nor with a row and its number. Name a function "
+            "that takes one of these."
+        )
+    return function if takes == [2] else lambda row, number: function(row)
+
+
+def _takes(function: Callable, count: int) -> bool:
+    """Return True if a function can be called with `count` arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except ValueError:  # a function in C may have no signature; it gets the row alone
+        return count == 1
+    except TypeError:
+        return False
+    return True
 
 
 def network_retries(attempts: int = 6) -> tenacity.Retrying:
@@ -249,7 +287,7 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
 
     Args:
         streams: the sources.
-        epoch: changes the seed of every shuffle and of the draws.
+        epoch: changes the seed of every shuffle and of the draws. Epoch 0 obeys `initially_skip`.
         rank, processes: this process' number, and how many processes there are.
 
     Raises:
@@ -261,7 +299,8 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
     own = {"rank": rank, "processes": processes} if by_files else {}
     parts = []
     for stream in streams:
-        part = IterableDataset.from_generator(stream.documents, gen_kwargs=own, features=FEATURES)
+        passes = _Passes(stream, stream.initially_skip if epoch == 0 else 0)
+        part = IterableDataset.from_generator(passes.documents, gen_kwargs=own, features=FEATURES)
         if stream.shuffle_buffer:
             part = part.shuffle(seed=_seed(stream.seed, epoch), buffer_size=stream.shuffle_buffer)
         parts.append(part)
@@ -275,6 +314,18 @@ def mix(streams: Sequence[DocumentStream], epoch: int = 0, rank: int = 0, proces
     if not by_files:
         rows = islice(rows, rank, None, processes)
     return (Document(row["id"], row["text"]) for row in rows)
+
+
+class _Passes:
+    """The passes over a stream in one epoch; the first one leaves some documents out."""
+
+    def __init__(self, stream: DocumentStream, skipped: int) -> None:
+        self.stream, self.skipped = stream, skipped
+
+    def documents(self, **own: int) -> Iterator[dict[str, str]]:
+        """Yield the documents of the next pass."""
+        skipped, self.skipped = self.skipped, 0
+        yield from self.stream.documents(**own, skipped=skipped)
 
 
 def _seed(seed: int, epoch: int) -> int:
@@ -298,11 +349,20 @@ def check_mixture(streams: Sequence[DocumentStream]) -> None:
 
 
 def pack_streams(
-    streams: list[DocumentStream], tokenizer: BulkTokenizer, block_size: int, chunk_size: int, cache_dir: str | Path
+    streams: list[DocumentStream],
+    tokenizer: BulkTokenizer,
+    block_size: int,
+    chunk_size: int,
+    cache_dir: str | Path,
+    first_points: FirstPoints | None = None,
 ) -> Dataset:
-    """Pack one pass over the mixture into an Arrow file in `cache_dir`; see [`pack`] for sizes."""
+    """Pack one pass over the mixture into an Arrow file in `cache_dir`; see [`pack`] for sizes.
+
+    With `first_points`, each sequence gets a column `first_point`.
+    """
 
     def sequences() -> Iterator[dict]:
-        return (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
+        packed = (sequence for sequence, _ in pack_documents(mix(streams), tokenizer, block_size, chunk_size))
+        return packed if first_points is None else first_points.add_to(packed)
 
     return packed_dataset(sequences, cache_dir)

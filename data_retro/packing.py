@@ -1,4 +1,4 @@
-"""Packing: documents → sequences of one length; each chunk has the ids of the documents in it."""
+"""Packing: documents → sequences of one length, which know where each of their documents ends."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +13,17 @@ from datasets.exceptions import DatasetGenerationError
 from retrieval.chunking import Document, tokenize_documents
 from retrieval.tokenization import BulkTokenizer
 
+from .first_points import FirstPoints
+
 NO_TEXT = "There is no text to pack: no document has a text. A stream needs at least one document for each process."
-FEATURES = Features({"input_ids": List(Value("int32")), "doc_ids": List(List(Value("string")))})
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "doc_ids": List(List(Value("string"))),
+        "doc_ends": List(List(Value("int32"))),
+    }
+)
+FIRST_POINT = {"first_point": Value("int32")}  # a further column of sequences with a first point of their own
 Place = tuple[int, int]  # documents that are used up, and used tokens of the next one
 
 
@@ -40,7 +49,8 @@ def pack(
 
     Yields:
         {"input_ids": up to block_size ints, "doc_ids": a list of document ids for each chunk,
-        including a partial last one}.
+        including a partial last one, "doc_ends": for each of these ids the number of tokens in the
+        sequence up to the document's last one in that chunk}.
     """
     return (sequence for sequence, _ in pack_from(documents, block_size, chunk_size, end_of_text_id))
 
@@ -58,25 +68,32 @@ def pack_from(
         a sequence, and the place in the documents where it ends.
     """
     tokens: list[int] = []
-    touched: list[list[str]] = []
+    ends: list[dict[str, int]] = []  # for each chunk, where its documents end in it
     number = -1
     for number, (doc_id, document) in enumerate(documents):
         rest = [*document, end_of_text_id] if len(document) else []
         used, start = start, 0
         while used < len(rest):
             piece = rest[used : used + block_size - len(tokens)]
-            first_chunk, last_chunk = len(tokens) // chunk_size, (len(tokens) + len(piece) - 1) // chunk_size
-            touched.extend([] for _ in range(last_chunk + 1 - len(touched)))
-            for ids in touched[first_chunk:]:
-                if doc_id not in ids:
-                    ids.append(doc_id)
+            first_chunk = len(tokens) // chunk_size
             tokens += piece
             used += len(piece)
+            ends.extend({} for _ in range(-(-len(tokens) // chunk_size) - len(ends)))
+            for chunk in range(first_chunk, len(ends)):
+                ends[chunk][doc_id] = min((chunk + 1) * chunk_size, len(tokens))
             if len(tokens) == block_size:
-                yield {"input_ids": tokens, "doc_ids": touched}, (number, used)
-                tokens, touched = [], []
+                yield _sequence(tokens, ends), (number, used)
+                tokens, ends = [], []
     if len(tokens) > 1:
-        yield {"input_ids": tokens, "doc_ids": touched}, (number + 1, 0)
+        yield _sequence(tokens, ends), (number + 1, 0)
+
+
+def _sequence(tokens: list[int], ends: list[dict[str, int]]) -> dict:
+    return {
+        "input_ids": tokens,
+        "doc_ids": [list(documents) for documents in ends],
+        "doc_ends": [list(documents.values()) for documents in ends],
+    }
 
 
 def pack_documents(
@@ -101,22 +118,31 @@ class PackedStream(torch.utils.data.IterableDataset):
             documents in the same order.
         tokenizer: computes the tokens.
         block_size, chunk_size: as for [`pack`].
+        first_points: gives each sequence a column `first_point`. None: the paper's grid.
 
     Raises (while it is read):
         ValueError: an epoch has no sequence.
     """
 
     def __init__(
-        self, documents: Callable[[int], Iterable[Document]], tokenizer: BulkTokenizer, block_size: int, chunk_size: int
+        self,
+        documents: Callable[[int], Iterable[Document]],
+        tokenizer: BulkTokenizer,
+        block_size: int,
+        chunk_size: int,
+        first_points: FirstPoints | None = None,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self.block_size, self.chunk_size = block_size, chunk_size
+        self.block_size, self.chunk_size, self.first_points = block_size, chunk_size, first_points
         self._start = (0, 0, 0)  # epoch, documents used up in it, tokens used of the next document
         # (sequences so far, place after them): a queue, since one thread reads ahead and another
         # one asks
         self._places: deque[tuple[int, tuple[int, int, int]]] = deque()
 
     def __iter__(self) -> Iterator[dict]:
+        return self._packed() if self.first_points is None else self.first_points.add_to(self._packed())
+
+    def _packed(self) -> Iterator[dict]:
         count = 0
         epoch, skipped, start = self._start
         self._places = deque([(0, self._start)])
@@ -153,18 +179,21 @@ def packed_dataset(sequences: Callable[[], Iterator[dict]], cache_dir: str | Pat
     """Write packed sequences to an Arrow file, in bounded memory, and open it as a `Dataset`.
 
     Args:
-        sequences: returns a new iterator over sequences as [`pack`] yields them.
+        sequences: returns a new iterator over sequences as [`pack`] yields them, all with a column
+            `first_point` or none.
         cache_dir: the folder of the file, which must exist as long as the dataset is used.
 
     Raises:
         ValueError: there is no sequence.
     """
-    if next(sequences(), None) is None:
+    first = next(sequences(), None)
+    if first is None:
         raise ValueError(NO_TEXT)
+    features = Features(FEATURES | FIRST_POINT) if "first_point" in first else FEATURES
     # A new fingerprint: otherwise `datasets` reuses an old file although its text has changed.
     try:
         return Dataset.from_generator(
-            sequences, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False
+            sequences, features=features, cache_dir=str(cache_dir), fingerprint=uuid4().hex, keep_in_memory=False
         )
     except DatasetGenerationError as error:
         if error.__cause__ is None:

@@ -6,9 +6,9 @@ bytes of the tokens' text. Special tokens such as end-of-text cost nats but have
 
 The same tokens are measured under each condition:
 
-    on             every chunk reads its own neighbors
-    off            no chunk reads any (`use_retrieval=False`): the decoder alone
-    shuffled       every chunk reads the neighbors of a chunk in another sequence
+    on             every position reads the neighbors of its retrieval point
+    off            no position reads any (`use_retrieval=False`): the decoder alone
+    shuffled       every position reads the neighbors of a point in another sequence
     copy_baseline  off, mixed with an n-gram copier over the neighbors (see `copy_baseline.py`)
 
 If "on" beats "off", the extra trained parameters may be the only cause. If "on" beats "shuffled",
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_retro.collator import IGNORED_LABEL, NEIGHBOR_FIELDS
 
-from .copy_baseline import copied_probability, mixture_nats
+from .copy_baseline import copied_probability, mixture_nats, slots_read
 
 CONDITIONS = ("on", "off", "shuffled", "copy_baseline")
 
@@ -61,11 +61,11 @@ def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def shuffle_neighbors(neighbors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Give every chunk that has neighbors those of another chunk of the batch.
+    """Give every slot that has neighbors those of another slot of the batch.
 
-    The neighbors are rotated over the batch's chunks, far enough that each chunk gets those of
-    another row. If one row holds more than half of the chunks, some stay within that row. A single
-    chunk has its neighbors masked out.
+    The neighbors are rotated over the batch's slots, far enough that each slot gets those of
+    another row. If one row holds more than half of the slots, some stay within that row. A single
+    slot has its neighbors masked out.
 
     Args:
         neighbors: neighbor_attention_mask (B, C, k, r) and other tensors (B, C, …) to move with it.
@@ -73,10 +73,10 @@ def shuffle_neighbors(neighbors: dict[str, torch.Tensor], seed: int = 0) -> dict
     """
     mask = neighbors["neighbor_attention_mask"]
     filled = mask.flatten(2).any(-1)  # (B, C)
-    chunks, longest = int(filled.sum()), int(filled.sum(1).max())
-    if chunks < 2:
+    slots, longest = int(filled.sum()), int(filled.sum(1).max())
+    if slots < 2:
         return neighbors | {"neighbor_attention_mask": torch.zeros_like(mask)}
-    least, most = (longest, chunks - longest) if chunks >= 2 * longest else (1, chunks - 1)
+    least, most = (longest, slots - longest) if slots >= 2 * longest else (1, slots - 1)
     shift = int(torch.randint(least, most + 1, (), generator=torch.Generator().manual_seed(seed)))
     shuffled = {name: tensor.clone() for name, tensor in neighbors.items()}
     for tensor in shuffled.values():
@@ -92,6 +92,7 @@ def sequence_nats(
     token_bytes: torch.Tensor,
     copy_weight: float | None = None,
     seed: int = 0,
+    retrieval_stride: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure each sequence of a batch under each condition.
 
@@ -99,12 +100,14 @@ def sequence_nats(
 
     Args:
         model: a RETRO model, wrapped or not.
-        batch: the output of [`RetroDataCollator`], rows padded on the right.
-        chunk_size: the model's. Positions from chunk_size - 1 on are in reach of neighbors.
+        batch: the output of [`RetroDataCollator`], rows padded on the right. The positions from the
+            last one before a row's first point on are in reach of neighbors.
+        chunk_size: the model's, the first point of rows without one of their own.
         token_bytes: the output of [`byte_lengths`].
         copy_weight: the copier's weight in the copy baseline, chosen on training data by
             [`copy_baseline.best_weight`]. None leaves that condition out.
         seed: for [`shuffle_neighbors`].
+        retrieval_stride: the model's. Default: chunk_size.
 
     Returns:
         nats (B, conditions, 2): summed over a sequence's predicted tokens: [all, in reach].
@@ -117,7 +120,8 @@ def sequence_nats(
     conditions = [neighbors, off, shuffle_neighbors(neighbors, seed)] if neighbors else [off]  # as in CONDITIONS
 
     predicted = labels != IGNORED_LABEL
-    in_reach = torch.arange(labels.shape[1], device=labels.device) >= chunk_size - 1
+    grid = (chunk_size, batch.get("first_point"), retrieval_stride)
+    in_reach = slots_read(batch["input_ids"], *grid) >= 0
     regions = torch.stack([predicted, predicted & in_reach], 1)  # (B, 2, T - 1)
     bytes_per_token = token_bytes.to(labels.device)[labels.clamp(min=0)]
     sizes = torch.stack([regions.sum(-1), (regions * bytes_per_token[:, None]).sum(-1)], -1)
@@ -130,7 +134,7 @@ def sequence_nats(
             off_nats = token_nats
     if neighbors and copy_weight is not None:
         ids, mask = neighbors["neighbor_ids"], neighbors["neighbor_attention_mask"]
-        copied = copied_probability(batch["input_ids"], ids, mask, chunk_size)
+        copied = copied_probability(batch["input_ids"], ids, mask, *grid)
         nats.append((mixture_nats(off_nats, *copied, copy_weight)[:, None] * regions).sum(-1))
     return torch.stack(nats, 1), sizes
 
@@ -229,7 +233,10 @@ def evaluate(
     all_nats, all_sizes = [], []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        nats, sizes = sequence_nats(model, batch, model.config.chunk_size, token_bytes, copy_weight, seed)
+        config = model.config
+        nats, sizes = sequence_nats(
+            model, batch, config.chunk_size, token_bytes, copy_weight, seed, config.retrieval_stride
+        )
         all_nats.append(nats.cpu())
         all_sizes.append(sizes.cpu())
     model.train(was_training)

@@ -14,37 +14,67 @@ import torch
 import torch.nn.functional as F
 
 from data_retro.collator import IGNORED_LABEL
+from data_retro.first_points import last_slot
 
 WEIGHTS = torch.linspace(0, 0.98, 50)
 
 
+def slots_read(
+    input_ids: torch.Tensor,
+    chunk_size: int,
+    first_point: torch.Tensor | None = None,
+    retrieval_stride: int | None = None,
+) -> torch.Tensor:
+    """Return the slot whose neighbors each position but the last reads, below 0 for none.
+
+    The last token before a retrieval point is the first to read that point's neighbors.
+
+    Args:
+        input_ids: (B, T) int64, rows padded on the right.
+        chunk_size: the model's.
+        first_point: (B,) int64, each row's first point. Default: chunk_size.
+        retrieval_stride: tokens between two points. Default: chunk_size.
+
+    Returns:
+        (B, T - 1) int64.
+    """
+    seen = torch.arange(1, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+    return last_slot(seen, chunk_size if first_point is None else first_point[:, None], retrieval_stride or chunk_size)
+
+
 def copied_probability(
-    input_ids: torch.Tensor, neighbor_ids: torch.Tensor, neighbor_attention_mask: torch.Tensor, chunk_size: int
+    input_ids: torch.Tensor,
+    neighbor_ids: torch.Tensor,
+    neighbor_attention_mask: torch.Tensor,
+    chunk_size: int,
+    first_point: torch.Tensor | None = None,
+    retrieval_stride: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the copier's probability of each next token.
 
     Args:
         input_ids: (B, T) int64, rows padded on the right.
-        neighbor_ids, neighbor_attention_mask: (B, C, k, r), the neighbors of each row's C chunks.
+        neighbor_ids, neighbor_attention_mask: (B, C, k, r), the neighbors in each row's C slots.
+        chunk_size, first_point, retrieval_stride: as for [`slots_read`].
 
     Returns:
         probability (B, T - 1) of token i + 1.
         found (B, T - 1) bool: True where the copier found its last tokens.
     """
-    length, chunks = input_ids.shape[1], neighbor_ids.shape[1]
-    if not chunks:
+    num_slots = neighbor_ids.shape[1]
+    if not num_slots:
         nothing = torch.zeros_like(input_ids[:, 1:], dtype=torch.bool)
         return nothing.float(), nothing
-    # the last token of a chunk is the first to read its neighbors
-    chunk = torch.arange(1, length, device=input_ids.device) // chunk_size - 1
-    in_reach = (chunk >= 0) & (chunk < chunks)
-    read = chunk.clamp(0, chunks - 1)
-    ids = neighbor_ids.masked_fill(~neighbor_attention_mask.bool(), -1)[:, read]  # (B, T - 1, k, r)
+    slots = slots_read(input_ids, chunk_size, first_point, retrieval_stride)
+    in_reach = (slots >= 0) & (slots < num_slots)
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    ids = neighbor_ids.masked_fill(~neighbor_attention_mask.bool(), -1)
+    ids = ids[rows, slots.clamp(0, num_slots - 1)]  # (B, T - 1, k, r)
     last = input_ids[:, :-1, None, None]
     before = F.pad(input_ids[:, :-2], (1, 0), value=-1)[..., None, None]
     one = (F.pad(ids[..., :-1], (1, 0), value=-1) == last) & (ids >= 0)
     two = one & (before >= 0) & (F.pad(ids[..., :-2], (2, 0), value=-1) == before)
-    places = torch.where(two.flatten(2).any(-1)[..., None, None], two, one).flatten(2) & in_reach[:, None]
+    places = torch.where(two.flatten(2).any(-1)[..., None, None], two, one).flatten(2) & in_reach[..., None]
     right = places & (ids == input_ids[:, 1:, None, None]).flatten(2)
     count = places.sum(-1)
     return right.sum(-1) / count.clamp(min=1), count > 0
@@ -64,9 +94,16 @@ def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.Tens
 
 @torch.no_grad()
 def weight_nats(
-    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], chunk_size: int, device: torch.device
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    chunk_size: int,
+    device: torch.device,
+    retrieval_stride: int | None = None,
 ) -> torch.Tensor:
     """Sum the nats of all batches under each of `WEIGHTS`.
+
+    Args:
+        chunk_size, retrieval_stride: as for [`slots_read`].
 
     Returns:
         (len(WEIGHTS),) on `device`.
@@ -83,7 +120,9 @@ def weight_nats(
         batch.pop("neighbor_scores", None)
         logits = model(**batch, use_retrieval=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-        copied, found = copied_probability(batch["input_ids"], ids, mask, chunk_size)
+        copied, found = copied_probability(
+            batch["input_ids"], ids, mask, chunk_size, batch.get("first_point"), retrieval_stride
+        )
         for place, weight in enumerate(WEIGHTS.tolist()):
             total[place] += (mixture_nats(nats, copied, found, weight) * (labels != IGNORED_LABEL)).sum()
     model.train(was_training)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from modeling_retro.retrieval_points import aligned_first_point
 from retrieval import BulkTokenizer
 
 SCORINGS = ("likelihood", "one_token")
@@ -76,9 +77,11 @@ class LikelihoodChoice:
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Return Σ log p(continuation | context) for pairs of context and continuation.
 
-        A context that is too long for the model loses its beginning.
+        A context that is too long for the model loses its beginning. The end of the context is a
+        retrieval point, whatever its length: a short question is searched for, too.
         """
-        most, end = self.model.config.n_positions, self.end
+        config, end = self.model.config, self.end
+        most = config.n_positions
         rows = []  # tokens and the length of the continuation
         for context, continuation in pairs:
             tokens, answer = self.tokenizer.encode_batch([context, continuation])
@@ -89,8 +92,16 @@ class LikelihoodChoice:
             longest = max(len(tokens) for tokens, _ in batch)
             ids = torch.tensor([[*tokens, *[end] * (longest - len(tokens))] for tokens, _ in batch])
             mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in batch])
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            logits = self.model(input_ids=ids, attention_mask=mask, **self.model_arguments).logits
+            first_points = torch.tensor(
+                [
+                    aligned_first_point(len(tokens) - length, config.chunk_size, config.retrieval_stride)
+                    for tokens, length in batch
+                ]
+            )
+            ids, mask, first_points = (tensor.to(self.model.device) for tensor in (ids, mask, first_points))
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, first_point=first_points, **self.model_arguments
+            ).logits
             for row, (sequence, length) in enumerate(batch):
                 log_probs = logits[row, len(sequence) - length - 1 : len(sequence) - 1].float().log_softmax(-1)
                 targets = ids[row, len(sequence) - length : len(sequence), None]

@@ -167,7 +167,7 @@ def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer) -> None:
     )
     console.print(Panel(Text(tokenizer.decode(tokens[-size:])), title=f"{file.name}, held out: the end of the prompt"))
     last = output.retrieved[0][-1]
-    found = model.retriever.retrieve(prompt[:, last.chunk * size : (last.chunk + 1) * size])
+    found = model.retriever.retrieve([output.sequences[0, last.start : last.end].tolist()])
     for place, (doc_id, index, score) in enumerate(zip(last.doc_ids, last.chunk_indices, last.scores, strict=True)):
         text = tokenizer.decode(found.ids[0, place][found.attention_mask[0, place]].tolist())
         console.print(Panel(Text(text), title=f"read: {doc_id}, chunk {index}, similarity {score:.3f}"))

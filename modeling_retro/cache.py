@@ -1,9 +1,12 @@
 """RetroCache: a decoder's key/value cache, and RETRO's memory of the same tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+
+from .retrieval_points import RetrievalPoints
 
 
 class RetroCache(Cache):
@@ -13,15 +16,17 @@ class RetroCache(Cache):
         decoder_cache: the cache whose layers this one shares. Default: a new `DynamicCache`.
         config: the model's configuration, for the default.
 
-    Attributes (None until the first call; L tokens in the cache, C = ⌊L/m⌋ chunks, k·r neighbor
+    Attributes (None until the first call; L tokens in the cache, C retrieval points, k·r neighbor
     tokens for each):
+        points: where the retrieval points lie. They are those of the first call, with one more for
+            each prompt that `generate()` was given this cache with.
         tokens: (B, L) int64 token ids, -1 where a token was given by its embedding.
-        chunk_states: (B, L, d) the decoder states that the encoder attends to. They are kept
-            because a chunk may begin in one call and end in another.
+        query_states: (B, L, d) the decoder states that the encoder attends to. They are kept
+            because a query may begin in one call and end in another.
         token_embeds: (B, L, d) unit-length token embeddings, if tokens are matched.
         neighbor_mask: (B, C, k·r) bool, True for neighbor tokens.
-        neighbor_memory: states of the chunks' neighbors, prepared when a chunk completed: owner ->
-            name -> (B, C, …). An owner is a cross-attention layer, by its number, or "match" or
+        neighbor_memory: states of the points' neighbors, prepared when a point was reached: owner
+            -> name -> (B, C, …). An owner is a cross-attention layer, by its number, or "match" or
             "copy".
     """
 
@@ -39,8 +44,9 @@ class RetroCache(Cache):
         self._forget_all()
 
     def _forget_all(self) -> None:
+        self.points: RetrievalPoints | None = None
         self.tokens: torch.Tensor | None = None
-        self.chunk_states: torch.Tensor | None = None
+        self.query_states: torch.Tensor | None = None
         self.token_embeds: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
         self.neighbor_memory: dict[int | str, dict[str, torch.Tensor]] = {}
@@ -70,10 +76,10 @@ class RetroCache(Cache):
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
         return self.tokens
 
-    def append_chunk_states(self, states: torch.Tensor) -> torch.Tensor:
+    def append_query_states(self, states: torch.Tensor) -> torch.Tensor:
         """Remember this call's states (B, T, d); return all (B, L, d)."""
-        self.chunk_states = states if self.chunk_states is None else torch.cat([self.chunk_states, states], dim=1)
-        return self.chunk_states
+        self.query_states = states if self.query_states is None else torch.cat([self.query_states, states], dim=1)
+        return self.query_states
 
     def append_token_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
         """Remember this call's token embeddings (B, T, d); return all (B, L, d)."""
@@ -88,15 +94,19 @@ class RetroCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. The number is negative as in every `Cache`: -3 removes three."""
         super().crop(tokens_to_remove)
-        # Chunks that are no longer complete stay: nothing attends to them, and they are overwritten
-        # on completion.
+        # Points beyond the end stay: nothing reads them, and they are overwritten when they are
+        # reached again.
         length = int(self.get_seq_length())
-        for name in ("tokens", "chunk_states", "token_embeds"):
+        if self.points is not None:
+            self.points = self.points.cropped(length)
+        for name in ("tokens", "query_states", "token_embeds"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[:, :length])
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("tokens", "chunk_states", "token_embeds", "neighbor_mask"):
+        if self.points is not None and self.points.first is not None:
+            self.points = replace(self.points, first=change(self.points.first))
+        for name in ("tokens", "query_states", "token_embeds", "neighbor_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
         for states in self.neighbor_memory.values():

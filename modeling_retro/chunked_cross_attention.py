@@ -1,20 +1,17 @@
-"""Chunked cross-attention: each token attends to the neighbors of the last complete chunk."""
-
-from collections.abc import Callable
+"""Chunked cross-attention: each token attends to the neighbors of the last point."""
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, eager_attention_forward
 
 from configuration_retro import RetroConfig
 
-from .attention_plan import AttentionPlan, attention_implementation
+from .attention_plan import AttentionPlan
+from .cross_attention import CrossAttention
 
 
-class ChunkedCrossAttention(GPT2Attention):
-    """One decoder layer's cross-attention to one chunk's neighbors (paper, section 2.4).
+class ChunkedCrossAttention(CrossAttention):
+    """One decoder layer's cross-attention to one point's neighbors (paper, section 2.4).
 
     It is GPT-2's multi-head attention, with keys and values from the encoded neighbors. The output
     projection starts at zero, so a model freshly built on GPT-2 equals that GPT-2.
@@ -26,7 +23,7 @@ class ChunkedCrossAttention(GPT2Attention):
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
-        super().__init__(config, is_cross_attention=True, layer_idx=layer_idx)
+        super().__init__(config, layer_idx=layer_idx)
         if config.cca_match:
             self.match = nn.Parameter(torch.empty(config.n_head, config.match_length))
 
@@ -40,10 +37,10 @@ class ChunkedCrossAttention(GPT2Attention):
             strength = torch.linspace(1, 0, self.num_heads).unsqueeze(1)
             init.copy_(self.match, strength * torch.tensor(self.config.stored_match_weights))
 
-    def forward(  # type: ignore[override]  # GPT2Attention's arguments are another module's
+    def forward(  # type: ignore[override]  # its arguments are the plan's
         self,
         hidden_states: torch.Tensor,  # (B, T, d)
-        encoded: torch.Tensor | None,  # (B, C, k·r, d), neighbors of the chunks completed in this call
+        encoded: torch.Tensor | None,  # (B, C, k·r, d), neighbors of the points reached in this call
         plan: AttentionPlan,
         matches: torch.Tensor | None = None,  # (n, B·G, w, k·r), needed with cca_match
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B, T, d), attention weights (B, heads, T, k·r) if there are any
@@ -55,19 +52,8 @@ class ChunkedCrossAttention(GPT2Attention):
         if self.config.cca_match:
             assert matches is not None, "tokens are matched before the layers run"
             mask = self._match_bias(matches, plan, queries.dtype)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention_implementation(self.config), eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            self._split_heads(queries),
-            self._split_heads(keys),
-            self._split_heads(values),
-            mask,
-            dropout=self.attn_dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        output = plan.queries.ungroup(output.flatten(-2))
+        output, weights = self.attend(queries, keys, values, mask)
+        output = plan.queries.ungroup(output)
         output = self.c_proj(self.config.cca_match_output_scale * output if self.config.cca_match else output)
         output = torch.where(plan.can_attend.unsqueeze(-1), self.resid_dropout(output), 0.0)
         return output, None if weights is None else self._weights_by_column(weights, plan)
@@ -87,10 +73,6 @@ class ChunkedCrossAttention(GPT2Attention):
         bias = self.config.match_scale * self.match.float() @ matches.flatten(1)
         bias = bias.unflatten(1, matches.shape[1:]).transpose(0, 1)
         return bias.to(dtype).masked_fill(plan.is_masked[:, None, None], torch.finfo(dtype).min)
-
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """Return states (N, tokens, d) as (N, heads, tokens, head_dim)."""
-        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _weights_by_column(self, weights: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """Return weights (B·G, heads, w, k·r) as (B, heads, T, k·r), 0 where there are none."""

@@ -5,7 +5,7 @@ prediction. The paper's cross-attention must first find that out; the copy head 
 so learns within few steps.
 
 Shapes: B rows, T tokens of this call, T' tokens whose logits are computed, d hidden size, V
-vocabulary; G groups of w queries (see `QueryGroups`); k neighbors of a chunk, r tokens of a
+vocabulary; G groups of w queries (see `QueryGroups`); k neighbors of a point, r tokens of a
 neighbor; n = `match_length`.
 """
 
@@ -19,7 +19,7 @@ from transformers import initialization as init
 from configuration_retro import RetroConfig
 
 from .attention_plan import AttentionPlan
-from .chunk_grid import Movable
+from .movable import Movable
 from .neighbor_inputs import NeighborInputs
 
 # what the gate sees beside the hidden state and the matches: peakedness, agreement, similarity,
@@ -58,10 +58,10 @@ def find_candidates(
 ) -> CopyCandidates | None:
     """Return what the copy head may copy; None without one, or without neighbors so far.
 
-    With a cache, each chunk's candidates are prepared once.
+    With a cache, each point's candidates are prepared once.
 
     Args:
-        neighbors: those of the chunks that this call completes, if any.
+        neighbors: those of the points that this call reaches, if any.
     """
     if not config.copy_head or plan is None or matches is None:
         return None

@@ -1,7 +1,7 @@
 """The decoder's block: GPT-2's, with chunked cross-attention in some layers.
 
 Shapes: B rows, T tokens of this call, L tokens including those in the cache, d hidden size; C
-chunks completed in this call, k neighbors of a chunk, r tokens of a neighbor; G groups of w queries
+points reached in this call, k neighbors of a point, r tokens of a neighbor; G groups of w queries
 (see `QueryGroups`); n tokens that are matched.
 """
 
@@ -45,7 +45,7 @@ class RetroBlock(GPT2Block):
         attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = attn_output + hidden_states
 
-        states = hidden_states if memory is None else memory.append_chunk_states(hidden_states)  # (B, L, d)
+        states = hidden_states if memory is None else memory.append_query_states(hidden_states)  # (B, L, d)
         if unencoded is not None:
             encoded = unencoded.encode(states)
         if plan is not None and hasattr(self, "cca"):

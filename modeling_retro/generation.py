@@ -1,4 +1,4 @@
-"""Retrieval inside `generate()`: a chunk's neighbors are fetched in the step that completes it."""
+"""Retrieval inside `generate()`: a point's neighbors are fetched in the step that reaches it."""
 
 import functools
 import inspect
@@ -17,8 +17,10 @@ from .chunk_grid import ChunkGrid
 from .library import CACHE, check_arguments, either_cache
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, Retriever, fetch_neighbors, select_given
 from .neighbor_inputs import NeighborInputs
+from .retrieval_points import RetrievalPoints
 
 NEIGHBOR_ARGUMENTS = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
+POINT_ARGUMENTS = ("first_point", "retrieval_stride")
 
 
 @functools.cache
@@ -34,23 +36,35 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     retriever: Retriever | None
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as `GenerationMixin.generate`, with neighbors for every chunk that completes.
+    def generate(
+        self, inputs: torch.Tensor | None = None, *args: Any, align_to_prompt: bool = True, **kwargs: Any
+    ) -> Any:
+        """Generate as `GenerationMixin.generate`, with neighbors for every retrieval point.
 
         Args:
-            neighbor_ids, neighbor_attention_mask, neighbor_scores: neighbors of the prompt's chunks
+            align_to_prompt: make the end of the prompt a retrieval point, so that the first new
+                token reads neighbors, however short the prompt is. The points before it lie every
+                `retrieval_stride` tokens. False begins after the first chunk, as the paper does. A
+                cache from an earlier call keeps its points and gets one more at the new prompt's
+                end.
+            first_point: (rows,) int64, each row's first point (see `RetroModel.forward`), instead
+                of one that follows from the prompt.
+            retrieval_stride: tokens between two points, from 1 to chunk_size. Default: the setting
+                in the configuration.
+            neighbor_ids, neighbor_attention_mask, neighbor_scores: neighbors of the prompt's points
                 (see `RetroModel.forward`). If they are given, the retriever is not asked in this
-                call.
+                call, and the points are the ends of chunks unless `first_point` is given.
             use_retrieval: False generates without neighbors.
 
         Returns:
             What `GenerationMixin.generate` returns. With `return_dict_in_generate=True` the output
             has an entry `retrieved`: a list of `RetrievedChunk` for each returned row, with the
-            documents found for its chunks and their similarities. With `output_attentions=True` it
+            documents found at its points and their similarities. With `output_attentions=True` it
             also has `cross_attentions`: for each forward pass and cross-attention layer, (rows,
             heads, tokens of the pass, k·r) over the neighbors.
         """
-        log = RetrievalLog()
+        has_points = any(kwargs.get(name) is not None for name in ("neighbor_ids", "first_point"))
+        log = RetrievalLog(align_to_prompt and not has_points)
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
@@ -78,7 +92,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare one forward of `generate()`, with neighbors of the chunks that it completes."""
+        """Prepare one forward of `generate()`, with neighbors of the points that it reaches."""
         kwargs.pop("tokenizer", None)  # generate() passes on the tokenizer of its stop strings
         check_arguments("prepare_inputs_for_generation", kwargs, _argument_names(type(self).forward))
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
@@ -111,19 +125,24 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         cache: RetroCache | None,
         log: RetrievalLog,
     ) -> NeighborInputs | None:
-        """Return the given or fetched neighbors of the chunks that a forward completes, if any."""
+        """Return the given or fetched neighbors of the points that a forward reaches, if any.
+
+        The points are put into the forward's inputs, or into the cache if it has begun.
+        """
         tokens = model_inputs.get("input_ids")
         if tokens is None:
             tokens = torch.full(model_inputs["inputs_embeds"].shape[:2], -1, device=self.device)
+        past_length = 0 if cache is None else cache.past_length
         if log.prompt_mask is None:
-            log.prompt_mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+            every = tokens.new_ones(len(tokens), past_length + tokens.shape[1])
+            log.prompt_mask = every if attention_mask is None else attention_mask
         is_given = model_inputs.get("neighbor_ids") is not None
         if not is_given and self.retriever is None:
             return None
 
-        past_length = 0 if cache is None else cache.past_length
+        points = self._step_points(model_inputs, cache if past_length else None, log)
         grid = ChunkGrid.build(
-            self.config.chunk_size,
+            points,
             (tokens.shape[0], tokens.shape[1]),
             past_length,
             attention_mask,
@@ -131,17 +150,44 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             tokens.device,
         )
         if is_given:
-            if log.first_chunk is None:
-                log.first_chunk = grid.first_chunk
+            if log.first_given is None:
+                log.first_given = grid.first_reached
             ids, mask, scores = (model_inputs.get(name) for name in NEIGHBOR_ARGUMENTS)
             assert ids is not None
-            return select_given(grid, log.first_chunk, NeighborInputs.from_arguments(ids, mask, scores))
+            return select_given(grid, log.first_given, NeighborInputs.from_arguments(ids, mask, scores))
         if input_ids.shape[1] == past_length + tokens.shape[1]:  # all are known, also where embeddings replace them
             tokens = input_ids
         elif cache is not None and cache.tokens is not None:
             tokens = torch.cat([cache.tokens.to(tokens.device), tokens], dim=1)
         assert self.retriever is not None
         return fetch_neighbors(self.retriever, grid, tokens, log)
+
+    def _step_points(
+        self, model_inputs: dict[str, Any], cache: RetroCache | None, log: RetrievalLog
+    ) -> RetrievalPoints:
+        """Return the points of a forward, after aligning them to the prompt in the first one.
+
+        Args:
+            model_inputs: the forward's; they get its first point.
+            cache: one that holds tokens. It keeps its points.
+        """
+        first_point, stride = (model_inputs.pop(name, None) for name in POINT_ARGUMENTS)
+        known = None if cache is None else cache.points
+        if log.points is None:
+            assert log.prompt_mask is not None, "set in the first step"
+            log.points = RetrievalPoints.of(self.config, len(log.prompt_mask), first_point, stride, known)
+            if log.align_to_prompt and cache is not None:
+                log.points = cache.points = log.points.with_prompt_end(log.prompt_mask.shape[1])
+            elif log.align_to_prompt:
+                log.points = log.points.aligned_to(log.prompt_mask.sum(1))
+        if cache is not None and cache.points is not None:
+            return cache.points
+        first = log.points.first
+        model_inputs |= {
+            "first_point": None if first is None else first.squeeze(1),
+            "retrieval_stride": log.points.stride,
+        }
+        return log.points
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse `generate_batch()` and its like, which bypass `generate()` and its cache.
@@ -181,7 +227,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         # an assistant drafts with its own retrieval, if any; this model's neighbors are not its
         # arguments
         if assistant_model is not None:
-            own = ("retrieval_log", "use_retrieval", *NEIGHBOR_ARGUMENTS)
+            own = ("retrieval_log", "use_retrieval", *NEIGHBOR_ARGUMENTS, *POINT_ARGUMENTS)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
         return super()._get_candidate_generator(  # type: ignore[misc]
             model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
@@ -203,18 +249,21 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     def _retrieved(
         self, sequences: torch.Tensor, log: RetrievalLog, eos_token_id: int | list[int] | None
     ) -> list[list[RetrievedChunk]]:
-        """Return the retrieved chunks of each of the sequences, up to the end of its text."""
-        if log.prompt_mask is None:  # retrieval was off
+        """Return what was retrieved for each of the sequences, up to the end of its text."""
+        if log.prompt_mask is None or log.points is None:  # retrieval was off
             return [[] for _ in sequences]
         eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
         masks = log.prompt_mask.bool().tolist()
         retrieved = []
         for number, row in enumerate(sequences.tolist()):
-            mask = masks[number * len(masks) // len(sequences)]  # rows that grew from one prompt are adjacent
+            prompt_row = number * len(masks) // len(sequences)  # rows that grew from one prompt are adjacent
+            mask = masks[prompt_row]
             if len(row) < len(mask):  # a prompt of embeddings, which is not in the sequence
                 row = [-1] * len(mask) + row
             prompt = list(compress(row, mask))
             generated = row[len(mask) :]
             end = next((place + 1 for place, token in enumerate(generated) if token in eos), len(generated))
-            retrieved.append(log.retrieved(prompt + generated[:end], self.config.chunk_size))
+            text = prompt + generated[:end]
+            points = log.points.of_row(prompt_row, mask + [True] * end)
+            retrieved.append(log.retrieved(text, points, self.config.chunk_size))
         return retrieved

@@ -130,8 +130,8 @@ class LoadingMixin(PreTrainedModel):
         if checkpoint is None:
             return
         missing = loading_info.missing_keys
-        expected = Counter(filter(None, map(_part_of, self.state_dict())))
-        absent = Counter(filter(None, map(_part_of, missing)))
+        expected = Counter(filter(None, map(part_of, self.state_dict())))
+        absent = Counter(filter(None, map(part_of, missing)))
         known = {f"layer {layer}" for layer in checkpoint.get("cca_layers") or ()}
         if known:
             known.add(ENCODER)
@@ -140,13 +140,13 @@ class LoadingMixin(PreTrainedModel):
         new = {part for part, number in absent.items() if number == expected[part]} - known
         if not new:
             return
-        self._new_parameters = frozenset(name for name in missing if _part_of(name) in new)
+        self._new_parameters = frozenset(name for name in missing if part_of(name) in new)
         loading_info.missing_keys = missing - self._new_parameters
         size = sum(self.get_parameter(name).numel() for name in self._new_parameters)
         logger.warning("New, and a no-op until trained: %s (%s parameters).", _list_parts(new), f"{size:,}")
 
 
-def _part_of(name: str) -> str | None:
+def part_of(name: str) -> str | None:
     """Return the part of a RETRO model that a parameter belongs to; None for the decoder.
 
     The cross-attention of a decoder layer is "layer 5".

@@ -4,7 +4,7 @@ The copy head and, with `cca_match`, cross-attention use it: where the last toke
 neighbor, the token that follows them there may come next here.
 
 Shapes: B rows, T tokens of this call, d hidden size, n = `match_length`; G groups of w queries (see
-`QueryGroups`); k neighbors of a chunk, r tokens of a neighbor.
+`QueryGroups`); k neighbors of a point, r tokens of a neighbor.
 """
 
 import torch
@@ -32,12 +32,12 @@ def match_tokens(
 
     The match of s tokens x_i, x_{i−1}, … of the text with place j of a neighbor y is the product
     c_1 · … · c_s of cosine similarities of token embeddings, negative ones counted as 0: c_1 of x_i
-    and y_{j−1}, c_2 of x_{i−1} and y_{j−2}, and so on. With a cache, a chunk's neighbors are
+    and y_{j−1}, c_2 of x_{i−1} and y_{j−2}, and so on. With a cache, a point's neighbors are
     prepared once.
 
     Args:
         token_embeds: embeddings of this call's tokens, without positions.
-        neighbors: those of the chunks that this call completes. Masked tokens match nothing.
+        neighbors: those of the points that this call reaches. Masked tokens match nothing.
         embed: the token embeddings.
         cache: it is extended by this call's embeddings.
 

@@ -25,6 +25,7 @@ def model_card(
         evaluation: held-out measurements by name.
     """
     facts: dict[str, Any] = {
+        "search": config.search,
         "embedding model": config.embedding_model,
         "collection": config.collection_name,
         "chunk size": f"{config.chunk_size} tokens",

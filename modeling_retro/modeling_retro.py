@@ -1,8 +1,9 @@
 """RETRO (Borgeaud et al., 2022): GPT-2 with cross-attention to neighbors, a copy head, or both.
 
 Shapes: B rows, T tokens of this call, L tokens including those in the cache, d hidden size; C
-chunks completed in this call, k neighbors of a chunk, r tokens of a neighbor, m tokens of a chunk;
-G groups of w queries that attend to one chunk's neighbors; n tokens that are matched.
+retrieval points reached in this call, k neighbors of a point, r tokens of a neighbor, m tokens of a
+chunk, the longest query of a point; G groups of w tokens that read one point's neighbors; n tokens
+that are matched.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from .neighbor_encoder import NeighborEncoder, UnencodedNeighbors
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
 from .neighbor_inputs import NeighborInputs
 from .pretrained import RetroPreTrainedModel
+from .retrieval_points import RetrievalPoints
 
 
 @dataclass
@@ -92,6 +94,8 @@ class RetroModel(RetroPreTrainedModel):
         neighbor_ids: torch.Tensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
         neighbor_scores: torch.Tensor | None = None,
+        first_point: torch.Tensor | None = None,
+        retrieval_stride: int | None = None,
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
@@ -104,20 +108,28 @@ class RetroModel(RetroPreTrainedModel):
                 both names are accepted.
             attention_mask: (B, L), 0 for padding, which may stand anywhere in a row.
             position_ids: (B, T). Default: content positions (a row's first real token is at 0).
-            neighbor_ids: (B, C, k, r) int64. Slot j holds the neighbors of the j-th chunk that the
-                row completes in this call. If they are left out, the retriever is asked; without a
-                retriever the model is plain GPT-2.
-            neighbor_attention_mask: (B, C, k, r), 0 for padding and for missing chunks and
+            neighbor_ids: (B, C, k, r) int64. Slot j holds the neighbors of the j-th retrieval point
+                that the row reaches in this call. If they are left out, the retriever is asked;
+                without a retriever the model is plain GPT-2.
+            neighbor_attention_mask: (B, C, k, r), 0 for padding and for missing points and
                 neighbors. Default: none is missing.
             neighbor_scores: (B, C, k) retrieval similarities, used by the copy head. The values of
                 missing neighbors are ignored. Default: 0.
+            first_point: (B,) int64, the tokens before each row's first retrieval point, from 1 to
+                chunk_size + retrieval_stride − 1. A cache keeps those of its first call. Default:
+                chunk_size, so that points are the ends of chunks, as in the paper. Each text of a
+                packed row has the row's.
+            retrieval_stride: the tokens between two points, from 1 to chunk_size. A point after e
+                tokens has the last min(chunk_size, e) of them as its query. Default: the setting in
+                the configuration.
             use_retrieval: False ignores all neighbors, also given ones. Default: the setting in the
                 configuration.
 
         Raises:
-            ValueError: neighbor tensors of another shape or type; more tokens than `n_positions`;
-                an attention mask that does not cover the cache; a cache that was filled without
-                this model's memory.
+            ValueError: neighbor tensors of another shape or type; a first point or stride out of
+                its range, or another one than the cache's; more tokens than `n_positions`; an
+                attention mask that does not cover the cache; a cache that was filled without this
+                model's memory.
         """
         kwargs.pop("output_attentions", None)  # capture_outputs has read them
         kwargs.pop("output_hidden_states", None)
@@ -133,10 +145,12 @@ class RetroModel(RetroPreTrainedModel):
 
         # 1. embed the tokens and locate them on the chunk grid
         inputs_embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
-        grid, position_ids = self._locate_tokens(inputs_embeds, attention_mask, position_ids, cache, memory)
+        known = memory.points if memory is not None and memory.tokens is not None else None
+        points = RetrievalPoints.of(self.config, len(inputs_embeds), first_point, retrieval_stride, known)
+        grid, position_ids = self._locate_tokens(inputs_embeds, points, attention_mask, position_ids, cache, memory)
         hidden_states = self._add_positions(inputs_embeds, position_ids, token_type_ids)  # (B, T, d)
 
-        # 2. get the neighbors of the chunks that this call completes, given or fetched
+        # 2. get the neighbors of the points that this call reaches, given or fetched
         given = (neighbor_ids, neighbor_attention_mask, neighbor_scores)
         neighbors = self._get_neighbors(given, input_ids, grid, memory) if use_retrieval else None
 
@@ -177,6 +191,7 @@ class RetroModel(RetroPreTrainedModel):
     def _locate_tokens(
         self,
         inputs_embeds: torch.Tensor,
+        points: RetrievalPoints,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
@@ -193,11 +208,13 @@ class RetroModel(RetroPreTrainedModel):
         texts = None
         if position_ids is not None and attention_mask is None and cache is None:
             texts = find_packed_sequence_indices(position_ids.expand(batch_size, -1))  # as create_causal_mask does
-        size, device = self.config.chunk_size, inputs_embeds.device
         if texts is not None:
-            grid: ChunkGrid = PackedChunkGrid.from_texts(size, texts)
+            grid: ChunkGrid = PackedChunkGrid.from_texts(points, texts)
         else:
-            grid = ChunkGrid.build(size, (batch_size, length), past_length, attention_mask, position_ids, device)
+            shape, device = (batch_size, length), inputs_embeds.device
+            grid = ChunkGrid.build(points, shape, past_length, attention_mask, position_ids, device)
+        if memory is not None:
+            memory.points = grid.points
         if position_ids is None:
             position_ids = grid.positions.clamp(min=0)
         # int() waits for the device, so check only calls that are long enough to exceed the limit
@@ -224,7 +241,7 @@ class RetroModel(RetroPreTrainedModel):
         grid: ChunkGrid,
         memory: RetroCache | None,
     ) -> NeighborInputs | None:
-        """Return the given or fetched neighbors of the chunks that this call completes, if any."""
+        """Return the given or fetched neighbors of the points that this call reaches, if any."""
         tokens = input_ids
         if memory is not None:
             unknown = torch.full_like(grid.positions, -1)
@@ -246,8 +263,9 @@ class RetroModel(RetroPreTrainedModel):
         if neighbors is None or not self.config.cca_layers:
             return None
         seen = grid.positions if memory is None or memory.tokens is None else memory.tokens  # (B, L)
-        chunk_columns = grid.chunk_columns(neighbors.num_slots, seen.shape[1])  # (B, C·m)
-        return UnencodedNeighbors(self.encoder, self.wte(neighbors.ids), neighbors.mask, chunk_columns)
+        columns, exists = grid.query_columns(neighbors.num_slots, seen.shape[1])  # (B, C·m)
+        mask = exists.unflatten(1, (neighbors.num_slots, -1)) if grid.points.has_short_queries else None
+        return UnencodedNeighbors(self.encoder, self.wte(neighbors.ids), neighbors.mask, columns, mask)
 
     def _run_layers(
         self,
@@ -336,12 +354,15 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         neighbor_ids: torch.Tensor | None = None,
         neighbor_attention_mask: torch.Tensor | None = None,
         neighbor_scores: torch.Tensor | None = None,
+        first_point: torch.Tensor | None = None,
+        retrieval_stride: int | None = None,
         labels: torch.Tensor | None = None,
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         doc_ids: None = None,
+        doc_ends: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """Run the model with arguments of [`RetroModel.forward`] and `GPT2LMHeadModel.forward`.
@@ -350,19 +371,19 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             labels: (B, T); shifted inside the model, -100 is not counted.
             logits_to_keep: compute the logits of only the last tokens, or of the columns with these
                 indices. 0: of all.
-            doc_ids: always None. `Trainer` keeps only those columns of a dataset that are named
-                here, and `RetroDataCollator` needs this one to leave out neighbors from a text's
-                own document.
+            doc_ids, doc_ends: always None. `Trainer` keeps only those columns of a dataset that are
+                named here, and `RetroDataCollator` needs these to leave out neighbors from a text's
+                own documents.
 
         Returns:
             Logits (B, T, vocabulary), the loss in nats a token if labels are given, and the cache.
-            The output's cross_attentions are over the neighbors of the chunk that each token
-            attends to: (B, heads, T, k·r) for each layer with cross-attention.
+            The output's cross_attentions are over the neighbors that each token
+            reads: (B, heads, T, k·r) for each layer with cross-attention.
         """
-        if doc_ids is not None:
+        if doc_ids is not None or doc_ends is not None:
             raise ValueError(
-                "doc_ids are for the data collator (RetroDataCollator), not for the model. Give it as data_collator, "
-                "or give the model neighbor_ids."
+                "doc_ids and doc_ends are for the data collator (RetroDataCollator), not for the model. Give it as "
+                "data_collator, or give the model neighbor_ids."
             )
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
         outputs = self.transformer(
@@ -374,6 +395,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             neighbor_ids=neighbor_ids,
             neighbor_attention_mask=neighbor_attention_mask,
             neighbor_scores=neighbor_scores,
+            first_point=first_point,
+            retrieval_stride=retrieval_stride,
             use_retrieval=use_retrieval,
             use_cache=use_cache,
             past_key_values=past_key_values,

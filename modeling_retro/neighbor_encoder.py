@@ -1,4 +1,4 @@
-"""The neighbor encoder: a small bidirectional transformer, conditioned on the neighbors' chunk."""
+"""The neighbor encoder: a small bidirectional transformer, conditioned on the neighbors' query."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,15 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from configuration_retro import RetroConfig
 
-from .chunk_grid import Movable, take_columns
+from .chunk_grid import take_columns
+from .cross_attention import CrossAttention, cross_attention_mask, open_if_empty
+from .movable import Movable
 
 
 class RetroEncoderLayer(GradientCheckpointingLayer):
     """One layer of the encoder: self-attention in both directions, cross-attention, MLP.
 
-    In `encoder_cca_layers` it attends to the decoder's states of the chunk.
+    In `encoder_cca_layers` it attends to the decoder's states of the query.
     """
 
     def __init__(self, config: RetroConfig, layer_idx: int):
@@ -28,7 +30,7 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
         if layer_idx in config.encoder_cca_layers:
             self.ln_cross = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
             self.ln_chunk = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-            self.cross_attention = GPT2Attention(config, is_cross_attention=True, layer_idx=layer_idx)
+            self.cross_attention = CrossAttention(config, layer_idx=layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
         if config.activation_function == "gelu_new":
@@ -38,19 +40,20 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (N·k, r, d): N chunks, k neighbors each
-        chunk_states: torch.Tensor,  # (N, m, d)
+        hidden_states: torch.Tensor,  # (N·k, r, d): N points, k neighbors each
+        query_states: torch.Tensor,  # (N, m, d)
         attention_mask: torch.Tensor | None = None,  # prepared for the attention implementation
+        query_mask: torch.Tensor | None = None,  # likewise, for tokens that a short query lacks
     ) -> torch.Tensor:  # (N·k, r, d)
         """Return the next hidden states."""
         attn_output, _ = self.self_attention(self.ln_1(hidden_states), attention_mask=attention_mask)
         hidden_states = hidden_states + attn_output
 
         if hasattr(self, "cross_attention"):
-            # each token attends to all of the chunk and to nothing else, so the k neighbors share
+            # each token attends to all of the query and to nothing else, so the k neighbors share
             # one set of keys
-            queries = self.ln_cross(hidden_states).view(chunk_states.shape[0], -1, chunk_states.shape[-1])
-            attn_output, _ = self.cross_attention(queries, encoder_hidden_states=self.ln_chunk(chunk_states))
+            tokens = self.ln_cross(hidden_states).view(query_states.shape[0], -1, query_states.shape[-1])
+            attn_output = self.cross_attention(tokens, self.ln_chunk(query_states), query_mask)
             hidden_states = hidden_states + attn_output.view_as(hidden_states)
 
         return hidden_states + self.mlp(self.ln_2(hidden_states))
@@ -72,10 +75,11 @@ class NeighborEncoder(nn.Module):
         self,
         token_embeds: torch.Tensor,  # (B, C, k, r, d), the decoder's token embeddings
         attention_mask: torch.Tensor,  # (B, C, k, r) bool
-        chunk_states: torch.Tensor,  # (B, C, m, d)
+        query_states: torch.Tensor,  # (B, C, m, d)
+        query_mask: torch.Tensor | None = None,  # (B, C, m) bool, False before a short query. None: all are long
     ) -> torch.Tensor:  # (B, C, k·r, d)
-        """Encode neighbors from their token embeddings and the decoder's states of their chunks."""
-        batch_size, num_chunks, num_neighbors, neighbor_length, dim = token_embeds.shape
+        """Encode neighbors from their token embeddings and the decoder's states of the queries."""
+        batch_size, num_points, num_neighbors, neighbor_length, dim = token_embeds.shape
         positions = torch.arange(neighbor_length, device=token_embeds.device)
         hidden_states = self.drop(token_embeds + self.wpe(positions).to(token_embeds.device))
         hidden_states = hidden_states.view(-1, neighbor_length, dim)
@@ -84,10 +88,13 @@ class NeighborEncoder(nn.Module):
             inputs_embeds=hidden_states,
             attention_mask=open_if_empty(attention_mask.reshape(-1, neighbor_length)),
         )
-        chunk_states = chunk_states.reshape(-1, chunk_states.shape[-2], dim)
+        query_states = query_states.reshape(-1, query_states.shape[-2], dim)
+        if query_mask is not None and self.config.encoder_cca_layers:
+            num_tokens = num_neighbors * neighbor_length
+            query_mask = cross_attention_mask(self.config, hidden_states, query_mask.flatten(0, 1), num_tokens)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, chunk_states, attention_mask=mask)
-        return self.ln_f(hidden_states).view(batch_size, num_chunks, num_neighbors * neighbor_length, dim)
+            hidden_states = layer(hidden_states, query_states, attention_mask=mask, query_mask=query_mask)
+        return self.ln_f(hidden_states).view(batch_size, num_points, num_neighbors * neighbor_length, dim)
 
 
 @dataclass
@@ -100,24 +107,20 @@ class UnencodedNeighbors(Movable):
         encoder: the model's neighbor encoder.
         token_embeds: (B, C, k, r, d) embeddings of the neighbors' tokens.
         attention_mask: (B, C, k, r) bool.
-        chunk_columns: (B, C·m) int64, the columns of the chunks, from the start of the cache.
+        query_columns: (B, C·m) int64, the columns of the queries, from the start of the cache.
+        query_mask: (B, C, m) bool, False before the first token of a query that is shorter than m.
+            None: no query is.
     """
 
     encoder: NeighborEncoder
     token_embeds: torch.Tensor
     attention_mask: torch.Tensor
-    chunk_columns: torch.Tensor
+    query_columns: torch.Tensor
+    query_mask: torch.Tensor | None
 
     def encode(self, states: torch.Tensor) -> torch.Tensor:
         """Return the encoded neighbors (B, C, k·r, d), given the decoder's states (B, L, d)."""
-        num_chunks = self.token_embeds.shape[1]
-        chunk_states = take_columns(states, self.chunk_columns).unflatten(1, (num_chunks, -1))
-        return self.encoder(self.token_embeds, self.attention_mask, chunk_states).to(states.device)
-
-
-def open_if_empty(mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask (…, keys) with the rows that allow no key opened, so that softmax stays finite.
-
-    The results for such rows are never used.
-    """
-    return mask | ~mask.any(-1, keepdim=True)
+        num_points = self.token_embeds.shape[1]
+        query_states = take_columns(states, self.query_columns).unflatten(1, (num_points, -1))
+        encoded = self.encoder(self.token_embeds, self.attention_mask, query_states, self.query_mask)
+        return encoded.to(states.device)

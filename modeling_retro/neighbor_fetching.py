@@ -1,21 +1,25 @@
-"""Fetching: ask a retriever for the neighbors of each chunk that a call completes, once."""
+"""Fetching: ask a retriever for the neighbors of each point that a call reaches, once."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from transformers.utils import logging
 
 from configuration_retro import RetroConfig
 
 from .chunk_grid import ChunkGrid
 from .neighbor_inputs import NeighborInputs
+from .retrieval_points import RetrievalPoints
 
-Chunk = tuple[int, ...]  # a chunk's token ids
+logger = logging.get_logger(__name__)
+
+Query = tuple[int, ...]  # the tokens that are searched for
 
 
 class Neighbors(Protocol):
-    """The neighbors of n chunks, as a retriever returns them."""
+    """The neighbors of n queries, as a retriever returns them."""
 
     @property
     def ids(self) -> torch.Tensor:
@@ -41,7 +45,8 @@ class Neighbors(Protocol):
 class Retriever(Protocol):
     """The interface that a model needs of a knowledge base; see `retrieval.MilvusRetriever`.
 
-    If there is a method `describe()`, the model card shows the names and values that it returns.
+    If there is a method `describe()`, the model card shows the names and values that it returns. If
+    there is an attribute `search`, it names the kind of search (see `RetroConfig.search`).
     """
 
     @property
@@ -61,76 +66,94 @@ class Retriever(Protocol):
         """Token ids of the knowledge base's tokenizer."""
 
     @property
-    def embedding_model(self) -> str:
-        """Name of the embedding model."""
+    def embedding_model(self) -> str | None:
+        """Name of the embedding model. None: the knowledge base has none."""
 
-    def retrieve(self, chunks: torch.Tensor, exclude_doc_ids: Sequence[Collection[str]] | None = None) -> Neighbors:
-        """Return the nearest neighbors of chunks (n, m), without those from excluded documents."""
+    def retrieve(
+        self, chunks: Sequence[Sequence[int]], exclude_doc_ids: Sequence[Collection[str]] | None = None
+    ) -> Neighbors:
+        """Return the nearest neighbors of n queries, without those from excluded documents.
+
+        A query has 1 to chunk_size token ids.
+        """
 
 
 @dataclass
 class RetrievedChunk:
-    """The neighbors that were retrieved for one chunk of a row.
+    """The neighbors that were retrieved at one point of a row.
 
     A missing neighbor has document None, chunk index -1 and score nan.
 
     Attributes:
-        chunk: the chunk's number in its row.
+        chunk: the point's number in its row.
+        start, end: the query, the tokens [start, end) of the row without its padding.
         doc_ids: for each of the k neighbors, its document.
         chunk_indices: for each, its number in its document.
         scores: for each, its similarity.
     """
 
     chunk: int
+    start: int
+    end: int
     doc_ids: list[str | None]
     chunk_indices: list[int]
     scores: list[float]
 
 
 class RetrievalLog:
-    """All neighbors that one `generate()` has retrieved. Beams that share a chunk share them.
+    """All neighbors that one `generate()` has retrieved. Beams that share a query share them.
+
+    Args:
+        align_to_prompt: the end of the prompt is a retrieval point.
 
     Attributes (set by the first steps of `generate()`):
         prompt_mask: (rows, prompt tokens), 0 for padding.
-        first_chunk: (rows, 1) the chunk in slot 0 of the neighbors given to `generate()`.
+        points: where the retrieval points lie.
+        first_given: (rows, 1) the number of the point in slot 0 of the neighbors given to
+            `generate()`.
         cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
             asked for.
     """
 
-    def __init__(self) -> None:
-        self._neighbors: dict[Chunk, tuple[Neighbors, int]] = {}  # chunk -> (a retriever's answer, row in it)
+    def __init__(self, align_to_prompt: bool = False) -> None:
+        self.align_to_prompt = align_to_prompt
+        self._neighbors: dict[Query, tuple[Neighbors, int]] = {}  # query -> (a retriever's answer, row in it)
         self.prompt_mask: torch.Tensor | None = None
-        self.first_chunk: torch.Tensor | None = None
+        self.points: RetrievalPoints | None = None
+        self.first_given: torch.Tensor | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
         return len(self._neighbors)
 
-    def __contains__(self, chunk: Chunk) -> bool:
-        return chunk in self._neighbors
+    def __contains__(self, query: Query) -> bool:
+        return query in self._neighbors
 
-    def retrieve(self, retriever: Retriever, chunks: Sequence[Chunk]) -> None:
-        """Fetch the neighbors of those chunks that are not here yet, in one search."""
-        missing = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self]
+    def retrieve(self, retriever: Retriever, queries: Sequence[Query]) -> None:
+        """Fetch the neighbors of those queries that are not here yet, in one search."""
+        missing = [query for query in dict.fromkeys(queries) if query not in self]
         if missing:
-            neighbors = retriever.retrieve(torch.tensor(missing))
-            self._neighbors.update({chunk: (neighbors, row) for row, chunk in enumerate(missing)})
+            neighbors = retriever.retrieve([list(query) for query in missing])
+            self._neighbors.update({query: (neighbors, row) for row, query in enumerate(missing)})
 
-    def tensors(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a chunk's neighbors: ids (k, r), mask (k, r) and scores (k)."""
-        neighbors, row = self._neighbors[chunk]
+    def tensors(self, query: Query) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a query's neighbors: ids (k, r), mask (k, r) and scores (k)."""
+        neighbors, row = self._neighbors[query]
         return neighbors.ids[row], neighbors.attention_mask[row], neighbors.scores[row]
 
-    def retrieved(self, tokens: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
-        """Return the neighbors retrieved for the chunks of a row without padding, in order."""
+    def retrieved(self, tokens: Sequence[int], points: Sequence[int], chunk_size: int) -> list[RetrievedChunk]:
+        """Return the neighbors retrieved at the points of a row without padding, in order."""
         found = []
-        for number in range(len(tokens) // chunk_size):
-            chunk = tuple(tokens[number * chunk_size : (number + 1) * chunk_size])
-            if chunk in self:
-                neighbors, row = self._neighbors[chunk]
+        for number, end in enumerate(points):
+            start = max(end - chunk_size, 0)
+            query = tuple(tokens[start:end])
+            if query in self:
+                neighbors, row = self._neighbors[query]
                 found.append(
                     RetrievedChunk(
                         number,
+                        start,
+                        end,
                         list(neighbors.doc_ids[row]),
                         neighbors.chunk_indices[row].tolist(),
                         neighbors.scores[row].tolist(),
@@ -145,48 +168,49 @@ class RetrievalLog:
     "neighbor_attention_mask, neighbor_scores; RetroDataCollator and generate() do), or compile without fullgraph=True"
 )
 def fetch_neighbors(retriever: Retriever, grid: ChunkGrid, tokens: torch.Tensor, log: RetrievalLog) -> NeighborInputs:
-    """Fetch the neighbors of every chunk that this call completes, in one search.
+    """Fetch the neighbors of every point that this call reaches, in one search.
 
     Args:
         tokens: (B, L) int64, all columns so far, those in the cache first; -1 where a token is
-            unknown. A chunk with an unknown token cannot be searched for and gets no neighbors.
+            unknown. A query with an unknown token cannot be searched for and gets no neighbors.
 
     Returns:
-        The neighbors, on the tokens' device. They have no slot (C = 0) if no row completes a chunk.
+        The neighbors, on the tokens' device. They have no slot (C = 0) if no row reaches a point.
     """
-    counts = grid.num_completed.squeeze(1).tolist()
+    counts = grid.num_reached.squeeze(1).tolist()
     num_slots = max(counts)
     shape = (len(counts), num_slots, retriever.num_neighbors, retriever.neighbor_length)
     ids = torch.zeros(shape, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.bool)
     scores = torch.zeros(shape[:3])
     if num_slots:
-        columns = grid.chunk_columns(num_slots, tokens.shape[1])
-        chunk_tokens = tokens.gather(1, columns).unflatten(1, (num_slots, -1)).tolist()
-        chunks = {
-            (row, slot): tuple(chunk_tokens[row][slot])
+        columns, exists = grid.query_columns(num_slots, tokens.shape[1])
+        query_tokens = tokens.gather(1, columns).unflatten(1, (num_slots, -1)).tolist()
+        lengths = exists.unflatten(1, (num_slots, -1)).sum(-1).tolist()
+        queries = {
+            (row, slot): tuple(query_tokens[row][slot][-lengths[row][slot] :])
             for row, count in enumerate(counts)
             for slot in range(count)
-            if min(chunk_tokens[row][slot]) >= 0
         }
-        log.retrieve(retriever, list(chunks.values()))
-        for place, chunk in chunks.items():
-            ids[place], mask[place], scores[place] = log.tensors(chunk)
+        queries = {place: query for place, query in queries.items() if min(query) >= 0}
+        log.retrieve(retriever, list(queries.values()))
+        for place, query in queries.items():
+            ids[place], mask[place], scores[place] = log.tensors(query)
     return NeighborInputs(ids, mask, scores).to(tokens.device)
 
 
-def select_given(grid: ChunkGrid, first_chunk: torch.Tensor, given: NeighborInputs) -> NeighborInputs:
-    """Select the given neighbors of the chunks that this call completes. Later chunks have none.
+def select_given(grid: ChunkGrid, first_given: torch.Tensor, given: NeighborInputs) -> NeighborInputs:
+    """Select the given neighbors of the points that this call reaches. Later points have none.
 
     Args:
-        first_chunk: (B, 1) the chunk that slot 0 of the given neighbors stands for.
+        first_given: (B, 1) the number of the point that slot 0 of the given neighbors stands for.
     """
-    num_slots = int(grid.num_completed.max()) if given.num_slots else 0
-    return given.take_slots(grid.first_chunk - first_chunk + torch.arange(num_slots, device=first_chunk.device))
+    num_slots = int(grid.num_reached.max()) if given.num_slots else 0
+    return given.take_slots(grid.first_reached - first_given + torch.arange(num_slots, device=first_given.device))
 
 
 def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
-    """Refuse a knowledge base that does not fit the model.
+    """Refuse a knowledge base that does not fit the model; say if it is searched in another way.
 
     Raises:
         ValueError: names the setting and both sides' values.
@@ -209,7 +233,16 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
             f"The knowledge base has {retriever.vocab_size} token ids, the model's vocabulary only "
             f"{config.vocab_size}. Build it with the model's tokenizer."
         )
-    if config.embedding_model is not None and retriever.embedding_model != config.embedding_model:
+    search = getattr(retriever, "search", None)
+    if None not in (search, config.search) and search != config.search:
+        logger.warning(
+            "The model was trained with neighbors found by %s search; this knowledge base is searched by %s.",
+            config.search,
+            search,
+        )
+    if None not in (config.embedding_model, retriever.embedding_model) and (
+        retriever.embedding_model != config.embedding_model
+    ):
         raise ValueError(
             f"The model was trained with neighbors found by embedding model {config.embedding_model!r}, but the "
             f"knowledge base was built with {retriever.embedding_model!r}. Use a knowledge base built with the former, "

@@ -6,14 +6,15 @@ import torch
 
 from configuration_retro import RetroConfig
 
-from .chunk_grid import ChunkGrid, Movable, take_chunks
+from .chunk_grid import ChunkGrid, take_points
+from .movable import Movable
 
 
 @dataclass
 class NeighborInputs(Movable):
-    """The neighbors of the chunks that one call completes. The shapes are checked when it is built.
+    """The neighbors of the points that one call reaches. The shapes are checked when it is built.
 
-    Shapes: B rows, C slots, each for one chunk, k neighbors of a chunk, r tokens of a neighbor.
+    Shapes: B rows, C slots, each for one point, k neighbors of a point, r tokens of a neighbor.
 
     Attributes:
         ids: (B, C, k, r) int64 or int32 token ids.
@@ -33,7 +34,7 @@ class NeighborInputs(Movable):
     def __post_init__(self) -> None:
         if self.ids.ndim != 4:
             raise ValueError(
-                f"neighbor_ids has shape {tuple(self.ids.shape)}. Give (batch, chunks, num_neighbors, neighbor_length)."
+                f"neighbor_ids has shape {tuple(self.ids.shape)}. Give (batch, points, num_neighbors, neighbor_length)."
             )
         if self.ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"neighbor_ids has type {self.ids.dtype}. Give integer token ids (int64).")
@@ -74,21 +75,22 @@ class NeighborInputs(Movable):
         """Compare the shape with the model's and the call's.
 
         Raises:
-            ValueError: another batch size, number or length of neighbors, or more chunks than the
-                call can complete.
+            ValueError: another batch size, number or length of neighbors, or more points than the
+                call can reach.
         """
         batch_size, length = grid.positions.shape
         most = grid.most_slots()
         expected = (batch_size, self.num_slots, config.num_neighbors, config.neighbor_length)
         if self.ids.shape != expected or self.num_slots > most:
             raise ValueError(
-                f"neighbor_ids has shape {tuple(self.ids.shape)}. Give (batch {batch_size}, at most {most} chunks for "
-                f"{length} tokens, num_neighbors {config.num_neighbors}, neighbor_length {config.neighbor_length})."
+                f"neighbor_ids has shape {tuple(self.ids.shape)}. Give (batch {batch_size}, at most {most} retrieval "
+                f"points for {length} tokens, num_neighbors {config.num_neighbors}, neighbor_length "
+                f"{config.neighbor_length})."
             )
 
     def take_slots(self, slots: torch.Tensor) -> "NeighborInputs":
         """Return the neighbors in the given slots (B, C'). Slots beyond the last are empty."""
         exists = slots < self.num_slots
         slots = slots.clamp(max=self.num_slots - 1)
-        mask = take_chunks(self.mask, slots) & exists[..., None, None]
-        return NeighborInputs(take_chunks(self.ids, slots), mask, take_chunks(self.scores, slots))
+        mask = take_points(self.mask, slots) & exists[..., None, None]
+        return NeighborInputs(take_points(self.ids, slots), mask, take_points(self.scores, slots))

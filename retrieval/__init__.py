@@ -5,13 +5,14 @@ from .bulk import write_bulk_files
 from .chunking import Chunk, Document, chunk_documents
 from .collection import NewCollection
 from .connection import MilvusConnection
-from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder
+from .embedding import DEFAULT_EMBEDDING_MODEL, Embedder, EmbedderSettings
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .identity import Identity
 from .indexes import IndexSettings
 from .ingestion import IngestReport, documents_of_rank, ingest
 from .neighbors import Neighbors
+from .reranking import Reranker
 from .retriever import MilvusRetriever
 from .sources import Source, documents_from_rows, read_documents
 from .store import MilvusStore
@@ -24,6 +25,7 @@ __all__ = [
     "Chunk",
     "Document",
     "Embedder",
+    "EmbedderSettings",
     "Identity",
     "IdentityMismatch",
     "IndexSettings",
@@ -35,6 +37,7 @@ __all__ = [
     "MilvusStore",
     "Neighbors",
     "NewCollection",
+    "Reranker",
     "Source",
     "chunk_documents",
     "documents_from_rows",

@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from .embedding import Backend, EmbedderSettings
 from .identity import SEARCHES
+from .reranking import RerankerSettings
 from .retriever import COLLECTION_NAME, MilvusRetriever
+from .settings import same_setting
 from .tokenization import BulkTokenizer
 
 
@@ -42,6 +45,13 @@ class KnowledgeBaseArguments:
             "choices": list(SEARCHES),
         },
     )
+    query_prompt: str | None = same_setting(EmbedderSettings, "query_prompt")
+    document_prompt: str | None = same_setting(EmbedderSettings, "document_prompt")
+    truncate_dim: int | None = same_setting(EmbedderSettings, "truncate_dim")
+    backend: Backend = same_setting(EmbedderSettings, "backend")
+    trust_remote_code: bool = same_setting(EmbedderSettings, "trust_remote_code")
+    reranker: str | None = same_setting(RerankerSettings, "reranker")
+    rerank_candidates: int = same_setting(RerankerSettings, "rerank_candidates")
 
     def open_retriever(
         self,
@@ -67,4 +77,7 @@ class KnowledgeBaseArguments:
             num_neighbors=num_neighbors,
             neighbor_length=neighbor_length,
             cache_size=cache_size,
+            embedding_settings=EmbedderSettings.of(self),
+            reranker=self.reranker,
+            rerank_candidates=self.rerank_candidates,
         )

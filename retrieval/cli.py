@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from .bulk import write_bulk_files
 from .chunking import CHUNK_SIZE, check_chunk_size
 from .collection import NewCollection
 from .connection import MilvusConnection
-from .embedding import BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder
+from .embedding import BACKEND_MODULES, BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder, EmbedderSettings
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .filters import Filter, parse_filter
@@ -31,6 +32,7 @@ from .identity import SEARCHES, check_search
 from .indexes import KINDS, IndexSettings
 from .ingestion import documents_of_rank, ingest, open_collection
 from .quiet import quiet_program
+from .reranking import Reranker, RerankerSettings
 from .retriever import COLLECTION_NAME, NUM_NEIGHBORS, MilvusRetriever
 from .rows import VECTOR_TYPES
 from .searches import load_embedder, wanted_search
@@ -116,6 +118,11 @@ def _model_options() -> argparse.ArgumentParser:
         "and dense for a new one.",
     )
     models.add_argument("--device", help="Device of the embedding model. Default: the best available.")
+    for name in ("query_prompt", "document_prompt"):
+        add_option(models, EmbedderSettings, name, metavar="TEXT")
+    add_option(models, EmbedderSettings, "truncate_dim", type=int)
+    add_option(models, EmbedderSettings, "backend", choices=tuple(BACKEND_MODULES))
+    add_option(models, EmbedderSettings, "trust_remote_code", action="store_true")
     return models
 
 
@@ -173,6 +180,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filter", type=_filter, help='Condition on metadata, as JSON: {"source": "wiki", "year": {">=": 2000}}.'
     )
+    add_option(parser, RerankerSettings, "reranker")
+    add_option(parser, RerankerSettings, "rerank_candidates", type=int)
     parser.set_defaults(run=run_search)
 
 
@@ -243,28 +252,34 @@ def run_ingest(arguments: argparse.Namespace) -> None:
     documents = read_documents(*(Source(name, **fields) for name in arguments.sources))
     documents = at_least_one(documents, arguments.sources)  # fails before models are loaded
     search = arguments.search or _stored_search(arguments) or "dense"
-    check_search(search, embedding_model=arguments.embedding_model, analyzer=arguments.analyzer)
+    settings = EmbedderSettings.of(arguments)
+    check_search(
+        search,
+        embedding_model=arguments.embedding_model,
+        embedding_settings=settings,
+        analyzer=arguments.analyzer,
+    )
     tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
     embedder = None
     if search != "bm25":
         model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
         device = arguments.device or (str(ranks.device) if ranks else None)
-        embedder = Embedder(model, device=device, batch_size=arguments.batch_size)
+        embedder = Embedder(model, settings=settings, device=device, batch_size=arguments.batch_size)
     if ranks:
         documents = documents_of_rank(documents, rank, processes)
-    settings = {"chunk_size": arguments.chunk_size, "search": search, "analyzer": arguments.analyzer}
+    options = {"chunk_size": arguments.chunk_size, "search": search, "analyzer": arguments.analyzer}
     in_all = {}
     if arguments.bulk_files:
         report = write_bulk_files(
-            documents, arguments.bulk_files, tokenizer, embedder, rank=rank, progress=rank == 0, **settings
+            documents, arguments.bulk_files, tokenizer, embedder, rank=rank, progress=rank == 0, **options
         )
         if rank == 0 and arguments.uri:
             with _opened(arguments, new=True) as store:
-                open_collection(store, tokenizer, embedder, new=new, **settings)
+                open_collection(store, tokenizer, embedder, new=new, **options)
                 console.print(f"The empty {store.where} is ready for the files in {arguments.bulk_files}.")
     else:
         with _opened(arguments, new=True) as store:
-            report = ingest(documents, store, tokenizer, embedder, new=new, progress=rank == 0, **settings)
+            report = ingest(documents, store, tokenizer, embedder, new=new, progress=rank == 0, **options)
             if ranks:
                 ranks.wait_for_everyone()
             in_all = {"chunks in all": store.count()}
@@ -273,7 +288,9 @@ def run_ingest(arguments: argparse.Namespace) -> None:
 
 
 def _stored_search(arguments: argparse.Namespace) -> str | None:
-    """Return what the collection was built for; None if it is not there."""
+    """Return the search that the collection was built for; None if it is not there."""
+    if arguments.bulk_files and not arguments.uri:
+        return None
     address = _address(arguments)
     if address.path is not None and not os.path.exists(address.path):
         return None
@@ -288,14 +305,16 @@ def run_search(arguments: argparse.Namespace) -> None:
     with _opened(arguments) as store:
         identity = store.identity()
         tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
-        search = wanted_search(store, identity, arguments.search)
+        search, settings = wanted_search(store, identity, arguments.search), EmbedderSettings.of(arguments)
         retriever = MilvusRetriever(
             store,
             tokenizer,
-            load_embedder(identity, search, arguments.embedding_model, device=arguments.device),
+            load_embedder(identity, search, arguments.embedding_model, settings, device=arguments.device),
             search=search,
             num_neighbors=arguments.num_neighbors,
             filter=arguments.filter,
+            reranker=_reranker(arguments),
+            rerank_candidates=arguments.rerank_candidates,
         )
         (query,) = retriever.tokenizer.encode_batch([arguments.query])
         found = retriever.retrieve([query[: retriever.chunk_size]])
@@ -307,11 +326,19 @@ def run_search(arguments: argparse.Namespace) -> None:
             console.print(Text(retriever.tokenizer.decode(tokens)), end="\n\n")
 
 
+def _reranker(arguments: argparse.Namespace) -> Reranker | None:
+    if arguments.reranker is None:
+        return None
+    return Reranker(arguments.reranker, device=arguments.device, trust_remote_code=arguments.trust_remote_code)
+
+
 def run_info(arguments: argparse.Namespace) -> None:
     """Print the identity, size, index and health of a collection."""
     with _opened(arguments) as store:
         identity = dataclasses.asdict(store.identity())
         identity.pop("embedding_probe")
+        identity |= identity.pop("embedding_settings")
+        identity["analyzer"] = identity["analyzer"] and json.dumps(identity["analyzer"])
         identity = {name: value for name, value in identity.items() if value is not None}
         sources = ", ".join(store.sources()) or "unknown"
         _print_table({"collection": store.where, **identity, "sources": sources, **store.health()})

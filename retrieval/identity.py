@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from .analyzers import Analyzer, parse_analyzer
-from .embedding import Embedder
+from .embedding import Embedder, EmbedderSettings
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .tokenization import BulkTokenizer
 
@@ -46,6 +47,8 @@ class Identity:
             "hybrid" (both).
         analyzer: how Milvus cuts text into words; None in a dense collection. See
             [`parse_analyzer`].
+        embedding_settings: prompts and truncation of the embedding model, those that have an
+            effect; see [`Embedder.vector_settings`]. They are compared.
     """
 
     tokenizer: str
@@ -58,6 +61,7 @@ class Identity:
     format_version: int = FORMAT_VERSION
     search: str = "dense"
     analyzer: Analyzer | None = None
+    embedding_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,6 +97,7 @@ class Identity:
             format_version=FORMAT_VERSION if search == "dense" else WORDS_FORMAT_VERSION,
             search=search,
             analyzer=None if search == "dense" else parse_analyzer(analyzer),
+            embedding_settings=embedder.vector_settings if embedder else {},
         )
 
     @property
@@ -106,10 +111,12 @@ class Identity:
         return self.search != "bm25"
 
     def to_json(self) -> str:
-        """Return the identity as JSON. A dense one says nothing of search, as before format 4."""
+        """Return the identity as JSON, without what is not used, so that older versions read it."""
         fields = dataclasses.asdict(self)
         if not self.has_words:
             del fields["search"], fields["analyzer"]
+        if not self.embedding_settings:
+            del fields["embedding_settings"]
         return json.dumps(fields)
 
     @classmethod
@@ -146,6 +153,10 @@ class Identity:
             f"{name} is {getattr(self, name)!r} and {getattr(other, name)!r}"
             for name in names
             if getattr(self, name) != getattr(other, name)
+        ]
+        different += [
+            f"{name} is {mine} and {theirs}"
+            for name, mine, theirs in _unequal(self.embedding_settings, other.embedding_settings)
         ]
         if not different and (cosine := _cosine(self.embedding_probe, other.embedding_probe)) < PROBE_SIMILARITY:
             different.append(
@@ -203,6 +214,11 @@ class Identity:
                 f"its embedding model is {self.embedding_model!r}, yours is {embedder.label!r}: they embed the same "
                 f"sentence differently (cosine {similarity:.4f})"
             )
+        if embedder is not None:
+            differences += [
+                f"its {name} is {its}, yours is {yours}"
+                for name, its, yours in _unequal(self.embedding_settings, embedder.vector_settings)
+            ]
         if chunk_size is not None and chunk_size != self.chunk_size:
             differences.append(f"its chunk_size is {self.chunk_size}, yours is {chunk_size}")
         if differences:
@@ -212,7 +228,13 @@ class Identity:
             )
 
 
-def check_search(search: str, *, embedding_model: str | None = None, analyzer: str | Analyzer | None = None) -> None:
+def check_search(
+    search: str,
+    *,
+    embedding_model: str | None = None,
+    embedding_settings: EmbedderSettings | None = None,
+    analyzer: str | Analyzer | None = None,
+) -> None:
     """Raise ValueError unless there is such a search, and it uses what is given."""
     if search not in SEARCHES:
         raise ValueError(f"There is no search {search!r}. Use one of {', '.join(SEARCHES)}.")
@@ -221,11 +243,25 @@ def check_search(search: str, *, embedding_model: str | None = None, analyzer: s
             f"The embedding model {embedding_model!r} is given, but search 'bm25' uses none. Leave it out, or search "
             "by 'dense' or 'hybrid'."
         )
+    if search == "bm25" and embedding_settings is not None and (given := embedding_settings.given()):
+        raise ValueError(
+            f"Settings of an embedding model are given ({', '.join(given)}), but search 'bm25' uses none. Leave them "
+            "out, or search by 'dense' or 'hybrid'."
+        )
     if search == "dense" and analyzer is not None:
         raise ValueError(
             f"The analyzer {analyzer!r} is given, but search 'dense' looks at no words. Leave it out, or search by "
             "'bm25' or 'hybrid'."
         )
+
+
+def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List the settings that differ: the name, and both values for people."""
+    return [
+        (name, repr(a[name]) if name in a else "not set", repr(b[name]) if name in b else "not set")
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
 
 
 def _cosine(a: Sequence[float] | None, b: Sequence[float] | None) -> float:

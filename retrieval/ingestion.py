@@ -108,6 +108,8 @@ def ingest(
             together with the embedding model or the analyzer.
     """
     started = time.monotonic()
+    if embedder is not None and store.exists():
+        embedder = embedder.for_collection(store.identity().embedding_settings)
     open_collection(store, tokenizer, embedder, chunk_size, new, search=search, analyzer=analyzer)
     # Milvus Lite hides rows on their way from memory to disk: look up or write, not both at once
     turn = threading.Lock()

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .addresses import MilvusAddress
 from .connection import Row
-from .embedding import Embedder
+from .embedding import Embedder, EmbedderSettings
 from .errors import IdentityMismatch, KnowledgeBaseError
 from .filters import Filter, filter_expression
 from .neighbors import Neighbors
+from .reranking import RERANK_CANDIDATES, PairScorer, Reranker
 from .rows import doc_key
 from .searches import Queries, load_embedder, search_of, wanted_search
 from .store import MOST_HITS, MilvusStore
@@ -61,10 +62,13 @@ class MilvusRetriever:
             remembers none. All are forgotten when the collection changes.
         on_retrieval_error: "raise", or "skip" to continue without neighbors, counted in
             `skipped_chunks`.
+        reranker: a cross-encoder that chooses the neighbors from more candidates, by name or
+            folder, or a [`Reranker`]. It sets their order; scores stay the search's.
+        rerank_candidates: rows that the reranker reads for each chunk.
 
     Raises:
         KnowledgeBaseError: the collection is empty, was made with another tokenizer or embedding
-            model, or was not built for this search.
+            model, or was not built for this search; or the reranker cannot be loaded.
         ValueError: an argument is out of its range.
     """
 
@@ -81,13 +85,16 @@ class MilvusRetriever:
         max_leakage: float | None = None,
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
+        reranker: str | os.PathLike[str] | PairScorer | Reranker | None = None,
+        rerank_candidates: int = RERANK_CANDIDATES,
     ) -> None:
-        self.store, self.embedder = store, embedder
+        self.store = store
         self.tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
         identity = store.identity()
         self.search = wanted_search(store, identity, search)
-        self._search = search_of(store, identity, self.search, embedder)
-        identity.check(store.where, tokenizer=self.tokenizer, embedder=embedder)
+        self.embedder = embedder and embedder.for_collection(identity.embedding_settings)
+        self._searcher = search_of(store, identity, self.search, self.embedder)
+        identity.check(store.where, tokenizer=self.tokenizer, embedder=self.embedder)
         self.chunk_size = identity.chunk_size
         self.vocab_size = identity.vocab_size
         self.embedding_model = None if embedder is None else identity.embedding_model
@@ -97,6 +104,11 @@ class MilvusRetriever:
         self.neighbor_length = 2 * self.chunk_size if neighbor_length is None else neighbor_length
         if not 1 <= num_neighbors <= MOST_HITS - OVERFETCH:
             raise ValueError(f"num_neighbors must be from 1 to {MOST_HITS - OVERFETCH}, not {num_neighbors}.")
+        if reranker is not None and not num_neighbors <= rerank_candidates <= MOST_HITS - OVERFETCH:
+            raise ValueError(
+                f"rerank_candidates is {rerank_candidates}; it must be from num_neighbors ({num_neighbors}) to "
+                f"{MOST_HITS - OVERFETCH}."
+            )
         if cache_size < 0:
             raise ValueError(f"cache_size is {cache_size}; it must be 0 (remember nothing) or more.")
         if not 1 <= self.neighbor_length <= 2 * self.chunk_size:
@@ -116,6 +128,8 @@ class MilvusRetriever:
         self.max_leakage = max_leakage
         self.on_retrieval_error = on_retrieval_error
         self.cache_size = cache_size
+        self.reranker = reranker if isinstance(reranker, Reranker) or reranker is None else Reranker(reranker)
+        self._rows_wanted = num_neighbors if reranker is None else rerank_candidates
         self._begin()
         self._checked = True
 
@@ -156,6 +170,9 @@ class MilvusRetriever:
         max_leakage: float | None = None,
         cache_size: int = 0,
         on_retrieval_error: str = "raise",
+        embedding_settings: EmbedderSettings | None = None,
+        reranker: str | os.PathLike[str] | PairScorer | Reranker | None = None,
+        rerank_candidates: int = RERANK_CANDIDATES,
     ) -> "MilvusRetriever":
         """Open a knowledge base.
 
@@ -166,10 +183,13 @@ class MilvusRetriever:
             tokenizer: the model's.
             embedding_model: name or folder to load it from. Default: the name that the collection
                 was built with. Search by words loads none.
-            device: the embedding model's, such as "cpu" or "cuda:1". Default: the best there is.
+            device: the embedding model's and the reranker's, such as "cpu" or "cuda:1". Default:
+                the best there is.
             search_params: the vector index's search parameters, such as {"ef": 128}.
             search, num_neighbors, neighbor_length, filter, max_leakage, cache_size,
-                on_retrieval_error: as for the class.
+                on_retrieval_error, reranker, rerank_candidates: as for the class.
+            embedding_settings: prompts, truncation, backend and trust in remote code. What is not
+                given is as the collection was built.
 
         Raises:
             KnowledgeBaseError, ValueError: as the class, [`MilvusAddress`] and
@@ -180,11 +200,13 @@ class MilvusRetriever:
             identity = store.identity()
             tokenizer = tokenizer if isinstance(tokenizer, BulkTokenizer) else BulkTokenizer(tokenizer)
             identity.check(store.where, tokenizer=tokenizer)  # before the embedding model is loaded
-            search = wanted_search(store, identity, search)
+            search, settings = wanted_search(store, identity, search), embedding_settings or EmbedderSettings()
+            if isinstance(reranker, str | os.PathLike):
+                reranker = Reranker(reranker, device=device, trust_remote_code=settings.trust_remote_code)
             return cls(
                 store,
                 tokenizer,
-                load_embedder(identity, search, embedding_model, device=device),
+                load_embedder(identity, search, embedding_model, settings, device=device),
                 search=search,
                 num_neighbors=num_neighbors,
                 neighbor_length=neighbor_length,
@@ -192,6 +214,8 @@ class MilvusRetriever:
                 max_leakage=max_leakage,
                 cache_size=cache_size,
                 on_retrieval_error=on_retrieval_error,
+                reranker=reranker,
+                rerank_candidates=rerank_candidates,
             )
         except Exception:
             store.close()
@@ -238,7 +262,7 @@ class MilvusRetriever:
                 found = {query: self._cache[query] for query in queries if query in self._cache}
             missing = [query for query in dict.fromkeys(queries) if query not in found]
             if missing:
-                found.update(zip(missing, self._find(missing), strict=True))
+                found.update(zip(missing, self._search(missing), strict=True))
         except KnowledgeBaseError as error:
             if self.on_retrieval_error == "raise" or isinstance(error, IdentityMismatch):
                 raise
@@ -286,17 +310,20 @@ class MilvusRetriever:
             self.store.catch_up()  # or what is remembered next could be what was there before
             self._cached_revision = revision
 
-    def _find(self, queries: list[Query]) -> list[Rows]:
-        """Return the best rows that each query may read, at most k, exactly."""
+    def _search(self, queries: list[Query]) -> list[Rows]:
+        """Return the best rows that each query may read, at most k, exactly.
+
+        With a reranker, these are its choice from the best `rerank_candidates` rows.
+        """
         texts = {tokens: self.tokenizer.decode_text(tokens) for tokens, _, _ in queries}
         unique = {tokens: place for place, tokens in enumerate(tokens for tokens, text in texts.items() if text)}
         results: list[Rows] = [[] for _ in queries]
         if not unique:
             return results
-        wanted = self._search.queries([texts[tokens] for tokens in unique])
+        wanted = self._searcher.queries([texts[tokens] for tokens in unique])
         room = OVERFETCH if self.max_leakage is not None or any(keys for _, _, keys in queries) else 0
-        limit = self.num_neighbors + room
-        hits = self._search.best(wanted, limit, expression=self.expression)
+        limit = self._rows_wanted + room
+        hits = self._searcher.best(wanted, limit, expression=self.expression)
         short: dict[frozenset[str], list[int]] = {}
         for number, query in enumerate(queries):
             tokens, _, keys = query
@@ -304,25 +331,29 @@ class MilvusRetriever:
                 continue
             rows = hits[unique[tokens]]
             results[number] = self._allowed(query, rows)
-            if len(results[number]) < self.num_neighbors and not (self._search.is_exact and len(rows) < limit):
+            if len(results[number]) < self._rows_wanted and not (self._searcher.is_exact and len(rows) < limit):
                 short.setdefault(keys, []).append(number)  # there may be more behind those left out
         for keys, numbers in short.items():
             places = [unique[queries[number][0]] for number in numbers]
-            refound = self._find_without(wanted.take(places), [queries[number] for number in numbers], keys)
+            refound = self._search_without(wanted.take(places), [queries[number] for number in numbers], keys)
             for number, rows in zip(numbers, refound, strict=True):
                 results[number] = rows
+        if self.reranker is not None:
+            row_texts = [[self.tokenizer.decode_text(row["tokens"]) for row in rows] for rows in results]
+            query_texts = [texts[tokens] for tokens, _, _ in queries]
+            results = self.reranker.best(query_texts, results, row_texts, self.num_neighbors)
         return results
 
-    def _find_without(self, wanted: Queries, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
+    def _search_without(self, wanted: Queries, queries: list[Query], keys: frozenset[str]) -> list[Rows]:
         """Search again with the documents of `keys` excluded by Milvus, ever deeper.
 
         The search ends when k rows are found that the query may read, or when all rows were seen.
         """
         exclude = [doc_key(key) for key in keys]
         results: list[Rows] = [[] for _ in queries]
-        left, limit = list(range(len(queries))), self.num_neighbors + OVERFETCH
+        left, limit = list(range(len(queries))), self._rows_wanted + OVERFETCH
         while left:
-            hits = self._search.all_best(wanted.take(left), limit, exclude=exclude, expression=self.expression)
+            hits = self._searcher.all_best(wanted.take(left), limit, exclude=exclude, expression=self.expression)
             for number, rows in zip(left, hits, strict=True):
                 results[number] = self._allowed(queries[number], rows)
             if limit == MOST_HITS:
@@ -330,20 +361,20 @@ class MilvusRetriever:
             left = [
                 number
                 for number, rows in zip(left, hits, strict=True)
-                if len(rows) == limit and len(results[number]) < self.num_neighbors
+                if len(rows) == limit and len(results[number]) < self._rows_wanted
             ]
             limit = min(8 * limit, MOST_HITS)
         return results
 
     def _allowed(self, query: Query, rows: Rows) -> Rows:
-        """Return the first k of these rows, in their order, that this chunk may read."""
+        """Return the first of these rows, in their order, that this chunk may read."""
         tokens, following, keys = query
         rows = [row for row in rows if row["doc_id"] not in keys]
         if self.max_leakage is not None:
             run = int(self.max_leakage * self.chunk_size) + 1  # the shortest run that is too long
             text = runs((*tokens, *following), run)
             rows = [row for row in rows if text.isdisjoint(runs((*row["tokens"], *row["continuation"]), run))]
-        return rows[: self.num_neighbors]
+        return rows[: self._rows_wanted]
 
     def _tensors(self, found: list[Rows]) -> Neighbors:
         return Neighbors.of(found, self.num_neighbors, self.neighbor_length)

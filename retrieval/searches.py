@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .analyzers import searched_text
 from .connection import RRF_K, Row
-from .embedding import Embedder
+from .embedding import Embedder, EmbedderSettings
 from .errors import KnowledgeBaseError
 from .identity import Identity, check_search
 from .rows import VECTORS
@@ -24,7 +25,12 @@ SCORE_DIGITS, FUSED_DIGITS = 5, 8
 
 @dataclass(frozen=True)
 class Queries:
-    """Texts to search for, with their embeddings (n, dimension) if the search looks at these."""
+    """What to search for.
+
+    Attributes:
+        texts: n texts; as Milvus cuts them into words, if the search looks at these.
+        vectors: their embeddings (n, dimension), if the search looks at these, else None.
+    """
 
     texts: Sequence[str]
     vectors: np.ndarray | None
@@ -77,7 +83,7 @@ class DenseSearch:
 
     def queries(self, texts: Sequence[str]) -> Queries:
         """Return the texts with their embeddings."""
-        return Queries(texts, self.embedder.encode(texts))
+        return Queries(texts, self.embedder.encode(texts, is_query=True))
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
@@ -108,8 +114,9 @@ class WordSearch:
         self.store = store
 
     def queries(self, texts: Sequence[str]) -> Queries:
-        """Return the texts."""
-        return Queries(texts, None)
+        """Return the texts as Milvus cuts them into words."""
+        analyzer = self.store.analyzer()
+        return Queries([text if analyzer is None else searched_text(text, analyzer) for text in texts], None)
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
@@ -137,8 +144,8 @@ class HybridSearch:
         self._dense, self._words = DenseSearch(store, embedder), WordSearch(store)
 
     def queries(self, texts: Sequence[str]) -> Queries:
-        """Return the texts with their embeddings."""
-        return self._dense.queries(texts)
+        """Return the texts as Milvus cuts them into words, with their embeddings."""
+        return Queries(self._words.queries(texts).texts, self._dense.queries(texts).vectors)
 
     def best(
         self, queries: Queries, limit: int, *, exclude: Iterable[int] = (), expression: str = ""
@@ -209,16 +216,21 @@ def wanted_search(store: MilvusStore, identity: Identity, search: str | None) ->
 
 
 def load_embedder(
-    identity: Identity, search: str, model: str | None, *, device: str | torch.device | None = None
+    identity: Identity,
+    search: str,
+    model: str | None,
+    settings: EmbedderSettings | None = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> Embedder | None:
     """Load the embedding model for a search, by default the collection's own; None for "bm25".
 
     Raises:
-        ValueError: a model is named for "bm25".
+        ValueError: a model or its settings are given for "bm25".
     """
-    check_search(search, embedding_model=model)
+    check_search(search, embedding_model=model, embedding_settings=settings)
     name = model or identity.embedding_model
-    return None if search == "bm25" or name is None else Embedder(name, device=device)
+    return None if search == "bm25" or name is None else Embedder(name, settings=settings, device=device)
 
 
 def bounded(score: float, query: str) -> float:

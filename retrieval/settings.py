@@ -32,7 +32,7 @@ def add_option(parser: argparse.ArgumentParser, kind: type, name: str, **changes
     """
     declared = _field(kind, name)
     text = declared.metadata["help"]
-    if declared.default not in (None, ()):
+    if declared.default not in (None, ()) and declared.default is not False:
         text += f" Default: {declared.default}."
     parser.add_argument(f"--{name.replace('_', '-')}", default=declared.default, help=text, **changes)
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from pymilvus import AnnSearchRequest
 
-from .analyzers import searched_text
 from .chunking import Chunk
 from .collection import MilvusCollection
 from .connection import Row
@@ -143,10 +142,11 @@ class MilvusStore(MilvusCollection):
         if they are fewer than the limit: the index is exact.
 
         Args:
+            texts: as [`searched_text`] returns them.
             with_vectors: rows get their "embedding" (dimension,), too.
         """
         fields = (*READ_BY_MODELS, VECTORS) if with_vectors else READ_BY_MODELS
-        found = self._search(WORDS, self._searched(texts), limit, {"params": {}}, exclude, expression, fields)
+        found = self._search(WORDS, list(texts), limit, {"params": {}}, exclude, expression, fields)
         for row in (row for near in found for row in near):
             row["score"] = abs(row["score"])  # Milvus Lite returns -score
             if with_vectors:
@@ -166,6 +166,7 @@ class MilvusStore(MilvusCollection):
         """Search by embeddings (n, dimension) and by n texts in one request, fused by rank.
 
         Args:
+            texts: as [`searched_text`] returns them.
             limit: rows for each query, at most.
             depth: rows of each of the two searches that are fused.
             exclude, expression: as for `search`.
@@ -175,24 +176,19 @@ class MilvusStore(MilvusCollection):
             rank) over both searches.
         """
         vectors = list(np.asarray(embeddings, dtype=self.vector_dtype()))
-        words = self._searched(texts)
         matching = all_of([_without(exclude), expression])
         parameters = self.index().search_params(depth)
         found: list[list[Row]] = []
         for part in _parts(len(vectors), 2 * depth):
             requests = [
                 AnnSearchRequest(vectors[part], VECTORS, {"metric_type": "IP", **parameters}, depth, expr=matching),
-                AnnSearchRequest(words[part], WORDS, {"metric_type": "BM25", "params": {}}, depth, expr=matching),
+                AnnSearchRequest(list(texts[part]), WORDS, {"metric_type": "BM25", "params": {}}, depth, expr=matching),
             ]
             search = partial(self.connection.hybrid_search, self.collection_name, requests)
             found += self._rows(partial(search, limit=limit, fields=(*READ_BY_MODELS, VECTORS)))
         for row in (row for near in found for row in near):
             row[VECTORS] = self.vector(row[VECTORS])
         return found
-
-    def _searched(self, texts: Sequence[str]) -> list[str]:
-        analyzer = self.analyzer()
-        return [text if analyzer is None else searched_text(text, analyzer) for text in texts]
 
     def _search(
         self,

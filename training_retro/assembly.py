@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
 from data_retro.collator import RetroDataCollator
+from data_retro.first_points import FirstPoints
 from data_retro.mixtures import mix, pack_streams, sample
 from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
@@ -21,9 +22,11 @@ from modeling_retro.loading import ADDED, RENAMED
 from retrieval import BulkTokenizer, MilvusRetriever
 
 from .neighbor_corruption import check_batch_size
+from .parameters import parameter_table
 from .parsing import as_mapping
 from .settings import DataArguments, ModelArguments, RetroTrainingArguments
 from .trainer import RetroTrainer
+from .vocabulary import suppress_padding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +50,25 @@ def build_trainer(
     """
     set_seed(training.seed)
     tokenizer = load_tokenizer(model_arguments)
-    samples = sample(data.streams("train_data") + data.streams("validation_data"), DOCUMENTS_SAMPLED)
+    read = ["validation_data"] if training.eval_only else ["train_data", "validation_data"]
+    samples = sample([stream for part in read for stream in data.streams(part)], DOCUMENTS_SAMPLED)
     model, new = load_model(model_arguments, tokenizer)
     check_against_model(model.config, tokenizer, data, training)
     bulk_tokenizer = BulkTokenizer(tokenizer)  # made once: it takes a while to check itself
     retriever = None if data.knowledge_base is None else connect(model, bulk_tokenizer, data)
     try:
-        trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
+        trained: torch.nn.Module = model
+        if not training.eval_only:
+            trained = choose_parameters(model, model_arguments, data.has_neighbors, new)
+            if training.process_index == 0:
+                logger.info("\n%s", parameter_table(trained))
         if retriever is not None and training.process_index == 0:
             warn_of_own_text(samples, bulk_tokenizer, retriever)
         train_dataset, eval_dataset = load_data(data, training, model.config, bulk_tokenizer, cache_dir)
         return RetroTrainer(
             model=trained,
             args=training,
-            data_collator=RetroDataCollator(retriever),
+            data_collator=RetroDataCollator(retriever, model.config.retrieval_stride),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -109,6 +117,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
             new = {name for name, _ in model.named_parameters()}
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
+    suppress_padding_ids(model, tokenizer)
     return model, new
 
 
@@ -132,7 +141,7 @@ def check_against_model(
             f"block_size is {data.block_size}; it must be from {least} ({what}) to the model's n_positions, "
             f"{config.n_positions}."
         )
-    if data.has_neighbors and data.precompute_to is None:
+    if data.has_neighbors and data.precompute_to is None and not training.eval_only:
         check_batch_size(training, config)
 
 
@@ -159,13 +168,14 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
         raise
     config.embedding_model = retriever.embedding_model
     config.collection_name = retriever.collection_name
+    config.search = retriever.search
     return retriever
 
 
 def choose_parameters(
     model: RetroForCausalLM, arguments: ModelArguments, has_neighbors: bool, new: set[str]
 ) -> torch.nn.Module:
-    """Choose the parameters that are trained, and log how many they are.
+    """Choose the parameters that are trained.
 
     Without neighbors these are the decoder's: what reads neighbors would get no gradient. With
     adapters, those parts of RETRO that have `new` parameters are trained whole: they end in zeros,
@@ -189,9 +199,6 @@ def choose_parameters(
     if (adapters := as_mapping("lora", arguments.lora)) is not None:
         modules = [part for part in ADDED if has_neighbors and any(f"{part}." in name for name in new)]
         trained = add_adapters(model, {"modules_to_save": modules or None, **adapters})
-    total = trained.num_parameters()
-    chosen = trained.num_parameters(only_trainable=True)
-    logger.info("training %s of %s parameters (%.1f %%)", f"{chosen:,}", f"{total:,}", 100 * chosen / total)
     return trained
 
 
@@ -221,26 +228,47 @@ def load_data(
     config: RetroConfig,
     tokenizer: BulkTokenizer,
     cache_dir: str | Path,
-) -> tuple[Dataset | PackedStream, Dataset | None]:
+) -> tuple[Dataset | PackedStream | None, Dataset | None]:
     """Return the sequences to train on and to evaluate on, with neighbors if precomputed.
+
+    With `eval_only` there are none to train on.
 
     Raises:
         ValueError, OSError: something is missing, or does not fit. The message says what.
     """
     block_size = data.block_size or config.n_positions
+    first_points = data.first_points(config, training.seed)
     if data.precomputed is not None:
-        parts, found_with = load_precomputed(data.precomputed, requirements_of(tokenizer, config, block_size))
+        requirements = requirements_of(tokenizer, config, block_size, first_points)
+        if data.random_first_point is None:
+            del requirements["first_point_seed"]
+        parts, found_with = load_precomputed(data.precomputed, requirements)
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
-        return parts["train"], parts.get("validation")
-    sizes = (tokenizer, block_size, config.chunk_size)
-    train: Dataset | PackedStream
-    if data.streaming:
-        streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
-        train = PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes)
-    else:
-        train = pack_streams(data.streams("train_data"), *sizes, cache_dir)
+        config.search = found_with.get("search", config.search)
+        if training.eval_only and "validation" not in parts:
+            raise ValueError(
+                f"eval_only needs a validation part, which {data.precomputed} does not have. Precompute again with "
+                "validation_data."
+            )
+        return None if training.eval_only else parts["train"], parts.get("validation")
+    sizes = tokenizer, block_size, config.chunk_size
+    train = None if training.eval_only else _training_sequences(data, training, sizes, cache_dir, first_points)
     if not data.validation_data:
         return train, None
-    # Shuffled once: an evaluation swaps neighbors between the sequences of a batch, which should
-    # not come from one document.
+    # On the paper's grid, so that runs compare. Shuffled once: an evaluation swaps neighbors
+    # between the sequences of a batch, which should not come from one document.
     return train, pack_streams(data.streams("validation_data"), *sizes, cache_dir).shuffle(seed=0)
+
+
+def _training_sequences(
+    data: DataArguments,
+    training: RetroTrainingArguments,
+    sizes: tuple[BulkTokenizer, int, int],
+    cache_dir: str | Path,
+    first_points: FirstPoints | None,
+) -> Dataset | PackedStream:
+    """Return the sequences to train on, packed now or, with `streaming`, while they are read."""
+    streams, rank, processes = data.streams("train_data"), training.process_index, training.world_size
+    if data.streaming:
+        return PackedStream(lambda epoch: mix(streams, epoch, rank, processes), *sizes, first_points)
+    return pack_streams(streams, *sizes, cache_dir, first_points)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from data_retro.collator import IGNORED_LABEL
+from data_retro.first_points import last_slot
 
 from .settings import RetroTrainingArguments
 
@@ -33,13 +34,14 @@ class Progress:
         self.neighbors: torch.Tensor | int = 0
         self.similarity: torch.Tensor | float = 0.0  # sum over the neighbors
 
-    def add(self, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
-        """Count a batch that is trained on."""
+    def add(self, batch: dict[str, torch.Tensor], chunk_size: int, retrieval_stride: int | None) -> None:
+        """Count a batch that is trained on. A chunk is here what a retrieval point searches for."""
         tokens = (batch["labels"] != IGNORED_LABEL).sum(-1)
         self.tokens += tokens.sum()
         if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
             there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
-            self.chunks += (tokens // chunk_size).sum()
+            points = last_slot(tokens, batch.get("first_point", chunk_size), retrieval_stride or chunk_size) + 1
+            self.chunks += points.clamp(min=0).sum()
             self.chunks_with_neighbors += there.any(-1).sum()
             self.neighbors += there.sum()
             self.similarity += (batch["neighbor_scores"] * there).sum()

@@ -11,14 +11,17 @@ def run_training(trainer: RetroTrainer, data: DataArguments) -> None:
     """Train, save the model and its tokenizer in output_dir, and evaluate.
 
     The model card is written, or pushed with the model. With `precompute_to`, only the neighbors
-    are stored. A run that SIGTERM stops ends after its checkpoint. The knowledge base is closed at
-    the end.
+    are stored; with `eval_only`, the model is only evaluated. A run that SIGTERM stops ends after
+    its checkpoint. The knowledge base is closed at the end.
     """
     try:
         if data.precompute_to is not None:
             store_neighbors(trainer, data)
         else:
-            _train(trainer)
+            if trainer.args.eval_only:
+                _evaluate(trainer)
+            else:
+                _train(trainer)
             # One process may serve the knowledge base to the others.
             trainer.accelerator.wait_for_everyone()
     finally:
@@ -34,13 +37,18 @@ def _train(trainer: RetroTrainer) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        _evaluate(trainer)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(commit_message="Trained and evaluated")  # writes the card, too
     else:
         trainer.create_model_card()
+
+
+def _evaluate(trainer: RetroTrainer) -> None:
+    """Evaluate, print the numbers, and save them in output_dir as eval_results.json."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
 
 
 def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
@@ -56,5 +64,6 @@ def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
     parts = {"train": trainer.train_dataset}
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset
-    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions)
+    first_points = data.first_points(config, trainer.args.seed)
+    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions, first_points)
     precompute(parts, retriever, requirements, data.precompute_to)

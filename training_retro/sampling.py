@@ -1,15 +1,17 @@
 """Sampling from a trained model: settings, the model, and samples with what they read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from modeling_retro import RetroForCausalLM
+from modeling_retro import RetrievedChunk, RetroForCausalLM
 from retrieval.arguments import KnowledgeBaseArguments
+
+from .vocabulary import suppress_padding_ids
 
 FILE_PREFIX = "FILE:"  # of a prompt that names a file
 
@@ -24,6 +26,13 @@ class GenerateArguments(KnowledgeBaseArguments):
     prompt: str = field(
         default="", metadata={"help": f"Text to continue, or {FILE_PREFIX}path. Without, a new document begins."}
     )
+    align_to_prompt: bool = field(
+        default=True,
+        metadata={"help": "Search at the prompt's end. False: first after chunk_size tokens, as the paper does."},
+    )
+    retrieval_stride: int | None = field(
+        default=None, metadata={"help": "Tokens between two searches, at most chunk_size. By default the model's."}
+    )
     num_samples: int = field(default=1, metadata={"help": "Number of continuations of the prompt."})
     max_new_tokens: int = field(default=200, metadata={"help": "Tokens to write at most."})
     temperature: float = field(
@@ -35,8 +44,23 @@ class GenerateArguments(KnowledgeBaseArguments):
         default=None, metadata={"help": "Device such as cpu or cuda:1. By default a GPU if there is one."}
     )
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Number format of the weights. auto: as they were saved."}
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Compile the model with torch.compile. The first tokens then take a minute."}
+    )
+    show_likeliest: int = field(
+        default=0,
+        metadata={
+            "help": "After each retrieval, show this many of the likeliest next tokens with their probabilities, with "
+            "neighbors and without. 0: none."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        leasts = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "show_likeliest": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
         if self.temperature == 0 and self.num_samples > 1:
@@ -56,7 +80,10 @@ def load(arguments: GenerateArguments) -> tuple[RetroForCausalLM, PreTrainedToke
     """
     device = arguments.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = RetroForCausalLM.from_pretrained(arguments.model).eval().to(device)
+    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval().to(device)
+    suppress_padding_ids(model, tokenizer)
+    if arguments.compile:
+        model.compile()
     if arguments.knowledge_base is not None:
         config = model.config
         retriever = arguments.open_retriever(
@@ -73,8 +100,9 @@ def sample(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, argument
     """Continue the prompt.
 
     Returns:
-        the output of `generate`: `sequences` (num_samples, prompt and new tokens), and `retrieved`,
-        a list per sample of what each chunk read.
+        the output of `generate`: `sequences` (num_samples, prompt and new tokens), `retrieved`, a
+        list per sample of what each chunk read, and with `show_likeliest` also `logits`, a tensor
+        (num_samples, vocabulary) for each new token.
 
     Raises:
         ValueError: prompt and max_new_tokens together exceed the model's n_positions.
@@ -91,29 +119,105 @@ def sample(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, argument
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=arguments.max_new_tokens,
         num_return_sequences=arguments.num_samples,
+        retrieval_stride=arguments.retrieval_stride,
+        align_to_prompt=arguments.align_to_prompt,
         pad_token_id=tokenizer.eos_token_id,
         return_dict_in_generate=True,
+        output_logits=arguments.show_likeliest > 0,
         **sampling,
     )
 
 
-def describe(tokens: list[int], retrieved: Sequence, tokenizer: PreTrainedTokenizerBase, chunk_size: int) -> str:
-    """Return a sample as text, then a line for each document that a chunk read.
+@dataclass
+class Likeliest:
+    """The likeliest tokens at one place of a sample.
+
+    Attributes:
+        read: (token id, probability) of each, the likeliest first, with the neighbors that were
+            read.
+        unread: those of the model without neighbors.
+    """
+
+    read: list[tuple[int, float]]
+    unread: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def likeliest_tokens(model: RetroForCausalLM, outputs: Any, count: int) -> list[dict[int, Likeliest]]:
+    """Compute the likeliest tokens at every place of each sample that a new token was written to.
+
+    Temperature and top_k, which the samples were drawn with, do not change them.
+
+    Args:
+        model: the model that wrote the samples.
+        outputs: as returned by [`sample`] with `show_likeliest`.
+        count: number of tokens at each place.
+
+    Returns:
+        for each sample a mapping from the number of tokens before a place to its likeliest tokens.
+    """
+    first = outputs.sequences.shape[1] - len(outputs.logits)  # the prompt's length
+    unread = model(outputs.sequences[:, :-1], use_retrieval=False).logits[:, first - 1 :]
+    read = torch.stack(outputs.logits, dim=1).to(unread.device)
+    for logits in (read, unread):
+        logits[..., model.generation_config.suppress_tokens or []] = -torch.inf
+    (read_ids, read_shares), (unread_ids, unread_shares) = (_top(logits, count) for logits in (read, unread))
+    return [
+        {
+            first + place: Likeliest(
+                list(zip(read_ids[row][place], read_shares[row][place], strict=True)),
+                list(zip(unread_ids[row][place], unread_shares[row][place], strict=True)),
+            )
+            for place in range(len(outputs.logits))
+        }
+        for row in range(len(outputs.sequences))
+    ]
+
+
+def _top(logits: torch.Tensor, count: int) -> tuple[list, list]:
+    """Return the ids and the probabilities of the `count` likeliest tokens, for all logits."""
+    shares, ids = logits.float().softmax(-1).topk(min(count, logits.shape[-1]))
+    return ids.tolist(), shares.tolist()
+
+
+def describe(
+    tokens: list[int],
+    retrieved: Sequence[RetrievedChunk],
+    tokenizer: PreTrainedTokenizerBase,
+    likeliest: Mapping[int, Likeliest] | None = None,
+) -> str:
+    """Return a sample as text, then a line for each document that was read.
 
     Args:
         tokens: the sample.
-        retrieved: for each chunk a [`modeling_retro.RetrievedChunk`].
+        retrieved: for each retrieval point a [`modeling_retro.RetrievedChunk`].
         tokenizer: decodes the tokens.
-        chunk_size: tokens in a chunk.
+        likeliest: one sample's entry of [`likeliest_tokens`]. Shown are those of the first new
+            token, and of the first token after each retrieval.
     """
     lines = [str(tokenizer.decode(tokens, skip_special_tokens=True))]
-    for read in retrieved:
-        start = read.chunk * chunk_size
-        lines.append(f"\n  chunk {read.chunk}, tokens {start} to {start + chunk_size - 1}, read")
+    places = likeliest or {}
+    ends = {read.end: read for read in retrieved}  # tokens before what reads them
+    if places and min(places) not in ends:
+        first = min(places)
+        lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], tokenizer)]
+    for end, read in ends.items():
+        lines.append(f"\n  for tokens {read.start} to {end - 1}, read")
         found = [
             f"    {score:.3f}  {doc_id}, chunk {index}"
             for doc_id, index, score in zip(read.doc_ids, read.chunk_indices, read.scores, strict=True)
             if doc_id is not None
         ]
         lines += found or ["    nothing"]
+        is_over = tokens[end - 1] == tokenizer.eos_token_id and end > min(places, default=end)
+        if end in places and not is_over:
+            lines += _describe_likeliest(places[end], tokenizer)
     return "\n".join(lines)
+
+
+def _describe_likeliest(likeliest: Likeliest, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return two lines: the likeliest tokens with neighbors, and those without."""
+    return [
+        f"    next, {how} neighbors: " + "  ".join(f"{tokenizer.decode([token])!r} {share:.3f}" for token, share in top)
+        for how, top in (("with", likeliest.read), ("without", likeliest.unread))
+    ]

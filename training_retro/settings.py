@@ -10,6 +10,7 @@ import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from configuration_retro import RetroConfig
+from data_retro.first_points import FirstPoints
 from data_retro.mixtures import DocumentStream, check_mixture
 from evaluation_retro.benchmarks import BenchmarkSettings
 from retrieval.arguments import KnowledgeBaseArguments
@@ -88,6 +89,13 @@ class DataArguments(KnowledgeBaseArguments):
         default=False,
         metadata={"help": "Tokenize and pack while training, for data larger than the disk. Needs max_steps."},
     )
+    random_first_point: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Give each training sequence a first retrieval point of its own, which follows from the seed and "
+            "its tokens, so that short queries are trained, too. By default false; precomputed decides for itself."
+        },
+    )
     neighbor_cache_size: int = field(
         default=100_000,
         metadata={"help": "Chunks whose neighbors are kept in memory between epochs, about 3 kB each. 0: none."},
@@ -116,8 +124,12 @@ class DataArguments(KnowledgeBaseArguments):
         has_data = {name: bool(self.streams(name)) for name in ("train_data", "validation_data")}
         for name in [name for name, given in has_data.items() if given and self.precomputed is not None]:
             raise ValueError(f"Both {name} and precomputed are given. Leave {name} out: precomputed holds it.")
-        if not has_data["train_data"] and self.precomputed is None:
-            raise ValueError("train_data is empty. Name the files, folders or datasets to train on.")
+        packed = [*([] if self.streaming else self.streams("train_data")), *self.streams("validation_data")]
+        for stream in [stream for stream in packed if stream.initially_skip]:
+            raise ValueError(
+                f"{stream.where}initially_skip is for the first epoch of a stream, but this text is packed once, for "
+                "all epochs. Set streaming: true for train_data, or use skip."
+            )
         if self.precompute_to is not None and Path(self.precompute_to).exists():
             raise ValueError(f"{self.precompute_to} exists already. Precompute into a new folder, or delete it.")
         if self.precompute_to is not None and self.knowledge_base is None:
@@ -139,6 +151,13 @@ class DataArguments(KnowledgeBaseArguments):
     def evaluates(self) -> bool:
         """True if there may be data to evaluate on."""
         return bool(self.validation_data) or self.precomputed is not None
+
+    def first_points(self, config: RetroConfig, seed: int) -> FirstPoints | None:
+        """Return what draws the training sequences' first points, None for the paper's grid."""
+        if not self.has_neighbors or not self.random_first_point:
+            return None
+        assert config.retrieval_stride is not None, "set when the configuration is built"
+        return FirstPoints(seed, config.chunk_size, config.retrieval_stride)
 
     def streams(self, part: str) -> list[DocumentStream]:
         """Return the sources of "train_data" or "validation_data".
@@ -178,6 +197,9 @@ class RetroTrainingArguments(TrainingArguments):
         metadata={"help": "The schedule's arguments. cosine_with_min_lr has {min_lr_rate: 0.1} by default."},
     )
     warmup_steps: float = field(default=0.01, metadata={"help": "Warm-up: a number of steps, or a share if below 1."})
+    eval_only: bool = field(
+        default=False, metadata={"help": "Evaluate the model on validation_data, and train nothing. Saves the numbers."}
+    )
     retro_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Peak learning rate of what RETRO adds to the decoder. By default learning_rate."},
@@ -223,7 +245,8 @@ class RetroTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {share}. It is a share of the {what}: give at least 0 and less than 1.")
         if self.device_peak_tflops is not None and not self.device_peak_tflops > 0:
             raise ValueError(f"device_peak_tflops is {self.device_peak_tflops}. It must be above 0.")
-        if self.benchmark_settings() is not None and self.eval_strategy == IntervalStrategy.NO:
+        evaluates = self.eval_only or self.eval_strategy != IntervalStrategy.NO
+        if self.benchmark_settings() is not None and not evaluates:
             raise ValueError("benchmarks run at each evaluation, but eval_strategy is 'no'. Set it to steps or epoch.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True, but the collator reads doc_ids. Leave it False.")
@@ -276,7 +299,26 @@ def check_settings(model: ModelArguments, data: DataArguments, training: RetroTr
     """
     workers, processes = training.dataloader_num_workers, training.world_size
     evaluation = IntervalStrategy(training.eval_strategy).value
+    writing = {"precompute_to": data.precompute_to, "push_to_hub": training.push_to_hub}
+    given = [name for name, value in writing.items() if value]
     for is_wrong, message in (
+        (
+            not (training.eval_only or data.train_data or data.precomputed),
+            "train_data is empty. Name the files, folders or datasets to train on.",
+        ),
+        (
+            training.eval_only and not data.evaluates,
+            "eval_only measures a model on validation_data, which is empty. Name sources to evaluate on.",
+        ),
+        (
+            training.eval_only and bool(given),
+            f"eval_only only measures, but {' and '.join(given)} is set, too. Leave one of them out.",
+        ),
+        (
+            training.eval_only and training.resume_from_checkpoint is not None,
+            f"eval_only does not resume a run, but resume_from_checkpoint is {training.resume_from_checkpoint!r}. To "
+            "measure a checkpoint, name its folder in model_name_or_path.",
+        ),
         (
             model.freeze_backbone and not data.has_neighbors,
             "freeze_backbone trains only what reads neighbors, and there are none without a knowledge_base. Give one, "
@@ -286,7 +328,7 @@ def check_settings(model: ModelArguments, data: DataArguments, training: RetroTr
             data.precompute_to is not None and processes > 1,
             f"precompute_to runs in one process, but there are {processes}. Start one.",
         ),
-        (data.streaming and training.max_steps <= 0, "streaming has no end: set max_steps."),
+        (data.streaming and not training.eval_only and training.max_steps <= 0, "streaming has no end: set max_steps."),
         (
             data.streaming and workers,
             f"dataloader_num_workers is {workers}: a stream is read by the process that trains on it, ahead of the "
@@ -323,9 +365,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
 
     def check(model: ModelArguments, data: DataArguments, training: RetroTrainingArguments) -> None:
-        check_settings(model, data, training)
         assert training.output_dir is not None, "TrainingArguments has set it"
         training.resume_from_checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+        check_settings(model, data, training)
 
     kinds = (ModelArguments, DataArguments, RetroTrainingArguments)
     model, data, training = parse_settings(kinds, "train_hf.py", argv, check)

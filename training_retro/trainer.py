@@ -51,6 +51,9 @@ class RetroTrainer(Trainer):
         processing_class: the tokenizer.
         model_init, compute_loss_func, callbacks, optimizers: as for `Trainer`.
         prefetch_batches: batches made ahead of the model, at least those of one update; 0: none.
+
+    Raises:
+        ValueError: the collator has another retrieval stride than the model.
     """
 
     args: RetroTrainingArguments
@@ -86,6 +89,12 @@ class RetroTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=_metrics,
         )
+        stride, own = self.retro.config.retrieval_stride, getattr(data_collator, "retrieval_stride", None)
+        if own not in (None, stride):
+            raise ValueError(
+                f"retrieval_stride is {stride} in the model and {own} in the collator. Give the collator the model's: "
+                f"RetroDataCollator(retriever, {stride})."
+            )
         self._stopper = StopOnSignal()
         self.add_callback(self._stopper)
         if (settings := self.args.benchmark_settings()) is not None:
@@ -182,7 +191,7 @@ class RetroTrainer(Trainer):
         self._recent.extend(samples[0])
         for batch in samples[0]:
             self._sequences += len(batch["input_ids"])
-            self._since.add(batch, self.retro.config.chunk_size)
+            self._since.add(batch, self.retro.config.chunk_size, self.retro.config.retrieval_stride)
             if self.args.device_peak_tflops is not None:
                 self._since.flops += step_flops(self.model, batch)
         if isinstance(self.train_dataset, PackedStream):
@@ -266,8 +275,14 @@ class RetroTrainer(Trainer):
         """Return each sequence's nats as logits and its sizes as labels: Trainer gathers both."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
+            config = self.retro.config
             nats, sizes = sequence_nats(
-                model, inputs, self.retro.config.chunk_size, self.bytes_of, copy_weight=self._copy_weight
+                model,
+                inputs,
+                config.chunk_size,
+                self.bytes_of,
+                copy_weight=self._copy_weight,
+                retrieval_stride=config.retrieval_stride,
             )
         return None, nats, sizes
 
@@ -280,7 +295,10 @@ class RetroTrainer(Trainer):
         """Choose the copy baseline's weight, evaluate, and keep the results for the model card."""
         with self._since.paused():
             with self.compute_loss_context_manager():
-                nats = weight_nats(self.model_wrapped, self._recent, self.retro.config.chunk_size, self.args.device)
+                config = self.retro.config
+                nats = weight_nats(
+                    self.model_wrapped, self._recent, config.chunk_size, self.args.device, config.retrieval_stride
+                )
             self._copy_weight = best_weight(self.accelerator.reduce(nats, "sum"))
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.retro.evaluation = {

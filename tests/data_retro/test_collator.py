@@ -30,7 +30,7 @@ def test_slots_hold_the_neighbors_of_their_chunks(retriever):
 def test_one_search_excludes_for_each_chunk_its_documents_and_those_after_it(retriever):
     RetroDataCollator(retriever)(ROWS)
     ((chunks, excluded),) = retriever.calls
-    assert chunks.tolist() == [[*range(8)], [*range(8, 16)], [*range(16, 24)], [*range(100, 108)]]
+    assert chunks == [[*range(8)], [*range(8, 16)], [*range(16, 24)], [*range(100, 108)]]
     assert [set(documents) for documents in excluded] == [{"a", "b", "c"}, {"a", "b", "c"}, {"b", "c"}, {"d"}]
 
 

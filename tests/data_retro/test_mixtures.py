@@ -69,6 +69,80 @@ def test_shard_filter_skip_and_take_apply_in_this_order(rows, tmp_path, conditio
     assert ids(DocumentStream(str(tmp_path / "rows.jsonl"), **settings)) == kept
 
 
+def every_third(row, number):
+    return row["lang"] == "en" and number % 3 == 1
+
+
+def late(row, number, least=30):
+    return number >= least
+
+
+def first_letter(row, letter="t"):
+    return row["text"][0] == letter
+
+
+def needs_three(row, number, more):
+    return True
+
+
+@pytest.mark.parametrize(
+    "condition, keeps",
+    [
+        ({"row_number": {">=": 10, "<": 30}}, lambda row, number: 10 <= number < 30),
+        ({"row_number": [1, 5, 6], "lang": "en"}, lambda row, number: number in (1, 5)),
+        (f"{__name__}:every_third", every_third),
+        (f"{__name__}:late", late),
+        (f"{__name__}:first_letter", lambda row, number: True),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_filter_sees_the_number_of_the_row_in_its_source(rows, tmp_path, condition, keeps, shards):
+    stream = DocumentStream(
+        str(tmp_path / "rows.jsonl"), filter=condition, doc_id_field="key", num_shards=shards, shard_index=shards - 1
+    )
+    mine = list(enumerate(rows))[shards - 1 :: shards]
+    expected = [row["key"] for number, row in mine if keeps(row, number)]
+    assert ids(stream) == expected
+    shares = [ids(stream, rank=rank, processes=2) for rank in range(2)]
+    assert shares == [expected[0::2], expected[1::2]]
+
+
+def test_a_column_named_row_number_is_the_rows_own(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": str(i), "row_number": 7 - i}) for i in range(8)))
+    stream = DocumentStream(str(tmp_path / "rows.jsonl"), filter={"row_number": {"<": 2}})
+    assert [document.text for document in mix([stream])] == ["6", "7"]
+
+
+@pytest.mark.parametrize("shuffle", [0, 5])
+def test_the_first_epoch_alone_skips(rows, tmp_path, shuffle):
+    settings = {"skip": 3, "take": 30, "doc_id_field": "key", "shuffle_buffer": shuffle}
+    stream = DocumentStream(str(tmp_path / "rows.jsonl"), initially_skip=12, **settings)
+    whole = [row["key"] for row in rows[3:33]]
+    assert sorted(ids(stream)) == sorted(whole[12:])
+    assert sorted(ids(stream, epoch=1)) == sorted(whole)
+    assert ids(stream) == ids(stream)
+    if not shuffle:
+        assert ids(stream) == whole[12:] and ids(stream, epoch=1) == whole
+        assert [ids(stream, rank=rank, processes=2) for rank in range(2)] == [whole[12::2], whole[13::2]]
+
+
+@pytest.mark.parametrize("shuffle", [0, 4])
+def test_a_source_that_begins_again_reads_what_it_skipped(tmp_path, shuffle):
+    for name, count in (("a", 20), ("b", 200)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}{i}"}) for i in range(count)))
+    short = DocumentStream(str(tmp_path / "a.jsonl"), weight=1, initially_skip=15, shuffle_buffer=shuffle)
+    long = DocumentStream(str(tmp_path / "b.jsonl"), weight=1)
+    read = [document.text for document in mix([short, long]) if document.text[0] == "a"]
+    assert sorted(read[:5]) == [f"a{i}" for i in range(15, 20)]
+    assert set(read[5:25]) == {f"a{i}" for i in range(20)}
+
+
+def test_more_skipped_at_first_than_there_are_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="initially_skip is 41, but only 40 rows are left"):
+        ids(DocumentStream(str(tmp_path / "rows.jsonl"), initially_skip=41))
+    assert ids(DocumentStream(str(tmp_path / "rows.jsonl"), initially_skip=40)) == []
+
+
 def test_a_shuffle_differs_between_epochs_and_repeats_exactly(rows, tmp_path):
     stream = DocumentStream(str(tmp_path / "rows.jsonl"), shuffle_buffer=16, seed=3)
     first, second = ids(stream), ids(stream, epoch=1)
@@ -121,6 +195,10 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
     english = DocumentStream("org/data", doc_id_field="key", filter={"key": ["0-0", "0-1", "0-2"]}, **settings)
     kept = [ids(english, rank=rank, processes=processes) for rank in range(processes)]
     assert all(kept) and len(sum(kept, [])) == 3
+    # So do they if rows must be counted.
+    later = DocumentStream("org/data", doc_id_field="key", initially_skip=3, **settings)
+    kept = [ids(later, rank=rank, processes=processes) for rank in range(processes)]
+    assert len(sum(kept, [])) == 25
     # Rows without ids are numbered, so every process counts all of them.
     numbered = DocumentStream("org/data", **settings)
     assert {id_ for rank in range(2) for id_ in ids(numbered, rank=rank, processes=2)} == {
@@ -139,7 +217,9 @@ def test_processes_share_the_files_of_a_dataset_with_ids(monkeypatch, weight, sh
         ({"filter": {"score": {}}}, "'rows': The range for 'score' is empty"),
         ({"filter": {"lang": []}}, "'rows': The list of wanted values for 'lang' is empty"),
         ({"filter": "json:__name__"}, "The filter 'json:__name__' is no function, but 'json'"),
+        ({"filter": f"{__name__}:needs_three"}, "cannot be called with a row, nor with a row and its number"),
         ({"filter": 7}, "not 7"),
+        ({"initially_skip": -1}, "initially_skip is -1"),
         ({"dataset": ""}, "needs the name"),
         ({"metadata_fields": ["lang"]}, "metadata_fields is for a knowledge base"),
     ],
@@ -157,9 +237,9 @@ def test_a_mixture_refuses_wrong_weights_and_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"content": "x"}')
     with pytest.raises(ValueError, match="has no field 'text'; it has 'content'"):
         list(mix([DocumentStream(str(tmp_path / "rows.jsonl"))]))
-    assert row_filter(None)({})
+    assert row_filter(None)({}, 0)
     with pytest.raises(ValueError, match="^Here: In field 'score' of a row, 'high' cannot be compared with 3"):
-        row_filter({"score": {">": 3}}, "Here: ")({"score": "high"})
+        row_filter({"score": {">": 3}}, "Here: ")({"score": "high"}, 0)
 
 
 class TestNetwork:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from data_retro.mixtures import DocumentStream, mix
 from data_retro.packing import PackedStream, pack, packed_dataset
 from retrieval import BulkTokenizer, Document
 
@@ -17,10 +18,16 @@ def reference(documents, block_size, chunk_size):
         row = stream[start : start + block_size]
         if len(row) == 1:
             continue
-        chunks = [row[i : i + chunk_size] for i in range(0, len(row), chunk_size)]
+        placed = [(place + 1, doc_id) for place, (_, doc_id) in enumerate(row)]
+        chunks = [placed[i : i + chunk_size] for i in range(0, len(row), chunk_size)]
+        doc_ids = [list(dict.fromkeys(doc_id for _, doc_id in chunk)) for chunk in chunks]
         yield {
             "input_ids": [token for token, _ in row],
-            "doc_ids": [list(dict.fromkeys(doc_id for _, doc_id in chunk)) for chunk in chunks],
+            "doc_ids": doc_ids,
+            "doc_ends": [
+                [max(end for end, doc_id in chunk if doc_id == one) for one in ids]
+                for chunk, ids in zip(chunks, doc_ids, strict=True)
+            ],
         }
 
 
@@ -60,13 +67,20 @@ def test_no_text_is_refused(tmp_path):
         packed_dataset(lambda: pack([("empty", [])], 8, 4, END), tmp_path)
 
 
-def test_a_stream_continues_at_any_sequence(tokenizer):
+def rotated(epoch, folder):
     documents = [Document(f"d{i}", f"text {i} " * (i % 5)) for i in range(9)]
+    return documents[epoch % 3 :] + documents[: epoch % 3]
 
+
+def skipping_at_first(epoch, folder):
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"text {i} " * (i % 5)}) for i in range(9)))
+    return mix([DocumentStream(str(folder / "rows.jsonl"), initially_skip=4, shuffle_buffer=3)], epoch)
+
+
+@pytest.mark.parametrize("documents", [rotated, skipping_at_first])
+def test_a_stream_continues_at_any_sequence(tokenizer, tmp_path, documents):
     def stream():
-        return PackedStream(
-            lambda epoch: documents[epoch % 3 :] + documents[: epoch % 3], BulkTokenizer(tokenizer), 16, 8
-        )
+        return PackedStream(lambda epoch: documents(epoch, tmp_path), BulkTokenizer(tokenizer), 16, 8)
 
     whole = []
     for sequence in stream():

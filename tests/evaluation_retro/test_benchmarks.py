@@ -95,6 +95,43 @@ def test_the_most_likely_answer_is_chosen(model, tokenizer, scoring):
         assert answer.answer == max(scores, key=scores.get)
 
 
+@pytest.mark.parametrize("stride", [8, 3])
+@pytest.mark.parametrize("scoring", ["likelihood", "one_token"])
+def test_the_end_of_a_question_is_searched_for(config, tokenizer, retriever, scoring, stride):
+    """What was read is the text up to the question's end, even if it is shorter than a chunk."""
+    config.retrieval_stride = stride
+    torch.manual_seed(0)
+    model = RetroForCausalLM(config, retriever=retriever).eval()
+    choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), scoring, 2, {})
+    contexts = ["A", "A chunk", "A man sits down and", "The encoder reads each neighbor on its own and attends"]
+    for context in contexts:
+        retriever.calls.clear()
+        choice.log_likelihoods([(context, " a b c d e f g"), (context, " x")])
+        question = [tokenizer.eos_token_id, *tokenizer(context).input_ids]
+        searched = [query for queries, _ in retriever.calls for query in queries]
+        assert question[-config.chunk_size :] in searched
+        answers = [tokenizer(answer).input_ids for answer in (" a b c d e f g", " x")]
+        for query in searched:  # all others end a whole number of strides before or after
+            texts = [question + answer for answer in answers]
+            ends = [end for text in texts for end in range(1, len(text) + 1) if text[max(end - 8, 0) : end] == query]
+            assert any((end - len(question)) % stride == 0 for end in ends)
+
+
+def test_neighbors_of_a_short_question_change_its_score(config, tokenizer, retriever):
+    config.copy_head = True
+    torch.manual_seed(0)
+    model = RetroForCausalLM(config, retriever=retriever).eval()
+    for name, parameter in model.named_parameters():
+        if "cca.c_proj" in name:
+            torch.nn.init.normal_(parameter)
+    pairs = [("A", " b")]
+    on, off = (
+        LikelihoodChoice(model, BulkTokenizer(tokenizer), "likelihood", 2, arguments).log_likelihoods(pairs)
+        for arguments in ({}, {"use_retrieval": False})
+    )
+    assert on != off
+
+
 def test_a_special_token_in_a_question_is_plain_text(model, tokenizer):
     choice = LikelihoodChoice(model, BulkTokenizer(tokenizer), "likelihood", 8, {"use_retrieval": False})
     question, answer = "<|endoftext|> is", " a token"

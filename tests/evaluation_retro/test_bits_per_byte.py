@@ -77,6 +77,26 @@ def test_evaluate_equals_a_computation_by_hand(config, tokenizer, retriever, row
     assert not any("copy_baseline" in name for name in numbers)  # no weight was given
 
 
+@pytest.mark.parametrize("stride", [CHUNK, 3])
+def test_first_points_of_their_own_are_measured_as_row_by_row(config, tokenizer, retriever, rows, stride):
+    config.retrieval_stride = stride
+    model = trained_model(config)
+    collate = RetroDataCollator(retriever, stride)
+    rows = [row | {"first_point": first_point} for row, first_point in zip(rows, [2, 8, 10, 7], strict=False)]
+    measured = evaluate(model, [collate(rows)], byte_lengths(tokenizer))
+    alone = [evaluate(model, [collate([row])], byte_lengths(tokenizer)) for row in rows]
+    for condition in (0, 1):  # on, off
+        np.testing.assert_allclose(
+            measured.nats[:, condition], np.concatenate([one.nats[:, condition] for one in alone]), rtol=1e-4
+        )
+    predicted = [len(row["input_ids"]) - 1 for row in rows]
+    in_reach = [count + 1 - row["first_point"] for count, row in zip(predicted, rows, strict=True)]
+    assert measured.sizes[:, :, 0].tolist() == [[*pair] for pair in zip(predicted, in_reach, strict=True)]
+    before = measured.nats[:, :, 0] - measured.nats[:, :, 1]  # out of reach, conditions do not differ
+    np.testing.assert_allclose(before, before[:, :1].repeat(3, 1), rtol=1e-4, atol=1e-4)
+    assert (measured.nats[:, 0, 1] != measured.nats[:, 1, 1]).all()
+
+
 def test_evaluate_is_repeatable_and_restores_training_mode(config, tokenizer, retriever, rows):
     model = trained_model(config).train()
     batches = [RetroDataCollator(retriever)(rows)]

@@ -32,17 +32,23 @@ def look_up(tokens, i, neighbors):
     return []
 
 
-def test_the_copier_equals_a_slow_search():
+@pytest.mark.parametrize(
+    ("first_points", "stride"), [(None, None), ([8, 8, 8], 8), ([1, 7, 15], 8), ([1, 4, 10], 3), ([2, 8, 5], 1)]
+)
+def test_the_copier_equals_a_slow_search(first_points, stride):
     torch.manual_seed(0)
-    tokens = torch.randint(0, 5, (3, 4 * CHUNK + 3))  # a small vocabulary, so that tokens recur
-    ids = torch.randint(0, 5, (3, 4, 2, 12))
-    mask = torch.arange(12) < torch.randint(0, 13, (3, 4, 2, 1))
-    copied, found = copied_probability(tokens, ids, mask, CHUNK)
+    length, slots = 4 * CHUNK + 3, 35
+    tokens = torch.randint(0, 5, (3, length))  # a small vocabulary, so that tokens recur
+    ids = torch.randint(0, 5, (3, slots, 2, 12))
+    mask = torch.arange(12) < torch.randint(0, 13, (3, slots, 2, 1))
+    given = None if first_points is None else torch.tensor(first_points)
+    copied, found = copied_probability(tokens, ids, mask, CHUNK, given, stride)
     for row in range(3):
-        for i in range(tokens.shape[1] - 1):
-            chunk, expected = (i + 1) // CHUNK - 1, []
-            if chunk >= 0:
-                neighbors = [ids[row, chunk, k][mask[row, chunk, k]].tolist() for k in range(2)]
+        points = [*range(CHUNK if given is None else first_points[row], length + 1, stride or CHUNK)]
+        for i in range(length - 1):
+            reached, expected = [slot for slot, point in enumerate(points) if point <= i + 1], []
+            if reached:
+                neighbors = [ids[row, reached[-1], k][mask[row, reached[-1], k]].tolist() for k in range(2)]
                 expected = look_up(tokens[row].tolist(), i, neighbors)
             assert bool(found[row, i]) == bool(expected)
             share = expected.count(int(tokens[row, i + 1])) / len(expected) if expected else 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.exc import Unsupported
 
-from ..support.by_hand import greedy_by_hand, next_token_logits, retrieving_model
+from ..support.by_hand import Grid, greedy_by_hand, next_token_logits, retrieving_model
 from ..support.retro_models import CHUNK, random_tokens
 
 EAGER = {"atol": 1e-5, "rtol": 1e-5}
@@ -37,14 +37,17 @@ def test_a_compiled_model_searches_once_a_call_and_has_the_same_gradients(parts)
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own calls
 @torch.no_grad()
-def test_generation_with_inductor_gives_the_same_text():
+@pytest.mark.parametrize("aligned", [True, False])
+def test_generation_with_inductor_gives_the_same_text(aligned):
     model = retrieving_model(**SMALL)
-    prompt = random_tokens(2 * CHUNK - 1, seed=1)  # the step after the prompt completes a chunk
-    expected = greedy_by_hand(model, prompt, 2)
-    logits = [next_token_logits(model, expected[:end]) for end in range(len(prompt), len(expected))]
+    prompt = random_tokens(2 * CHUNK - 1, seed=1)
+    # without alignment, the step after the prompt completes a chunk
+    grid = Grid.aligned_to(prompt) if aligned else Grid()
+    expected = greedy_by_hand(model, prompt, 2, grid)
+    logits = [next_token_logits(model, expected[:end], grid) for end in range(len(prompt), len(expected))]
     model.forward = torch.compile(model.forward)  # as people speed up generate()
     settings = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    output = model.generate(torch.tensor([prompt]), **settings)
+    output = model.generate(torch.tensor([prompt]), align_to_prompt=aligned, **settings)
     assert output.sequences[0].tolist() == expected
     torch.testing.assert_close(torch.cat(output.logits), torch.stack(logits), **EAGER)
 

@@ -9,8 +9,8 @@ from modeling_retro.library import CACHE
 
 from ..support.by_hand import (
     PROMPTS,
+    Grid,
     HashRetriever,
-    chunks_of,
     greedy_by_hand,
     left_padded,
     next_token_logits,
@@ -41,8 +41,7 @@ def test_each_chunk_is_searched_once_and_the_prompts_chunks_in_one_search(model,
         **batch, max_new_tokens=2 * CHUNK + 1, do_sample=False, use_cache=use_cache, return_dict_in_generate=True
     )
     calls = model.retriever.calls
-    prompt_chunks = {chunk for prompt in PROMPTS for chunk in chunks_of(prompt)}
-    assert set(calls[0]) == prompt_chunks
+    assert set(calls[0]) == {query for prompt in PROMPTS for query in Grid.aligned_to(prompt).queries(prompt)}
     searched = [chunk for call in calls for chunk in call]
     assert len(searched) == len(set(searched))
     assert sum(map(len, output.retrieved)) >= len(set(searched))
@@ -54,8 +53,8 @@ def test_the_output_lists_the_documents_retrieved_for_each_chunk(model):
     for prompt, sequence, read in zip(PROMPTS, output.sequences.tolist(), output.retrieved, strict=True):
         row = sequence[len(sequence) - len(prompt) - 2 * CHUNK :]
         seen = len(row) - 1  # the last token was generated, but not run through the model
-        assert [chunk.chunk for chunk in read] == list(range(seen // CHUNK))
-        found = HashRetriever().retrieve(torch.tensor([row[c.chunk * CHUNK : (c.chunk + 1) * CHUNK] for c in read]))
+        assert [(chunk.chunk, chunk.end) for chunk in read] == [*enumerate(Grid.aligned_to(prompt).points(row[:seen]))]
+        found = HashRetriever().retrieve([row[chunk.start : chunk.end] for chunk in read])
         assert [chunk.doc_ids for chunk in read] == found.doc_ids
         assert [chunk.chunk_indices for chunk in read] == found.chunk_indices.tolist()
         assert [chunk.scores for chunk in read] == found.scores.tolist()
@@ -88,17 +87,19 @@ def test_sampling_returns_several_rows_with_the_retrieved_chunks_of_each(model):
     for number, sequence in enumerate(output.sequences.tolist()):
         prompt = PROMPTS[:2][number // 3]
         row = sequence[len(sequence) - len(prompt) - 2 * CHUNK :]
-        torch.testing.assert_close(output.logits[-1][number], next_token_logits(model, row[:-1]), atol=1e-4, rtol=1e-4)
-        assert [chunk.chunk for chunk in output.retrieved[number]] == list(range((len(row) - 1) // CHUNK))
+        grid = Grid.aligned_to(prompt)
+        expected = next_token_logits(model, row[:-1], grid)
+        torch.testing.assert_close(output.logits[-1][number], expected, atol=1e-4, rtol=1e-4)
+        assert [chunk.end for chunk in output.retrieved[number]] == grid.points(row[:-1])
 
 
 @torch.no_grad()
 def beam_search_by_hand(model, prompt, steps, num_beams):
-    beams = [(0.0, list(prompt))]
+    beams, grid = [(0.0, list(prompt))], Grid.aligned_to(prompt)
     for _ in range(steps):
         grown = []
         for score, tokens in beams:
-            log_probs = next_token_logits(model, tokens).log_softmax(-1)
+            log_probs = next_token_logits(model, tokens, grid).log_softmax(-1)
             best = log_probs.topk(num_beams)
             grown += [
                 (score + value, [*tokens, token])
@@ -143,17 +144,28 @@ def test_generation_continues_from_a_returned_cache(model):
     prompt = torch.tensor([PROMPTS[0]])
     whole = model.generate(prompt, max_new_tokens=14, do_sample=False)
     part = model.generate(prompt, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(part.sequences, cache=part[CACHE], max_new_tokens=8, do_sample=False)
+    again = model.generate(part.sequences, cache=part[CACHE], max_new_tokens=8, do_sample=False, align_to_prompt=False)
     assert torch.equal(again, whole)
+
+
+def test_a_returned_cache_gets_a_point_at_the_end_of_the_new_prompt(model):
+    part = model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=CHUNK, do_sample=False, return_dict_in_generate=True
+    )
+    prompt = part.sequences[0].tolist() + random_tokens(CHUNK + 1, seed=9)
+    again = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(torch.tensor([prompt]), cache=part[CACHE], **again)
+    grid = Grid(Grid.aligned_to(PROMPTS[0]).first, ends=(len(prompt),))
+    assert output.sequences[0].tolist() == greedy_by_hand(model, prompt, 8, grid)
 
 
 def test_forward_fetches_neighbors_that_are_not_given(model):
     row = random_tokens(3 * CHUNK + 2, seed=11)
     logits = model(torch.tensor([row])).logits[0, -1]
-    torch.testing.assert_close(logits, next_token_logits(model, row))
+    torch.testing.assert_close(logits, next_token_logits(model, row, Grid()))
     cache = model(torch.tensor([row[: CHUNK + 1]]))[CACHE]
     logits = model(torch.tensor([row[CHUNK + 1 :]]), cache=cache).logits[0, -1]
-    torch.testing.assert_close(logits, next_token_logits(model, row), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, next_token_logits(model, row, Grid()), atol=1e-5, rtol=1e-5)
 
 
 def test_from_pretrained_takes_a_retriever_and_saves_none(model, tmp_path):

@@ -9,8 +9,8 @@ from modeling_retro.library import CACHE
 
 from ..support.by_hand import (
     PROMPTS,
+    Grid,
     HashRetriever,
-    chunks_of,
     greedy_by_hand,
     left_padded,
     next_token_logits,
@@ -72,10 +72,11 @@ def test_prompt_lookup_changes_nothing_in_the_text(model):
 def test_a_rejected_draft_leaves_nothing_behind(model, prompt):
     output = model.generate(prompt, assistant_model=small_gpt2(), return_dict_in_generate=True, **GREEDY)
     more = model.generate(output.sequences, cache=output[CACHE], max_new_tokens=5, do_sample=False)
-    assert more[0].tolist() == greedy_by_hand(model, PROMPT, STEPS + 5)
     row = output.sequences[0].tolist()
-    chunks = torch.tensor([row[read.chunk * CHUNK : (read.chunk + 1) * CHUNK] for read in output.retrieved[0]])
-    assert [read.doc_ids for read in output.retrieved[0]] == HashRetriever().retrieve(chunks).doc_ids
+    grid = Grid(Grid.aligned_to(PROMPT).first, ends=(len(row),))
+    assert more[0].tolist() == greedy_by_hand(model, row, 5, grid)
+    queries = [row[read.start : read.end] for read in output.retrieved[0]]
+    assert [read.doc_ids for read in output.retrieved[0]] == HashRetriever().retrieve(queries).doc_ids
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_a_logits_processor_of_the_caller_is_applied(model, prompt):
     tokens = list(PROMPT)
     with torch.no_grad():
         for _ in range(STEPS):
-            logits = next_token_logits(model, tokens)
+            logits = next_token_logits(model, tokens, Grid.aligned_to(PROMPT))
             logits[forbidden] = -torch.inf
             tokens.append(int(logits.argmax()))
     assert sequences[0].tolist() == tokens
@@ -165,10 +166,11 @@ def test_scores_states_and_attentions_of_every_pass(model, num_beams):
 
 def test_the_prompt_may_be_given_as_embeddings(model, prompt):
     embeds = model.get_input_embeddings()(prompt)
-    # tokens known only by their embeddings cannot be searched for; the generated ones can
+    # tokens known only by their embeddings cannot be searched for; the generated ones can, once
+    # they fill a query
     alone = model.generate(inputs_embeds=embeds, **GREEDY)
     assert torch.equal(alone, model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY))
-    assert all(chunk in chunks_of(alone[0].tolist()) for call in model.retriever.calls for chunk in call)
+    assert all(query in Grid().queries(alone[0].tolist()) for call in model.retriever.calls for query in call)
     with_ids = model.generate(prompt, inputs_embeds=embeds, **GREEDY)
     assert with_ids[0].tolist() == greedy_by_hand(model, PROMPT, STEPS)
 
@@ -206,7 +208,7 @@ def test_a_cache_follows_rows_that_are_reordered_cropped_repeated_and_selected(m
     cache.batch_select_indices(torch.tensor([0, 3, 2]))
     logits = model(torch.tensor([more] * 3), cache=cache).logits[:, -1]
     for row, own in zip([rows[1], rows[0], rows[0]], logits, strict=True):
-        torch.testing.assert_close(own, next_token_logits(model, row[:-2] + more), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own, next_token_logits(model, row[:-2] + more, Grid()), atol=1e-5, rtol=1e-5)
 
 
 def test_continuous_batching_is_refused(model):

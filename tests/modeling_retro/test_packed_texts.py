@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ..support.by_hand import HashRetriever, chunks_of, retrieving_model
+from ..support.by_hand import Grid, HashRetriever, retrieving_model
 from ..support.retro_models import CHUNK, random_tokens
 
 LENGTHS = [[CHUNK - 1, 2 * CHUNK + 1, CHUNK, 1, 3 * CHUNK - 1], [7 * CHUNK]]
@@ -30,13 +30,13 @@ def assert_each_as_if_alone(model, logits):
 def test_each_text_attends_to_the_neighbors_of_its_own_chunks(model):
     with torch.no_grad():
         logits = model(**PACKED).logits
-    assert model.retriever.calls == [[chunk for row in TEXTS for text in row for chunk in chunks_of(text)]]
+    assert model.retriever.calls == [[chunk for row in TEXTS for text in row for chunk in Grid().queries(text)]]
     assert_each_as_if_alone(model, logits)
 
 
 @torch.no_grad()
 def test_given_neighbors_are_in_the_order_of_the_rows_chunks(model):
-    chunks = [[chunk for text in row for chunk in chunks_of(text)] for row in TEXTS]
+    chunks = [[chunk for text in row for chunk in Grid().queries(text)] for row in TEXTS]
     ids = torch.zeros(2, max(map(len, chunks)), model.config.num_neighbors, model.config.neighbor_length).long()
     mask, scores = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(ids.shape[:3])
     for row, given in enumerate(chunks):

@@ -129,6 +129,20 @@ def test_trainer_keeps_what_the_collator_needs(settings, tmp_path):
     assert set(excluded) == {frozenset(row["doc_ids"][0]) for row in rows}
 
 
+def test_trainer_keeps_first_points_and_where_documents_end(tmp_path):
+    retriever, calls = HashRetriever(), []
+    retrieve = retriever.retrieve
+    retriever.retrieve = lambda chunks, exclude_doc_ids=None: (
+        calls.append(([*map(list, chunks)], exclude_doc_ids)) or retrieve(chunks, exclude_doc_ids)
+    )
+    tokens = random_tokens(2 * CHUNK, seed=0)
+    row = {"input_ids": tokens, "first_point": CHUNK + 2}
+    row |= {"doc_ids": [["a", "b"], ["b"]], "doc_ends": [[2, CHUNK], [2 * CHUNK]]}
+    run = trainer(small_model(), tmp_path, [row], RetroDataCollator(retriever), max_steps=1)
+    run.train()
+    assert calls == [([tokens[2 : CHUNK + 2]], [{"b"}])]
+
+
 def test_document_ids_that_reach_the_model_are_refused():
     with pytest.raises(ValueError, match="RetroDataCollator"):
         small_model()(input_ids=torch.tensor([[1, 2, 3]]), doc_ids=[[["a"]]])

@@ -71,6 +71,12 @@ def server(server_process):
     return server_process
 
 
+@pytest.fixture
+def uri(tmp_path):
+    """The path of a Milvus Lite file that does not exist yet."""
+    return str(tmp_path / "kb.db")
+
+
 @pytest.fixture(params=["lite", pytest.param("server", marks=pytest.mark.server)])
 def place(request, tmp_path):
     is_lite = request.param == "lite"

@@ -5,9 +5,11 @@ import dataclasses
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from transformers import HfArgumentParser
 
 from configuration_retro import RetroConfig
 from retrieval import IndexSettings, MilvusStore, Source
+from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.chunking import CHUNK_SIZE
 from retrieval.cli import build_parser, main
 from retrieval.retriever import NUM_NEIGHBORS
@@ -104,3 +106,75 @@ def test_a_wrong_new_collection_is_refused_before_anything_is_made(tmp_path, cap
             main([*command, "--uri", str(tmp_path / "kb.db"), "--expected-chunks", "0"])
         assert "expected_chunks is 0; it must be 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "kb.db").exists()
+
+
+class TestSearch:
+    """--search and --analyzer."""
+
+    @pytest.fixture
+    def texts(self, tmp_path):
+        write_lines(tmp_path / "rows.jsonl", [{"text": f"def readFile{i}(path): return {i}"} for i in range(3)])
+        return str(tmp_path / "rows.jsonl")
+
+    @pytest.fixture
+    def place(self, tmp_path):
+        return ["--uri", str(tmp_path / "kb.db")]
+
+    @pytest.fixture
+    def words(self, place, tokenizer_folder):
+        return [*place, "--tokenizer", str(tokenizer_folder)]
+
+    def test_words_need_no_embedding_model(self, texts, place, words, capsys):
+        main(["ingest", texts, *words, "--search", "bm25", "--analyzer", "code"])
+        main(["ingest", texts, *words])  # follows the collection
+        capsys.readouterr()
+        main(["search", "read_file1", *words, "-k", "1"])
+        assert "1(path): return 1" in capsys.readouterr().out
+        main(["info", *place])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert 'search bm25 analyzer {"type": "code"}' in shown and "index of words SPARSE_INVERTED_INDEX" in shown
+        assert "embedding" not in shown
+
+    def test_a_hybrid_collection_is_searched_in_each_way(self, texts, place, words, models, capsys):
+        main(["ingest", texts, *place, *models, "--search", "hybrid"])
+        for search, used in (("dense", models), ("hybrid", models), ("bm25", words)):
+            capsys.readouterr()
+            main(["search", "readFile1", *place, *used, "--search", search, "-k", "1"])
+            assert "chunk 0" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--search", "bm25", "--embedding-model", "x"], "'x' is given, but search 'bm25' uses none"),
+            (["--search", "dense", "--analyzer", "code"], "search 'dense' looks at no words"),
+            (["--analyzer", "code"], "search 'dense' looks at no words"),
+            (["--search", "bm25", "--analyzer", "english"], "Milvus Lite does not know the tokenizer or type"),
+            (["--search", "bm25", "--analyzer", "klingon"], "There is no analyzer 'klingon'. Use one of standard"),
+            (["--search", "bm25", "--index", "HNSW"], "has no vectors, as it is searched by words"),
+            (["--search", "both"], "invalid choice: 'both'"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, texts, words, options, message, capsys):
+        with pytest.raises(SystemExit):
+            main(["ingest", texts, *words, *options])
+        assert message in capsys.readouterr().err
+
+    def test_a_search_that_the_collection_is_not_for(self, texts, words, capsys):
+        main(["ingest", texts, *words, "--search", "bm25"])
+        for options, message in (
+            (["--search", "dense"], "was built for search 'bm25', and 'dense' is asked for"),
+            (["--embedding-model", "x"], "'x' is given, but search 'bm25' uses none"),
+        ):
+            with pytest.raises(SystemExit):
+                main(["search", "text", *words, *options])
+            assert message in capsys.readouterr().err
+
+    def test_programs_take_it_from_their_own_settings(self, texts, words, tmp_path, tokenizer):
+        main(["ingest", texts, *words, "--search", "bm25"])
+        parser = HfArgumentParser(KnowledgeBaseArguments)
+        (settings,) = parser.parse_args_into_dataclasses(
+            ["--knowledge_base", str(tmp_path / "kb.db"), "--search", "bm25"]
+        )
+        retriever = settings.open_retriever(tokenizer, num_neighbors=1)
+        assert (retriever.search, retriever.embedder) == ("bm25", None)
+        retriever.close()

@@ -23,6 +23,7 @@ from retrieval import (
 )
 
 from ..support.places import CHUNK, expected_rows, rows_of
+from ..support.searched import longest_common_run
 from ..support.small_models import train_tokenizer
 
 
@@ -126,14 +127,6 @@ def test_without_exclusions_there_is_one_search(place, tokenizer, embedder, docu
     chunk = some_chunks(documents, tokenizer, 1)[0].tokens
     retriever.retrieve([chunk, chunk, chunk, [5] * CHUNK])
     assert searches == [2]  # equal chunks are searched once
-
-
-def longest_common_run(a, b):
-    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1, j + 1] = table[i, j] + 1 if x == y else 0
-    return table.max()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

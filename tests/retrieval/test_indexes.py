@@ -2,7 +2,7 @@
 
 import pytest
 
-from retrieval import IndexSettings
+from retrieval import IndexSettings, MilvusStore, NewCollection, ingest
 from retrieval.indexes import KINDS, recommend
 
 
@@ -39,3 +39,11 @@ def test_the_recommended_index_depends_on_the_number_of_rows(is_lite, kinds):
 def test_parts_of_a_vector_must_divide_its_dimension():
     with pytest.raises(ValueError, match="must divide the dimension 384"):
         IndexSettings.parse("IVF_PQ:m=5").check("here", is_lite=False, version=(2, 3), dimension=384)
+
+
+def test_milvus_lite_builds_with_the_parameters_that_are_asked_for(tmp_path, documents, tokenizer, embedder):
+    store = MilvusStore(str(tmp_path / "kb.db"), "c")
+    ingest(documents[:3], store, tokenizer, embedder, new=NewCollection(IndexSettings.parse("HNSW:M=8")))
+    built = store.connection.describe_index("c", "embedding")
+    assert built["params"] == {"M": 8, "efConstruction": 200}
+    store.close()

@@ -38,11 +38,6 @@ from ..support.processes import Forked
 from ..support.small_models import train_tokenizer
 
 
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "kb.db")
-
-
 def build(uri, documents, tokenizer, embedder, **kwargs):
     store = MilvusStore(uri, "retro")
     report = ingest(documents, store, tokenizer, embedder, chunk_size=CHUNK, **kwargs)

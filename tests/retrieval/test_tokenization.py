@@ -142,6 +142,18 @@ def test_the_text_of_a_special_token_is_ordinary_text(kind):
     assert 0 in tokenizer("a<|endoftext|>b")["input_ids"]  # a prompt may still have special tokens
 
 
+def test_special_tokens_are_left_out_of_a_text(hf_tokenizer):
+    """End-of-text, and the turns of a chat; other ids decode as always."""
+    turn, pad = AddedToken("<|im_start|>", special=True), AddedToken("<pad>", special=True)
+    bulk = with_tokens(hf_tokenizer, turn, pad)
+    special = ["<|endoftext|>", "<|im_start|>", "<pad>"]
+    end, start, padding = bulk.hf_tokenizer.convert_tokens_to_ids(special)
+    (words,) = bulk.encode_batch(["a text that spells <|im_start|> and <|endoftext|>"])
+    chat = [end, start, *words[:4], padding, *words[4:], start]
+    assert bulk.decode_text(chat) == bulk.decode(words) == "a text that spells <|im_start|> and <|endoftext|>"
+    assert bulk.decode_text([start, padding]) == bulk.decode_text([]) == ""
+
+
 def test_an_ordinary_token_declared_special_stays_ordinary():
     """The text of a letter used for padding, for example, has no other token."""
     tokenizer = PreTrainedTokenizerFast(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import reference
 from .retro_models import CHUNK, LENGTH, NEIGHBORS, VOCAB, random_tokens, small_model
 
 
@@ -26,8 +27,10 @@ class HashRetriever:
         self.calls = []
 
     def retrieve(self, chunks, exclude_doc_ids=None):
-        self.calls.append([tuple(chunk) for chunk in chunks.tolist()])
-        seeds = [sum(token * 7**i for i, token in enumerate(chunk)) for chunk in chunks.tolist()]
+        queries = [tuple(map(int, query)) for query in chunks]
+        assert all(1 <= len(query) <= CHUNK for query in queries)
+        self.calls.append(queries)
+        seeds = [sum(token * 7**i for i, token in enumerate(query)) for query in queries]
         ids = torch.stack([torch.tensor(random_tokens(NEIGHBORS * LENGTH, seed)) for seed in seeds])
         ids = ids.view(-1, NEIGHBORS, LENGTH)
         lengths = torch.tensor([[1 + seed % LENGTH, LENGTH] for seed in seeds])
@@ -57,28 +60,66 @@ def left_padded(prompts):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def chunks_of(tokens):
-    """Return the complete chunks of a row."""
-    return [tuple(tokens[start : start + CHUNK]) for start in range(0, len(tokens) - CHUNK + 1, CHUNK)]
+@dataclass(frozen=True)
+class Grid:
+    """Retrieval points by definition: after `first` tokens, every `stride` more, and at `ends`."""
+
+    first: int = CHUNK
+    stride: int = CHUNK
+    ends: tuple = ()
+
+    @classmethod
+    def aligned_to(cls, prompt, stride=CHUNK):
+        """Return the grid with a point at the prompt's end and full queries before it."""
+        firsts = range(CHUNK, CHUNK + stride)
+        at_the_end = [first for first in firsts if (len(prompt) - first) % stride == 0]
+        return cls(len(prompt) if len(prompt) < CHUNK else at_the_end[0], stride)
+
+    def points(self, tokens):
+        lengths = range(1, len(tokens) + 1)
+        return [e for e in lengths if e in self.ends or (e >= self.first and (e - self.first) % self.stride == 0)]
+
+    def queries(self, tokens):
+        return [tuple(tokens[max(end - CHUNK, 0) : end]) for end in self.points(tokens)]
+
+    def arguments(self, rows=1):
+        return {"first_point": torch.tensor([self.first] * rows), "retrieval_stride": self.stride}
 
 
-def next_token_logits(model, tokens):
+def next_token_logits(model, tokens, grid):
     """Return the true logits: one forward of the whole row, with its neighbors given."""
-    chunks = chunks_of(tokens)
-    if not chunks:
+    queries = grid.queries(tokens)
+    if not queries:
         return model(torch.tensor([tokens]), use_retrieval=False).logits[0, -1]
-    found = HashRetriever().retrieve(torch.tensor(chunks))
+    if grid.ends:  # which no argument of the model gives
+        return true_log_probs(model, tokens, grid)[-1]
+    found = HashRetriever().retrieve(queries)
     return model(
         torch.tensor([tokens]),
         neighbor_ids=found.ids[None],
         neighbor_attention_mask=found.attention_mask[None],
         neighbor_scores=found.scores[None],
+        **grid.arguments(),
     ).logits[0, -1]
 
 
 @torch.no_grad()
-def greedy_by_hand(model, prompt, steps):
+def true_log_probs(model, tokens, grid):
+    """Return the slow reference's log-probabilities (T, V), with the fake knowledge base."""
+    points, neighbors, scores = grid.points(tokens), {}, {}
+    if points:
+        found = HashRetriever().retrieve(grid.queries(tokens))
+        for u in range(len(points)):
+            pairs = zip(found.ids[u], found.attention_mask[u], strict=True)
+            neighbors[u], scores[u] = [ids[mask].tolist() for ids, mask in pairs], found.scores[u]
+    return reference.log_probs(model, list(tokens), neighbors, scores, points)
+
+
+@torch.no_grad()
+def greedy_by_hand(model, prompt, steps, grid=None):
+    """Return the prompt and the likeliest tokens. By default the prompt's end is a point."""
+    grid = Grid.aligned_to(prompt) if grid is None else grid
     tokens = list(prompt)
     for _ in range(steps):
-        tokens.append(int(next_token_logits(model, tokens).argmax()))
+        tokens.append(int(next_token_logits(model, tokens, grid).argmax()))
     return tokens

@@ -53,15 +53,15 @@ def mlp(module, states):
     return linear(module.c_proj, F.gelu(linear(module.c_fc, states), approximate="tanh"))
 
 
-def encode(model, neighbor, chunk_states):
-    """Encode one neighbor, a list of tokens, given its chunk's decoder states (m, d)."""
+def encode(model, neighbor, query_states):
+    """Encode one neighbor, a list of tokens, given its query's decoder states (1 to m, d)."""
     config, encoder = model.config, model.transformer.encoder
     e = model.transformer.wte.weight[neighbor] + encoder.wpe.weight[: len(neighbor)]
     for number, layer in enumerate(encoder.layers):
         e = e + self_attention(layer.self_attention, norm(layer.ln_1, e), config.n_head, causal=False)
         if number in config.encoder_cca_layers:
-            chunk = norm(layer.ln_chunk, chunk_states)
-            e = e + cross_attention(layer.cross_attention, norm(layer.ln_cross, e), chunk, config.n_head)
+            query = norm(layer.ln_chunk, query_states)
+            e = e + cross_attention(layer.cross_attention, norm(layer.ln_cross, e), query, config.n_head)
         e = e + mlp(layer.mlp, norm(layer.ln_2, e))
     return norm(encoder.ln_f, e)
 
@@ -98,13 +98,18 @@ def copy_probabilities(model, tokens, i, neighbors, scores):
     return copied, torch.cat([matched, torch.tensor([float((copied**2).sum()), agreement, similarity])])
 
 
-def with_copying(model, hidden, logits, tokens, neighbors, scores):
+def point_read(points, i):
+    """Return the number of the point whose neighbors token i reads, None before the first."""
+    return max((u for u, point in enumerate(points) if point <= i + 1), default=None)
+
+
+def with_copying(model, hidden, logits, tokens, points, neighbors, scores):
     """Return log-probabilities (T, V) of the mixture, given the decoder's states and logits."""
     mixed, head, config = [], model.copy_head, model.config
     for i in range(len(tokens)):
         log_probs = logits[i].log_softmax(-1)
-        c = (i + 1) // config.chunk_size - 1
-        if c >= 0 and neighbors.get(c):
+        c = point_read(points, i)
+        if c is not None and neighbors.get(c):
             copied, features = copy_probabilities(model, tokens, i, neighbors[c], scores[c])
             expected_log_prob = (copied * log_probs).sum() / config.gate_log_prob_scale
             features = torch.cat([features, expected_log_prob[None]])
@@ -117,27 +122,30 @@ def with_copying(model, hidden, logits, tokens, neighbors, scores):
     return torch.stack(mixed)
 
 
-def log_probs(model, tokens, neighbors, scores):
+def log_probs(model, tokens, neighbors, scores, points=None):
     """Return log-probabilities (len(tokens), V) of the next tokens.
 
     Args:
         tokens: list of ids.
-        neighbors: chunk number -> list of neighbors, each a list of ids.
-        scores: chunk number -> similarity of each neighbor.
+        neighbors: number of a point -> list of neighbors, each a list of ids.
+        scores: number of a point -> similarity of each neighbor.
+        points: numbers of tokens after which there is a point. Default: after each chunk.
     """
     config, m = model.config, model.config.chunk_size
+    points = range(m, len(tokens) + 1, m) if points is None else points
     encoded = {}
     h = model.transformer.wte.weight[tokens] + model.transformer.wpe.weight[: len(tokens)]
     for number, block in enumerate(model.transformer.h):
         h = h + self_attention(block.attn, norm(block.ln_1, h), config.n_head, causal=True)
         if number == min(config.cca_layers, default=None):
-            for u in range(len(tokens) // m):  # complete chunks
-                encoded[u] = [encode(model, neighbor, h[u * m : (u + 1) * m]) for neighbor in neighbors.get(u, [])]
+            for u, point in enumerate(points):
+                query_states = h[max(point - m, 0) : point]
+                encoded[u] = [encode(model, neighbor, query_states) for neighbor in neighbors.get(u, [])]
         if number in config.cca_layers:
             updated = []
             for i in range(len(tokens)):
-                c = (i + 1) // m - 1
-                if c >= 0 and encoded[c]:
+                c = point_read(points, i)
+                if c is not None and encoded[c]:
                     query, matched = norm(block.ln_cca, h[i : i + 1]), {}
                     if config.cca_match:
                         wte, weights = model.transformer.wte.weight, block.cca.match
@@ -155,4 +163,4 @@ def log_probs(model, tokens, neighbors, scores):
     logits = hidden @ model.transformer.wte.weight.T
     if not config.copy_head:
         return logits.log_softmax(-1)
-    return with_copying(model, hidden, logits, tokens, neighbors, scores)
+    return with_copying(model, hidden, logits, tokens, points, neighbors, scores)

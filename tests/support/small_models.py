@@ -1,12 +1,13 @@
-"""Small tokenizers and an embedding model, built by tests instead of downloaded."""
+"""Small tokenizers, embedding models and cross-encoders, built by tests instead of downloaded."""
 
 import string
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 
 def train_tokenizer(texts, vocab_size):
@@ -42,3 +43,37 @@ def save_static_embedding(hf_tokenizer, folder, *, dim, seed):
     embedding = StaticEmbedding(hf_tokenizer.backend_tokenizer, embedding_dim=dim)
     SentenceTransformer(modules=[embedding], device="cpu").save_pretrained(str(folder))
     return folder
+
+
+def small_bert(hf_tokenizer, folder, kind, *, seed=0, window=64, **changes):
+    """Save random weights of a small BERT with its tokenizer.
+
+    Args:
+        kind: its class, such as `BertModel`.
+    """
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vocab_size, pad = len(hf_tokenizer), hf_tokenizer.eos_token_id
+    config = BertConfig(vocab_size=vocab_size, **sizes, max_position_embeddings=window, pad_token_id=pad, **changes)
+    config.initializer_range = 0.5  # or all texts would look alike
+    kind(config).save_pretrained(folder)
+    padding = PreTrainedTokenizerFast(
+        tokenizer_object=hf_tokenizer.backend_tokenizer,
+        pad_token=hf_tokenizer.eos_token,
+        model_max_length=window,
+    )
+    padding.save_pretrained(folder)
+    return folder
+
+
+def save_bert_embedding(hf_tokenizer, folder, *, prompts=None, default_prompt_name=None, window=64):
+    """Save a sentence-transformers model of a random BERT with mean pooling; return its folder."""
+    parts = [Transformer(str(small_bert(hf_tokenizer, folder / "bert", BertModel, window=window))), Pooling(48)]
+    model = SentenceTransformer(modules=parts, device="cpu", prompts=prompts, default_prompt_name=default_prompt_name)
+    model.save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+def save_cross_encoder(hf_tokenizer, folder, *, num_labels=1):
+    """Save a cross-encoder of a random BERT and return its folder."""
+    return small_bert(hf_tokenizer, folder, BertForSequenceClassification, window=128, num_labels=num_labels)

@@ -68,9 +68,9 @@ class FoundNeighbors:
 
 
 class ArithmeticRetriever:
-    """Computes neighbors from the chunk: neighbor i is its tokens plus i + 1, twice.
+    """Computes neighbors from the query: neighbor i is its tokens plus i + 1, twice.
 
-    The last position is padding.
+    The last position is padding, and so are those that a query shorter than a chunk leaves.
     """
 
     chunk_size, num_neighbors, neighbor_length = CHUNK, 2, NEIGHBOR
@@ -78,14 +78,19 @@ class ArithmeticRetriever:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.calls: list[tuple[torch.Tensor, list]] = []
+        self.calls: list[tuple[list[list[int]], list]] = []
 
     def retrieve(self, chunks, exclude_doc_ids=None):
+        chunks = [[*map(int, chunk)] for chunk in chunks]
         self.calls.append((chunks, exclude_doc_ids))
         n = len(chunks)
-        ids = torch.stack([torch.cat([chunks, chunks], 1) + i + 1 for i in range(2)], 1) % self.vocab_size
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        mask[..., -1] = False
+        ids = torch.zeros(n, 2, NEIGHBOR, dtype=torch.long)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for place, chunk in enumerate(chunks):
+            twice = torch.tensor(chunk + chunk)
+            for i in range(2):
+                ids[place, i, : len(twice)] = (twice + i + 1) % self.vocab_size
+            mask[place, :, : min(len(twice), NEIGHBOR - 1)] = True
         scores = torch.full((n, 2), 0.5)
         return FoundNeighbors(ids, mask, [["a", "b"]] * n, torch.zeros(n, 2, dtype=torch.long), scores)
 

@@ -40,6 +40,7 @@ class TestResume:
             "per_device_train_batch_size": 4 // processes,
         }
         settings |= {"lr_scheduler_type": "constant", "neighbor_dropout": 0.2, "gradient_accumulation_steps": 2}
+        settings |= {"random_first_point": "true"}
         settings |= {"streaming": str(streaming).lower(), "train_data": None, **knowledge_base(world), **changes}
         overrides = OVERRIDES.replace(
             "embd_pdrop: 0.0", f"embd_pdrop: 0.1, copy_head: {str(streaming).lower()}, cca_match: true"
@@ -128,7 +129,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(world, tokenizer_folder, t
     assert resumed.state.global_step == 6
 
 
-def test_a_half_written_checkpoint_is_skipped(world, tokenizer_folder, tmp_path):
+def test_a_half_written_checkpoint_is_skipped(world, tokenizer_folder, tmp_path, capsys):
     arguments = flags(world, tokenizer_folder, tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=4)
     train(arguments, tmp_path / "c")
     (tmp_path / "run" / "checkpoint-9").mkdir()
@@ -137,3 +138,6 @@ def test_a_half_written_checkpoint_is_skipped(world, tokenizer_folder, tmp_path)
     (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10, "log_his')
     _, _, training = training_retro.parse_arguments([*arguments, "--resume_from_checkpoint", "true"])
     assert training.resume_from_checkpoint.endswith("checkpoint-4")
+    with pytest.raises(SystemExit):
+        training_retro.parse_arguments([*arguments, "--resume_from_checkpoint", "true", "--eval_only", "true"])
+    assert "name its folder in model_name_or_path" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import train_hf
 import training_retro
@@ -43,6 +44,10 @@ from ..support.training_world import CHUNK
         ({"benchmarks": "HellaSwag"}, "eval_strategy is 'no'"),
         ({"benchmarks": "HellaSwag", "benchmark_scoring": "guess"}, "one_token"),
         ({"eval_strategy": "steps", "eval_steps": 1, "validation_data": None}, "validation_data is empty"),
+        ({"eval_only": True, "validation_data": None}, "eval_only measures a model on validation_data, which is empty"),
+        ({"eval_only": True, "push_to_hub": True}, "only measures, but push_to_hub is set"),
+        ({"train_data": None}, "train_data is empty"),
+        ({"train_data": [{"dataset": "train", "initially_skip": 2}]}, "this text is packed once"),
         ({"remove_unused_columns": True}, "Leave it False"),
         ({"prefetch_batches": -1}, "prefetch_batches is -1"),
         ({"precompute_to": "new"}, "Give a knowledge_base"),
@@ -133,3 +138,34 @@ def test_an_example_configuration_is_read(name, tmp_path):
         assert training.learning_rate == 6e-4
     assert training.output_dir == str(tmp_path)
     assert data.streams("train_data") and data.streams("validation_data") and training.save_total_limit == 2
+
+
+TWINS = Path(train_hf.__file__).parent / "examples" / "twins"
+KNOWLEDGE_BASE = {"knowledge_base", "collection_name"}
+START = {"model_name_or_path", "tokenizer_name", "config_overrides"}
+RATES = {"learning_rate", "lr_scheduler_kwargs", "warmup_steps"}
+
+
+@pytest.mark.parametrize(
+    "one, other, must_differ",
+    [
+        ("on_from_scratch", "off_from_scratch", KNOWLEDGE_BASE),
+        ("on_from_gpt2", "off_from_gpt2", KNOWLEDGE_BASE),
+        ("on_from_scratch", "on_from_gpt2", START | RATES),
+        ("off_from_scratch", "off_from_gpt2", START | RATES),
+    ],
+)
+def test_twins_differ_only_in_what_must_differ(one, other, must_differ):
+    settings = [yaml.safe_load((TWINS / f"retro_{name}.yaml").read_text()) for name in (one, other)]
+    names = {name for name in settings[0] | settings[1] if settings[0].get(name) != settings[1].get(name)}
+    assert names == must_differ | {"output_dir"}
+
+
+@pytest.mark.parametrize("file", sorted(TWINS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_twin_is_read(file, tmp_path):
+    arguments = [str(file), "--output_dir", str(tmp_path), "--bf16", "false"]  # there may be no GPU here
+    model, data, training = training_retro.parse_arguments(arguments)
+    assert data.has_neighbors == ("_on_" in file.stem)
+    assert (model.model_name_or_path == "gpt2") == file.stem.endswith("from_gpt2")
+    assert yaml.safe_load(file.read_text())["output_dir"] == f"runs/{file.stem}"
+    assert training.warmup_steps in (0, 2000) and training.lr_scheduler_kwargs["min_lr"] in (6e-5, 6e-6)
