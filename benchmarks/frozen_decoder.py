@@ -24,6 +24,7 @@ from modeling_retro.chunk_grid import ChunkGrid
 from modeling_retro.copy_head import CopyCandidates, CopyHead, find_candidates
 from modeling_retro.matching import match_tokens
 from modeling_retro.neighbor_inputs import NeighborInputs
+from modeling_retro.retrieval_points import RetrievalPoints
 
 BATCH = 4  # sequences in a training step
 STATES_BATCH = 8  # sequences that the decoder reads at a time
@@ -147,7 +148,8 @@ def prepare(model: PreTrainedModel, config: RetroConfig, read: ReadSequences, ne
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(head, nn.Linear), "a causal language model's output embeddings are a matrix"
     embeds = embed(read.tokens)
-    grid = ChunkGrid.build(config.chunk_size, read.tokens.shape, 0, None, None, read.tokens.device)
+    points = RetrievalPoints.of(config, len(read))
+    grid = ChunkGrid.build(points, read.tokens.shape, 0, None, None, read.tokens.device)
     plan = plan_attention(config, grid, embeds, neighbors, None)
     matches = match_tokens(config, grid, plan, embeds, neighbors, embed, None)
 

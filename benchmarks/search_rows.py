@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from machine import MINILM
@@ -60,8 +59,7 @@ class Row:
     def open(self, file: Path, tokenizer: BulkTokenizer, k: int, embedder: Embedder | None) -> MilvusRetriever:
         """Open a knowledge base for this search."""
         store = MilvusStore(str(file), COLLECTION)
-        options: dict[str, Any] = {} if self.reranker is None else {"reranker": self.reranker}
-        return MilvusRetriever(store, tokenizer, embedder, search=self.search, num_neighbors=k, **options)
+        return MilvusRetriever(store, tokenizer, embedder, search=self.search, num_neighbors=k, reranker=self.reranker)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from modeling_retro.chunk_grid import ChunkGrid
 from modeling_retro.copy_head import find_candidates
 from modeling_retro.matching import match_tokens
 from modeling_retro.neighbor_inputs import NeighborInputs
+from modeling_retro.retrieval_points import RetrievalPoints
 from retrieval import BulkTokenizer, Document
 
 from ..support.small_models import save_static_embedding, train_tokenizer
@@ -84,7 +85,7 @@ def test_few_logits_give_the_likelihoods_of_the_whole_vocabulary(decoder, tmp_pa
     batch = frozen_decoder.prepare(decoder, config, read, neighbors)
 
     states, embed = decoder.model(tokens).last_hidden_state, decoder.get_input_embeddings()
-    grid = ChunkGrid.build(8, tokens.shape, 0, None, None, tokens.device)
+    grid = ChunkGrid.build(RetrievalPoints.of(config, 2), tokens.shape, 0, None, None, tokens.device)
     plan = plan_attention(config, grid, states, neighbors, None)
     matches = match_tokens(config, grid, plan, embed(tokens), neighbors, embed, None)
     candidates = find_candidates(config, plan, matches, neighbors)
