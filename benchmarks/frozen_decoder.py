@@ -123,10 +123,11 @@ class Batch:
 
 def head_config(model: PreTrainedModel, chunk_size: int, k: int) -> RetroConfig:
     """Return the configuration of a copy head on a decoder."""
-    size = model.get_input_embeddings().weight.shape
+    embed = model.get_input_embeddings()
+    assert isinstance(embed, nn.Embedding), "a causal language model embeds tokens"
     return RetroConfig(
-        vocab_size=size[0],
-        n_embd=size[1],
+        vocab_size=embed.num_embeddings,
+        n_embd=embed.embedding_dim,
         n_head=1,
         n_layer=1,
         chunk_size=chunk_size,
@@ -149,7 +150,8 @@ def prepare(model: PreTrainedModel, config: RetroConfig, read: ReadSequences, ne
     assert isinstance(head, nn.Linear), "a causal language model's output embeddings are a matrix"
     embeds = embed(read.tokens)
     points = RetrievalPoints.of(config, len(read))
-    grid = ChunkGrid.build(points, read.tokens.shape, 0, None, None, read.tokens.device)
+    rows, length = read.tokens.shape
+    grid = ChunkGrid.build(points, (rows, length), 0, None, None, read.tokens.device)
     plan = plan_attention(config, grid, embeds, neighbors, None)
     matches = match_tokens(config, grid, plan, embeds, neighbors, embed, None)
 

