@@ -157,6 +157,13 @@ class RetroConfig(GPT2Config):
         self.initial_match_weights = list(map(float, self.initial_match_weights))
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings by name. A stride that is the chunk size is None: it follows it."""
+        settings = super().to_dict()
+        if settings.get("retrieval_stride") == settings.get("chunk_size"):
+            settings["retrieval_stride"] = None
+        return settings
+
     @property
     def stored_match_weights(self) -> list[float]:
         """The initial match weights as parameters hold them, divided by `match_scale`."""

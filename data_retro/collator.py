@@ -25,7 +25,7 @@ IGNORED_LABEL = -100  # the label of a token that is not predicted, as in transf
 class RetroDataCollator:
     """Collate packed sequences into a batch, and fetch all their neighbors in one search.
 
-    Sequences are as [`data_retro.packing.pack`] yields them. A sequence is searched for after
+    Sequences are as [`data_retro.packing.pack`] yields them. Points lie after
     `first_point` tokens, then after every `retrieval_stride` more. The query of a point is the
     chunk_size tokens before it, or all tokens if they are fewer.
 
@@ -52,10 +52,9 @@ class RetroDataCollator:
         size = None if self.retriever is None else self.retriever.chunk_size
         if self.retrieval_stride is None:
             self.retrieval_stride = size
-        elif size is not None and not 1 <= self.retrieval_stride <= size:
+        elif not 1 <= self.retrieval_stride <= (size or self.retrieval_stride):
             raise ValueError(
-                f"retrieval_stride is {self.retrieval_stride}. Give a number from 1 to the knowledge base's chunk_size "
-                f"({size})."
+                f"retrieval_stride is {self.retrieval_stride}. Give a number from 1 to chunk_size ({size})."
             )
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """First points: give each sequence a first retrieval point of its own, the same in every epoch.
 
-A sequence is searched for after `first_point` tokens, then after every stride more. The paper's
+The knowledge base is searched after `first_point` tokens, then after every stride more. The paper's
 grid begins after a whole chunk. A model that is asked short questions should also see earlier
 points in training.
 """

@@ -64,6 +64,7 @@ def read(model: RetroForCausalLM, retriever: MilvusRetriever, file: Path) -> Ite
             neighbor_ids=found.ids[None],
             neighbor_attention_mask=found.attention_mask[None],
             neighbor_scores=found.scores[None],
+            retrieval_stride=size,
         )
         hidden = outputs.last_hidden_state
         gates, attention = model.copy_head.gate_and_attention(model.lm_head(hidden), hidden, outputs.copy_candidates)

@@ -179,7 +179,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             if log.align_to_prompt and cache is not None:
                 log.points = cache.points = log.points.with_prompt_end(log.prompt_mask.shape[1])
             elif log.align_to_prompt:
-                log.points = log.points.aligned_to(log.prompt_mask.sum(1))
+                log.points = log.points.aligned_to(log.prompt_mask.bool().sum(1))
         if cache is not None and cache.points is not None:
             return cache.points
         first = log.points.first
@@ -207,9 +207,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     ) -> Any:
         # a prompt that is prefilled in pieces never reaches prepare_inputs_for_generation as a
         # whole
-        log, mask = model_kwargs.get("retrieval_log"), model_kwargs.get("attention_mask")
-        if log is not None and log.prompt_mask is None:
-            log.prompt_mask = mask
+        _record_prompt(input_ids, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc, arg-type]
 
     def _update_model_kwargs_for_generation(  # type: ignore[override]
@@ -224,6 +222,8 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(  # type: ignore[override]
         self, *, model_kwargs: dict, assistant_model: PreTrainedModel | None = None, **kwargs: Any
     ) -> Any:
+        # a first forward with a draft holds more than the prompt
+        _record_prompt(kwargs["input_ids"], model_kwargs)
         # an assistant drafts with its own retrieval, if any; this model's neighbors are not its
         # arguments
         if assistant_model is not None:
@@ -267,3 +267,14 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             points = log.points.of_row(prompt_row, mask + [True] * end)
             retrieved.append(log.retrieved(text, points, self.config.chunk_size))
         return retrieved
+
+
+def _record_prompt(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+    """Record which columns of the prompt are tokens in the log, unless it is known already."""
+    log, mask = model_kwargs.get("retrieval_log"), model_kwargs.get("attention_mask")
+    if log is None or log.prompt_mask is not None:
+        return
+    if mask is None:
+        embeds = model_kwargs.get("inputs_embeds")
+        mask = torch.ones_like(input_ids if embeds is None else embeds[..., 0], dtype=torch.long)
+    log.prompt_mask = mask

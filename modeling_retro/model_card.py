@@ -29,7 +29,7 @@ def model_card(
         "embedding model": config.embedding_model,
         "collection": config.collection_name,
         "chunk size": f"{config.chunk_size} tokens",
-        "neighbors of a chunk": f"{config.num_neighbors} of up to {config.neighbor_length} tokens",
+        "neighbors of a search": f"{config.num_neighbors} of up to {config.neighbor_length} tokens",
         **(knowledge_base or {}),
     }
     sources = facts.pop("sources", None) or []

@@ -233,13 +233,7 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
             f"The knowledge base has {retriever.vocab_size} token ids, the model's vocabulary only "
             f"{config.vocab_size}. Build it with the model's tokenizer."
         )
-    search = getattr(retriever, "search", None)
-    if None not in (search, config.search) and search != config.search:
-        logger.warning(
-            "The model was trained with neighbors found by %s search; this knowledge base is searched by %s.",
-            config.search,
-            search,
-        )
+    warn_of_another_search(config, getattr(retriever, "search", None))
     if None not in (config.embedding_model, retriever.embedding_model) and (
         retriever.embedding_model != config.embedding_model
     ):
@@ -247,4 +241,14 @@ def check_retriever(retriever: Retriever, config: RetroConfig) -> None:
             f"The model was trained with neighbors found by embedding model {config.embedding_model!r}, but the "
             f"knowledge base was built with {retriever.embedding_model!r}. Use a knowledge base built with the former, "
             "or set config.embedding_model to the latter to change it."
+        )
+
+
+def warn_of_another_search(config: RetroConfig, search: str | None) -> None:
+    """Say in one line that neighbors are found by another search than in training, if so."""
+    if None not in (search, config.search) and search != config.search:
+        logger.warning(
+            "The model was trained with neighbors found by %s search; these are found by %s search.",
+            config.search,
+            search,
         )

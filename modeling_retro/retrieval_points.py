@@ -15,7 +15,7 @@ from .movable import Movable
 
 
 def retrieval_points(length: int, first_point: int, stride: int) -> range:
-    """Return the retrieval points of a text: the numbers of tokens after which it is searched for.
+    """Return the retrieval points of a text: the numbers of tokens before each search.
 
     Args:
         length: tokens of the text.
@@ -43,14 +43,12 @@ class RetrievalPoints(Movable):
         chunk_size: m, the most tokens of a query.
         stride: s, the tokens between two points.
         first: (B, 1) int64, each row's first point f. None: m for all rows, as in the paper.
-        least_first: a number that no row's first point is below.
         prompt_ends: numbers of columns, padding included, after which there is a point, too.
     """
 
     chunk_size: int
     stride: int
     first: torch.Tensor | None
-    least_first: int
     prompt_ends: tuple[int, ...] = ()
 
     @classmethod
@@ -81,16 +79,17 @@ class RetrievalPoints(Movable):
             return known
         size = config.chunk_size
         stride = config.retrieval_stride if stride is None else stride
-        if not isinstance(stride, int) or not 1 <= stride <= size:
-            raise ValueError(f"retrieval_stride is {stride}. Give a number from 1 to chunk_size ({size}).")
+        if type(stride) is not int or not 1 <= stride <= size:
+            raise ValueError(f"retrieval_stride is {stride!r}. Give an int from 1 to chunk_size ({size}).")
         if first_point is None:
-            return cls(size, stride, None, size)
+            return cls(size, stride, None)
+        if not isinstance(first_point, torch.Tensor):
+            raise ValueError(f"first_point is {first_point!r}. Give a tensor with one int64 number for each row.")
         if first_point.dtype != torch.int64 or first_point.shape != (batch_size,):
             raise ValueError(
                 f"first_point has shape {tuple(first_point.shape)} and type {first_point.dtype}. Give one int64 number "
                 f"for each of the {batch_size} rows."
             )
-        least = 1
         if not torch.compiler.is_compiling():  # reading a number would break the graph
             least, most = (int(number) for number in first_point.aminmax())
             if least < 1 or most >= size + stride:
@@ -98,7 +97,7 @@ class RetrievalPoints(Movable):
                     f"first_point is {first_point.tolist()}. Give numbers from 1 to {size + stride - 1} (chunk_size + "
                     "retrieval_stride − 1)."
                 )
-        return cls(size, stride, first_point.unsqueeze(1), least)
+        return cls(size, stride, first_point.unsqueeze(1))
 
     def _check_same(self, first_point: torch.Tensor | None, stride: int | None) -> None:
         """Refuse a first point or a stride that is not that of these points."""
@@ -119,7 +118,12 @@ class RetrievalPoints(Movable):
     @property
     def has_short_queries(self) -> bool:
         """True if the query of some point may be shorter than a chunk."""
-        return self.least_first < self.chunk_size or bool(self.prompt_ends)
+        return self.first is not None or bool(self.prompt_ends)
+
+    @property
+    def least_first(self) -> int:
+        """A number that no row's first point is below, known without reading the tensor."""
+        return self.chunk_size if self.first is None else 1
 
     def aligned_to(self, lengths: torch.Tensor) -> "RetrievalPoints":
         """Return these points, moved so that the end of each row's prompt is one.
@@ -129,7 +133,7 @@ class RetrievalPoints(Movable):
         """
         firsts = [aligned_first_point(length, self.chunk_size, self.stride) for length in lengths.tolist()]
         first = torch.tensor(firsts, device=lengths.device).unsqueeze(1)
-        return replace(self, first=first, least_first=min(firsts))
+        return replace(self, first=first)
 
     def with_prompt_end(self, column: int) -> "RetrievalPoints":
         """Return these points with one more after the given number of columns."""

@@ -318,6 +318,8 @@ def run_search(arguments: argparse.Namespace) -> None:
         )
         (query,) = retriever.tokenizer.encode_batch([arguments.query])
         found = retriever.retrieve([query[: retriever.chunk_size]])
+    if not any(found.doc_ids[0]):
+        console.print("Nothing found.")
     for place, doc_id in enumerate(found.doc_ids[0]):
         if doc_id is not None:
             title = f"{found.scores[0, place]:.3f}  {doc_id}, chunk {found.chunk_indices[0, place]}"

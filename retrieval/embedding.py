@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import KnowledgeBaseError
@@ -186,7 +187,7 @@ class Embedder:
                 trust_remote_code=self.settings.trust_remote_code,
                 model_kwargs={} if self._dtype is None else {"dtype": self._dtype},
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = str(error).rstrip(".")
             raise OSError(
                 f"Cannot load the embedding model {self._source!r}: {reason}. Give the name of a sentence-transformers "

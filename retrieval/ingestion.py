@@ -170,7 +170,8 @@ def open_collection(
     check_chunk_size(chunk_size)
     if store.exists():
         search = search or store.identity().search
-        analyzer = store.analyzer() if analyzer is None else analyzer
+        if analyzer is None and search != "dense":
+            analyzer = store.analyzer()
     mine = Identity.of(tokenizer, embedder, chunk_size, search or "dense", analyzer)
     if not store.exists():
         store.create(mine, new)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from .connection import Row
 from .errors import KnowledgeBaseError
@@ -98,7 +99,10 @@ class Reranker:
                 trust_remote_code=self._trust_remote_code,
                 activation_fn=torch.nn.Identity(),  # a sigmoid would make high scores equal
             )
-        except (OSError, ValueError, ImportError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        # a RuntimeError comes without a network
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise self._cannot_load(" ".join(str(error).split()).rstrip(".")) from error
         if model.num_labels != 1:
             raise self._cannot_load(f"it sorts pairs into {model.num_labels} classes instead of scoring them")

@@ -19,6 +19,7 @@ from data_retro.packing import PackedStream
 from data_retro.precomputed import load_precomputed, requirements_of
 from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import ADDED, RENAMED
+from modeling_retro.neighbor_fetching import warn_of_another_search
 from retrieval import BulkTokenizer, MilvusRetriever
 
 from .neighbor_corruption import check_batch_size
@@ -244,7 +245,9 @@ def load_data(
             del requirements["first_point_seed"]
         parts, found_with = load_precomputed(data.precomputed, requirements)
         config.embedding_model, config.collection_name = found_with["embedding_model"], found_with["collection_name"]
-        config.search = found_with.get("search", config.search)
+        search = found_with.get("search", "dense")
+        warn_of_another_search(config, search)
+        config.search = search
         if training.eval_only and "validation" not in parts:
             raise ValueError(
                 f"eval_only needs a validation part, which {data.precomputed} does not have. Precompute again with "

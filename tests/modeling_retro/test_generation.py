@@ -235,5 +235,5 @@ def test_another_search_than_in_training_is_said_in_one_line(caplog, monkeypatch
     model.set_retriever(retriever)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "The model was trained with neighbors found by dense search; this knowledge base is searched by bm25."
+        "The model was trained with neighbors found by dense search; these are found by bm25 search."
     )

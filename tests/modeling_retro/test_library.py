@@ -17,7 +17,7 @@ from configuration_retro.configuration_retro import (
 )
 from modeling_retro.library import CACHE
 
-from ..support.by_hand import PROMPTS, greedy_by_hand, retrieving_model
+from ..support.by_hand import PROMPTS, Grid, greedy_by_hand, retrieving_model
 from ..support.retro_models import CHUNK, random_tokens, small_model
 
 PROJECT = Path(__file__).parents[2]
@@ -42,7 +42,8 @@ def test_generate_accepts_the_cache_under_either_name(name):
     prompt = torch.tensor([PROMPTS[2]])
     part = model.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     more = model.generate(part.sequences, max_new_tokens=CHUNK, do_sample=False, **{name: part[CACHE]})
-    assert more[0].tolist() == greedy_by_hand(model, PROMPTS[2], 3 + CHUNK)
+    grid = Grid(Grid.aligned_to(PROMPTS[2]).first, ends=(part.sequences.shape[1],))
+    assert more[0].tolist() == greedy_by_hand(model, part.sequences[0].tolist(), CHUNK, grid)
 
 
 @pytest.mark.parametrize("name", NAMES)

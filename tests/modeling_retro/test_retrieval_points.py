@@ -57,6 +57,12 @@ def reference_log_probs(grid, seed=1):
     return true_log_probs(retrieving_model(), random_tokens(LENGTH, seed), grid)
 
 
+@functools.cache
+def written_by_hand(prompt, stride):
+    """Return the prompt and its greedy continuation, with a point at the prompt's end."""
+    return greedy_by_hand(retrieving_model(), prompt, GREEDY["max_new_tokens"], Grid.aligned_to(prompt, stride))
+
+
 def in_calls(model, rows, grids, ends, cache=None):
     """Run left-padded rows in calls that end at the given columns; return logits and cache."""
     batch, logits, start = left_padded(rows), [], 0
@@ -212,17 +218,23 @@ def test_a_graph_of_a_training_step_holds_the_points(grid):
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("stride", [CHUNK, 3, 1])
     @pytest.mark.parametrize(
-        "mode", [{}, {"use_cache": False}, {"prefill_chunk_size": 5}, {"cache_implementation": "static"}]
+        ("stride", "mode"),
+        [
+            (CHUNK, {}),
+            (1, {}),
+            (3, {}),
+            (3, {"use_cache": False}),
+            (3, {"prefill_chunk_size": 5}),
+            (3, {"cache_implementation": "static"}),
+        ],
     )
     def test_the_prompts_end_is_a_point_in_every_mode(self, model, stride, mode):
         output = model.generate(
             **left_padded(PROMPTS), **GREEDY, **mode, retrieval_stride=stride, return_dict_in_generate=True
         )
         for number, prompt in enumerate(PROMPTS):
-            grid = Grid.aligned_to(prompt, stride)
-            written = greedy_by_hand(model, prompt, GREEDY["max_new_tokens"], grid)
+            grid, written = Grid.aligned_to(prompt, stride), written_by_hand(tuple(prompt), stride)
             assert output.sequences[number].tolist()[-len(written) :] == written
             read = output.retrieved[number]
             assert [chunk.end for chunk in read] == grid.points(written[:-1])
@@ -320,6 +332,7 @@ class TestBadInput:
             (torch.tensor([1, 2]), r"shape \(2,\)"),
             (torch.tensor([[1]]), r"shape \(1, 1\)"),
             (torch.tensor([1.0]), "float32"),
+            ([1], r"\[1\]. Give a tensor"),
         ],
     )
     def test_a_first_point_of_another_shape_or_range(self, first_point, complaint):
