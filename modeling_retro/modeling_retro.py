@@ -146,7 +146,7 @@ class RetroModel(RetroPreTrainedModel):
         # 1. embed the tokens and locate them on the chunk grid
         inputs_embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
         known = memory.points if memory is not None and memory.tokens is not None else None
-        points = RetrievalPoints.of(self.config, len(inputs_embeds), first_point, retrieval_stride, known)
+        points = RetrievalPoints.of(self.config, inputs_embeds.shape[0], first_point, retrieval_stride, known)
         grid, position_ids = self._locate_tokens(inputs_embeds, points, attention_mask, position_ids, cache, memory)
         hidden_states = self._add_positions(inputs_embeds, position_ids, token_type_ids)  # (B, T, d)
 
