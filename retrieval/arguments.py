@@ -41,7 +41,7 @@ class KnowledgeBaseArguments:
         default=None,
         metadata={
             "help": "How the knowledge base is searched: dense (by meaning), bm25 (by words) or hybrid (by both). By "
-            "default in the way that it was built for.",
+            "default as the knowledge base was built.",
             "choices": list(SEARCHES),
         },
     )

@@ -25,7 +25,7 @@ SCORE_DIGITS, FUSED_DIGITS = 5, 8
 
 @dataclass(frozen=True)
 class Queries:
-    """What to search for.
+    """Queries of one request.
 
     Attributes:
         texts: n texts; as Milvus cuts them into words, if the search looks at these.

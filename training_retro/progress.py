@@ -35,7 +35,7 @@ class Progress:
         self.similarity: torch.Tensor | float = 0.0  # sum over the neighbors
 
     def add(self, batch: dict[str, torch.Tensor], chunk_size: int, retrieval_stride: int | None) -> None:
-        """Count a batch that is trained on. A chunk is here what a retrieval point searches for."""
+        """Count a batch that is trained on. Chunks are counted as retrieval points."""
         tokens = (batch["labels"] != IGNORED_LABEL).sum(-1)
         self.tokens += tokens.sum()
         if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():

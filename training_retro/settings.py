@@ -93,7 +93,7 @@ class DataArguments(KnowledgeBaseArguments):
         default=None,
         metadata={
             "help": "Give each training sequence a first retrieval point of its own, which follows from the seed and "
-            "its tokens, so that short queries are trained, too. By default false; precomputed decides for itself."
+            "its tokens, so that short queries are trained, too. By default false; precomputed sequences keep theirs."
         },
     )
     neighbor_cache_size: int = field(

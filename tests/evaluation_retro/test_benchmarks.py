@@ -98,7 +98,7 @@ def test_the_most_likely_answer_is_chosen(model, tokenizer, scoring):
 @pytest.mark.parametrize("stride", [8, 3])
 @pytest.mark.parametrize("scoring", ["likelihood", "one_token"])
 def test_the_end_of_a_question_is_searched_for(config, tokenizer, retriever, scoring, stride):
-    """What was read is the text up to the question's end, even if it is shorter than a chunk."""
+    """The query ends at the question's end, even if it is shorter than a chunk."""
     config.retrieval_stride = stride
     torch.manual_seed(0)
     model = RetroForCausalLM(config, retriever=retriever).eval()

@@ -1,4 +1,4 @@
-"""What a collection can be searched by: its identity, its analyzer, and what is refused."""
+"""Settings of searches: what a collection records, its analyzer, and what is refused."""
 
 import json
 import math
