@@ -201,7 +201,8 @@ def test_gradients_agree_with_and_without_checkpointing(grid):
         model = retrieving_model(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            # transformers 5.24 renamed it
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         tokens = torch.tensor([random_tokens(LENGTH, seed=5)])
         model(tokens, labels=tokens, use_cache=False, **grid.arguments()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
