@@ -362,3 +362,11 @@ def test_an_aligned_first_point_is_as_defined(length, stride):
     if length:
         assert length in retrieval_points(length, first, stride)
         assert first >= min(length, CHUNK)  # no query is needlessly short
+
+
+def test_a_saved_stride_follows_the_chunk_size_unless_it_was_set(tmp_path):
+    RetroConfig(chunk_size=8).save_pretrained(tmp_path)
+    assert RetroConfig.from_pretrained(tmp_path).retrieval_stride == 8
+    assert RetroConfig.from_pretrained(tmp_path, chunk_size=4).retrieval_stride == 4
+    RetroConfig(chunk_size=8, retrieval_stride=2).save_pretrained(tmp_path)
+    assert RetroConfig.from_pretrained(tmp_path, chunk_size=4).retrieval_stride == 2
