@@ -10,12 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-
-def last_slot(seen: torch.Tensor, first_point: torch.Tensor | int, stride: int) -> torch.Tensor:
-    """Return the slot of the last point within the first `seen` tokens, below 0 for none."""
-    return (seen - first_point) // stride
 
 
 def check_first_point(first_point: int, chunk_size: int, stride: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data_retro.collator import IGNORED_LABEL
-from data_retro.first_points import last_slot
+from modeling_retro.retrieval_points import last_point_number
 
 WEIGHTS = torch.linspace(0, 0.98, 50)
 
@@ -39,7 +39,8 @@ def slots_read(
         (B, T - 1) int64.
     """
     seen = torch.arange(1, input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
-    return last_slot(seen, chunk_size if first_point is None else first_point[:, None], retrieval_stride or chunk_size)
+    first = chunk_size if first_point is None else first_point[:, None]
+    return last_point_number(seen, first, retrieval_stride or chunk_size)
 
 
 def copied_probability(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .movable import Movable
-from .retrieval_points import RetrievalPoints
+from .retrieval_points import RetrievalPoints, last_point_number
 
 NEVER = torch.iinfo(torch.int64).max // 2  # the place of a point that no text reaches
 
@@ -106,14 +106,15 @@ class ChunkGrid(Movable):
 
     def _points_before(self, ends: torch.Tensor) -> torch.Tensor:
         """Return how many points lie after at most `ends` tokens (B, N), (B, N)."""
-        number = ((ends - self._first_point) // self.points.stride + 1).clamp(min=0)
+        number = (last_point_number(ends, self._first_point, self.points.stride) + 1).clamp(min=0)
         if self.prompt_points is not None:
             number = number + (self.prompt_points.unsqueeze(1) <= ends.unsqueeze(-1)).sum(-1)
         return number
 
     def _last_point(self, ends: torch.Tensor) -> torch.Tensor:
         """Return the last point after at most `ends` tokens (B, N), (B, N), below 1 for none."""
-        last = self._first_point + (ends - self._first_point) // self.points.stride * self.points.stride
+        first, stride = self._first_point, self.points.stride
+        last = first + last_point_number(ends, first, stride) * stride
         if self.prompt_points is not None:
             extra = self.prompt_points.unsqueeze(1)
             last = torch.maximum(last, torch.where(extra <= ends.unsqueeze(-1), extra, -1).amax(-1))
@@ -179,7 +180,8 @@ class ChunkGrid(Movable):
     def _slot_points(self, num_slots: int) -> torch.Tensor:
         """Return the points in this call's slots, (B, num_slots). Empty slots hold later ones."""
         first, stride = self._first_point, self.points.stride
-        reached = ((self.first - first) // stride + 1).clamp(min=0)  # by earlier calls, without prompt ends
+        # by earlier calls, without prompt ends
+        reached = (last_point_number(self.first, first, stride) + 1).clamp(min=0)
         points = first + (reached + torch.arange(num_slots, device=self.first.device)) * stride
         if self.prompt_points is not None:
             extra = self.prompt_points.masked_fill(self.prompt_points <= self.first, NEVER)

@@ -25,6 +25,11 @@ def retrieval_points(length: int, first_point: int, stride: int) -> range:
     return range(first_point, length + 1, stride)
 
 
+def last_point_number(seen: torch.Tensor, first_point: torch.Tensor | int, stride: int) -> torch.Tensor:
+    """Return the number of the last point within the first `seen` tokens, below 0 for none."""
+    return (seen - first_point) // stride
+
+
 def aligned_first_point(length: int, chunk_size: int, stride: int) -> int:
     """Return the first point for which the end of a text is a point, and no query needlessly short.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from data_retro.collator import IGNORED_LABEL
-from data_retro.first_points import last_slot
+from modeling_retro.retrieval_points import last_point_number
 
 from .settings import RetroTrainingArguments
 
@@ -40,7 +40,8 @@ class Progress:
         self.tokens += tokens.sum()
         if {"neighbor_attention_mask", "neighbor_scores"} <= batch.keys():
             there = batch["neighbor_attention_mask"].any(-1)  # (B, C, k)
-            points = last_slot(tokens, batch.get("first_point", chunk_size), retrieval_stride or chunk_size) + 1
+            first_point, stride = batch.get("first_point", chunk_size), retrieval_stride or chunk_size
+            points = last_point_number(tokens, first_point, stride) + 1
             self.chunks += points.clamp(min=0).sum()
             self.chunks_with_neighbors += there.any(-1).sum()
             self.neighbors += there.sum()
