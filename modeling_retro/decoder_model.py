@@ -23,6 +23,7 @@ from .library import CACHE, argument_names, check_arguments, either_cache
 from .neighbor_encoder import NeighborEncoder
 from .reading_layer import CrossAttentionBeside
 from .reading_model import RetroModelOutput, RetroReadingModel
+from .wrapping import check_decoder_class
 
 
 class RetroDecoderModel(RetroReadingModel):
@@ -38,6 +39,7 @@ class RetroDecoderModel(RetroReadingModel):
         # left to itself, the library checks the attention implementation against this class alone
         attention = text_config._attn_implementation or config._attn_implementation
         super().__init__(config)
+        check_decoder_class(text_config)
         if decoder is None:
             settings = {} if attention is None else {"attn_implementation": attention}
             decoder = AutoModelForCausalLM.from_config(text_config, dtype=torch.get_default_dtype(), **settings)
@@ -61,6 +63,10 @@ class RetroDecoderModel(RetroReadingModel):
         self.retriever = None
         self.gradient_checkpointing = False
         self._has_layer_hooks = False
+        # read once: a compiled forward cannot look at signatures
+        self._takes_positions, self._takes_logits_to_keep = (
+            name in argument_names(type(decoder).forward) for name in ("position_ids", "logits_to_keep")
+        )
         add_output_hook(decoder.get_output_embeddings())
         self.post_init()
         is_here = not any(parameter.is_meta for parameter in decoder.parameters())
@@ -197,14 +203,12 @@ class RetroDecoderModel(RetroReadingModel):
     ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
         """Return the decoder's output, its last hidden states (B, T', d) and logits (B, T', V)."""
         model = self.decoder.base_model if logits_to_keep is None else self.decoder
-        known = argument_names(type(model).forward)
-        if "position_ids" not in known:
+        if not self._takes_positions:
             del arguments["position_ids"]  # such a decoder takes positions from the attention mask
         if logits_to_keep is None:
             outputs = call.run(model, **arguments, return_dict=True)
             return outputs, outputs.last_hidden_state, None
-        keeps = "logits_to_keep" in known
-        if keeps:
+        if self._takes_logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep
         outputs = call.run(model, **arguments, return_dict=True)
         states, logits = call.output_states, outputs.logits
@@ -213,7 +217,7 @@ class RetroDecoderModel(RetroReadingModel):
                 f"{type(model).__name__} computes its logits without calling its output embeddings, so the copy head "
                 "cannot see its last hidden states. RETRO cannot be built on it."
             )
-        if not keeps:
+        if not self._takes_logits_to_keep:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             states, logits = states[:, columns], logits[:, columns]
         return outputs, states.to(logits.device), logits

@@ -10,10 +10,10 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from configuration_retro import RetroConfig
+from configuration_retro import RetroConfig, decoder_config
 
 from .copy_head import RENAMED_PARAMETERS
-from .wrapping import RETRO_SETTINGS, leave_parts_unquantized, open_decoder, wrap_decoder
+from .wrapping import RETRO_SETTINGS, check_decoder_class, leave_parts_unquantized, open_decoder, wrap_decoder
 
 # a child of the library's logger: whoever silences its load report silences the line that replaces
 # it
@@ -104,7 +104,7 @@ class LoadingMixin(PreTrainedModel):
         key_mapping = RENAMED | (key_mapping or {})
         stored = cls._stored_config(name, kwargs)
         if stored is not None and _is_decoder(stored):
-            model, info = cls._build_on_decoder(name, model_args, kwargs)
+            model, info = cls._build_on_decoder(name, model_args, kwargs, stored)
         else:
             model, info = cls._open(name, model_args, kwargs | {"key_mapping": key_mapping}, stored)
         if model.config.text_config is not None:
@@ -140,8 +140,11 @@ class LoadingMixin(PreTrainedModel):
             _CHECKPOINT.reset(token)
 
     @classmethod
-    def _build_on_decoder(cls, name: Any, model_args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _build_on_decoder(
+        cls, name: Any, model_args: tuple, kwargs: dict[str, Any], stored: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Open a decoder other than GPT-2 and build the model around it."""
+        check_decoder_class(decoder_config(stored))
         config = kwargs.pop("config", None)
         if "Causal" not in cls.__name__ or model_args:
             raise ValueError(

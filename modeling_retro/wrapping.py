@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from configuration_retro import RetroConfig
 
 from .attention_branch import find_layers
+from .library import CACHE, argument_names
 
 DECODER = "transformer.decoder"  # where the decoder is in a RetroForCausalLM
 PARTS = ("transformer.encoder", "transformer.cross_attention", "copy_head")  # what RETRO adds
@@ -37,6 +39,25 @@ def open_decoder(name: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, di
         if hasattr(decoder.config, "quantization_config"):
             del decoder.config.quantization_config
     return decoder, info
+
+
+def check_decoder_class(config: PreTrainedConfig) -> None:
+    """Refuse models that keep a state of earlier tokens instead of a cache of them.
+
+    Raises:
+        ValueError: names the model's class.
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model._is_stateful:
+        reason = "keeps a state of all earlier tokens instead of a cache of each"
+    elif CACHE not in argument_names(model.forward):
+        reason = f"takes no {CACHE}"
+    else:
+        return
+    raise ValueError(
+        f"{model.__name__} {reason}, so RETRO cannot be built on it. Give a decoder whose layers are all attention, "
+        "such as Llama, Qwen3 or GPT-2."
+    )
 
 
 def wrap_decoder(
