@@ -1,4 +1,4 @@
-"""Small random decoders of many families, and RETROs on them with all weights away from their start."""
+"""Small random decoders of many families, and RETROs on them with random weights."""
 
 import functools
 

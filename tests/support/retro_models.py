@@ -39,7 +39,7 @@ def small_model(**changes) -> RetroForCausalLM:
 
 @torch.no_grad()
 def open_weights(model, parameters, noise: float) -> None:
-    """Move parameters away from their start: zero projections and unit norms would hide mistakes."""
+    """Move parameters away from their start, where zeros and unit norms would hide mistakes."""
     for parameter in parameters:
         parameter.add_(torch.randn_like(parameter) * noise)
     for module in model.modules():
