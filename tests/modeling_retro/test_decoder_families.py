@@ -12,7 +12,9 @@ from ..support.decoders import (
     READERS,
     READING,
     SOME,
+    TEXT,
     added_parameters,
+    decoder_batch,
     open_decoder,
     retro,
     slow_log_probs,
@@ -28,7 +30,6 @@ from ..support.retro_models import (
 )
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-LENGTH = 4 * CHUNK + 2  # more than twice a sliding window
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,21 +42,10 @@ def folder(family, saved_decoder):
     return saved_decoder(family)
 
 
-def batch(rows=2):
-    """Return rows of tokens with neighbors, some of which are missing."""
-    ids, mask = neighbor_tensors([RowNeighbors(4, seed, missing={1}).chunks for seed in range(rows)], 4)
-    return {
-        "input_ids": torch.tensor([random_tokens(LENGTH, seed) for seed in range(rows)]),
-        "neighbor_ids": ids,
-        "neighbor_attention_mask": mask,
-        "neighbor_scores": torch.cat([neighbor_scores(4, seed) for seed in range(rows)]),
-    }
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_untrained_it_is_its_decoder_to_the_bit(folder, attention):
-    decoder, inputs = open_decoder(folder, attention), batch()
+    decoder, inputs = open_decoder(folder, attention), decoder_batch()
     expected = decoder(inputs["input_ids"]).logits
     for readers in ({}, *READERS.values()):
         model = untrained_retro(folder, attention, **readers)
@@ -66,7 +56,7 @@ def test_untrained_it_is_its_decoder_to_the_bit(folder, attention):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_with_trained_parts_and_no_neighbors_it_is_its_decoder_to_the_bit(folder, attention):
-    decoder, model, inputs = open_decoder(folder, attention), retro(folder, attention), batch()
+    decoder, model, inputs = open_decoder(folder, attention), retro(folder, attention), decoder_batch()
     expected = decoder(inputs["input_ids"]).logits
     assert torch.equal(model(**inputs, use_retrieval=False).logits, expected)
     assert torch.equal(model(inputs["input_ids"]).logits, expected)
@@ -80,7 +70,7 @@ def test_with_trained_parts_and_no_neighbors_it_is_its_decoder_to_the_bit(folder
 @torch.no_grad()
 def test_padding_and_generation_without_neighbors_are_the_decoders(folder):
     decoder, model = open_decoder(folder), retro(folder)
-    tokens, padding = batch()["input_ids"], torch.ones(2, LENGTH, dtype=torch.long)
+    tokens, padding = decoder_batch()["input_ids"], torch.ones(2, TEXT, dtype=torch.long)
     padding[0, :5] = 0
     settings = {"attention_mask": padding, "max_new_tokens": 12, "do_sample": False}
     expected = decoder.generate(tokens, **settings)
@@ -94,7 +84,7 @@ def test_padding_and_generation_without_neighbors_are_the_decoders(folder):
 @torch.no_grad()
 def test_it_agrees_with_the_slow_reference(family, folder, readers):
     model = retro(folder, "sdpa", **READERS[readers])
-    tokens, neighbors, scores = random_tokens(LENGTH, 1), RowNeighbors(4, 1, missing={1}).chunks, neighbor_scores(4)
+    tokens, neighbors, scores = random_tokens(TEXT, 1), RowNeighbors(4, 1, missing={1}).chunks, neighbor_scores(4)
     ids, mask = neighbor_tensors([neighbors], 4)
     given = {"neighbor_ids": ids, "neighbor_attention_mask": mask, "neighbor_scores": scores}
     found = model(torch.tensor([tokens]), **given).logits[0].log_softmax(-1)
@@ -106,7 +96,7 @@ def test_it_agrees_with_the_slow_reference(family, folder, readers):
 @pytest.mark.parametrize("grid", [Grid(2, 3), Grid(CHUNK + 1, 2)], ids=["early", "late"])
 @torch.no_grad()
 def test_other_points_agree_with_the_slow_reference(family, folder, grid):
-    model, tokens, points = retro(folder), random_tokens(LENGTH, 2), grid.points(random_tokens(LENGTH, 2))
+    model, tokens, points = retro(folder), random_tokens(TEXT, 2), grid.points(random_tokens(TEXT, 2))
     found = HashRetriever().retrieve(grid.queries(tokens))
     pairs = [zip(*row, strict=True) for row in zip(found.ids, found.attention_mask, strict=True)]
     neighbors = {u: [ids[mask].tolist() for ids, mask in row] for u, row in enumerate(pairs)}
@@ -130,11 +120,11 @@ def test_the_encoder_reads_the_query_in_other_layers_or_not_at_all(family, folde
 
 
 def test_no_token_sees_later_ones_or_their_neighbors(folder):
-    model, inputs = retro(folder), batch(rows=1)
+    model, inputs = retro(folder), decoder_batch(rows=1)
     tokens = inputs.pop("input_ids")
     embeds = model.get_input_embeddings()(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, **inputs).logits[0]
-    for i in range(0, LENGTH - 1, 3):
+    for i in range(0, TEXT - 1, 3):
         (gradient,) = torch.autograd.grad(logits[i].sum(), embeds, retain_graph=True)
         assert not gradient[0, i + 1 :].any()
         assert gradient[0, i].abs().max() > 0
@@ -150,20 +140,20 @@ def test_no_token_sees_later_ones_or_their_neighbors(folder):
 
 @torch.no_grad()
 def test_cross_attentions_and_states_are_returned(folder):
-    model, inputs = retro(folder, cca_match=False), batch()
+    model, inputs = retro(folder, cca_match=False), decoder_batch()
     output = model(**inputs, output_attentions=True, output_hidden_states=True)
     assert torch.equal(output.logits, model(**inputs).logits)
     assert len(output.attentions) == 3 and len(output.hidden_states) == 4
     assert len(output.cross_attentions) == len(model.config.cca_layers)
-    reads = torch.tensor([[i >= CHUNK - 1 and (i + 1) // CHUNK != 2 for i in range(LENGTH)]])
+    reads = torch.tensor([[i >= CHUNK - 1 and (i + 1) // CHUNK != 2 for i in range(TEXT)]])
     for weights in output.cross_attentions:
-        assert weights.shape[0] == 2 and weights.shape[2:] == (LENGTH, inputs["neighbor_ids"][0, 0].numel())
+        assert weights.shape[0] == 2 and weights.shape[2:] == (TEXT, inputs["neighbor_ids"][0, 0].numel())
         torch.testing.assert_close(weights.sum(-1), reads.float()[:, None].expand_as(weights.sum(-1)))
 
 
 @pytest.mark.parametrize("readers", [COPYING, READING], ids=["copy head", "all"])
 def test_retrofitting_keeps_the_decoder(folder, readers):
-    decoder, inputs = open_decoder(folder), batch()
+    decoder, inputs = open_decoder(folder), decoder_batch()
     model = untrained_retro(folder, **readers)
     model.freeze_backbone()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -20,6 +20,7 @@ from ..support.decoders import (
     READING,
     SIZES,
     SOME,
+    decoder_batch,
     open_decoder,
     retrieving_retro,
     retro,
@@ -27,10 +28,8 @@ from ..support.decoders import (
     untrained_retro,
 )
 from ..support.retro_models import CHUNK, VOCAB, random_tokens
-from .test_sharing import inputs, run_without_the_project
+from .test_sharing import run_without_the_project
 from .test_training_features import training_batch
-
-__all__ = ["inputs"]  # a fixture
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,6 +40,11 @@ def family(request):
 @pytest.fixture
 def folder(family, saved_decoder):
     return saved_decoder(family)
+
+
+@pytest.fixture
+def inputs():
+    return decoder_batch()
 
 
 def test_the_defaults_are_a_copy_head_and_four_neighbors(folder):

@@ -30,9 +30,20 @@ from .decoder_layers import (
     opt_layer,
     parallel_gpt_neox_layer,
 )
-from .retro_models import CHUNK, LENGTH, NEIGHBORS, VOCAB, open_weights
+from .retro_models import (
+    CHUNK,
+    LENGTH,
+    NEIGHBORS,
+    VOCAB,
+    RowNeighbors,
+    neighbor_scores,
+    neighbor_tensors,
+    open_weights,
+    random_tokens,
+)
 
-WINDOW = 8  # tokens of a sliding window, less than a test's text
+WINDOW = 8  # tokens of a sliding window
+TEXT = 4 * CHUNK + 2  # tokens of a row, more than twice a window
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -84,6 +95,17 @@ READERS = {
     "all": READING,
 }
 SIZES = {"chunk_size": CHUNK, "num_neighbors": NEIGHBORS, "neighbor_length": LENGTH, "initializer_range": 0.3}
+
+
+def decoder_batch(rows=2):
+    """Return rows of tokens with neighbors, some of which are missing."""
+    ids, mask = neighbor_tensors([RowNeighbors(4, seed, missing={1}).chunks for seed in range(rows)], 4)
+    return {
+        "input_ids": torch.tensor([random_tokens(TEXT, seed) for seed in range(rows)]),
+        "neighbor_ids": ids,
+        "neighbor_attention_mask": mask,
+        "neighbor_scores": torch.cat([neighbor_scores(4, seed) for seed in range(rows)]),
+    }
 
 
 def small_decoder(family, **changes):
