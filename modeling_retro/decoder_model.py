@@ -60,7 +60,7 @@ class RetroDecoderModel(RetroReadingModel):
             )
         self.retriever = None
         self.gradient_checkpointing = False
-        self._layer_hooks: list[Any] = []
+        self._has_layer_hooks = False
         self._output_hook = add_output_hook(decoder.get_output_embeddings())
         self.post_init()
         is_here = not any(parameter.is_meta for parameter in decoder.parameters())
@@ -82,7 +82,7 @@ class RetroDecoderModel(RetroReadingModel):
         Raises:
             ValueError: the decoder's layers have no known place for cross-attention.
         """
-        if self._layer_hooks or not self.config.cca_layers:
+        if self._has_layer_hooks or not self.config.cca_layers:
             return
         config = self.config
         if config.attention_branch is None:
@@ -90,7 +90,8 @@ class RetroDecoderModel(RetroReadingModel):
         layers = find_layers(self.decoder)
         for layer in config.cca_layers:
             branch = layers[layer].get_submodule(config.attention_branch)
-            self._layer_hooks += add_layer_hooks(layers[layer], branch, layer)
+            add_layer_hooks(layers[layer], branch, layer)
+        self._has_layer_hooks = True
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's input embeddings, which the neighbors share."""
