@@ -81,7 +81,7 @@ class RetroReadingModel(RetroPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         points: tuple[torch.Tensor | None, int | None],
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         memory: RetroCache | None,
@@ -90,7 +90,10 @@ class RetroReadingModel(RetroPreTrainedModel):
 
         Args:
             points: the call's first point and stride, if given.
+            attention_mask: (B, L), or masks prepared for each kind of attention.
         """
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
         batch_size, length = inputs_embeds.shape[:2]
         known = memory.points if memory is not None and memory.tokens is not None else None
         retrieval_points = RetrievalPoints.of(self.config, batch_size, *points, known)
