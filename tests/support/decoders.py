@@ -95,6 +95,7 @@ READERS = {
     "all": READING,
 }
 SIZES = {"chunk_size": CHUNK, "num_neighbors": NEIGHBORS, "neighbor_length": LENGTH, "initializer_range": 0.3}
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def decoder_batch(rows=2):
@@ -134,8 +135,8 @@ def untrained_retro(folder, attention="eager", **settings):
 
 def retro(folder, attention="eager", **settings):
     """Build a RETRO whose own weights are all away from their start. The decoder's are as saved."""
-    model = untrained_retro(folder, attention, **{**READING, **settings})
     torch.manual_seed(1)
+    model = untrained_retro(folder, attention, **{**READING, **settings})
     open_weights(model, added_parameters(model).values(), noise=0.3)
     return model
 
