@@ -76,9 +76,9 @@ def add_layer_hooks(layer: nn.Module, branch: nn.Module, layer_idx: int) -> None
     branch.register_forward_hook(partial(_add_cross_attention, layer_idx))
 
 
-def add_output_hook(output_embeddings: nn.Module) -> Any:
-    """Keep the states that enter the output embeddings; return the hook's handle."""
-    return output_embeddings.register_forward_pre_hook(_keep_output_states)
+def add_output_hook(output_embeddings: nn.Module) -> None:
+    """Keep the states that enter the output embeddings."""
+    output_embeddings.register_forward_pre_hook(_keep_output_states)
 
 
 def keep_call(checkpoint: Callable) -> Callable:
