@@ -325,7 +325,8 @@ def run_search(arguments: argparse.Namespace) -> None:
             title = f"{found.scores[0, place]:.3f}  {doc_id}, chunk {found.chunk_indices[0, place]}"
             console.print(Text(title, style="bold"))
             tokens = found.ids[0, place][found.attention_mask[0, place]].tolist()
-            console.print(Text(retriever.tokenizer.decode(tokens)), end="\n\n")
+            starts_text = found.chunk_indices[0, place] == 0
+            console.print(Text(retriever.tokenizer.decode(tokens, starts_text)), end="\n\n")
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker | None:
