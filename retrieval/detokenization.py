@@ -98,7 +98,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
 
     pieces = {index: of_piece(piece) for index, piece in items}
     prepends = any(part["type"] == "Prepend" for part in _parts(backend, "normalizer"))
-    adds_space = prepends or any(map(_adds_space, _parts(backend, "pre_tokenizer")))
+    adds_space = puts_space_before(backend)
     for index, token in added.items():
         content = token["content"]
         if not token["special"] and index in pieces and mark and set(content) == {mark}:
@@ -149,6 +149,12 @@ def _parts(backend: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def _is_byte_level(backend: dict[str, Any]) -> bool:
     steps = [*_parts(backend, "normalizer"), *_parts(backend, "pre_tokenizer")]
     return any(step["type"] == "ByteLevel" for step in steps)
+
+
+def puts_space_before(backend: dict[str, Any]) -> bool:
+    """Return True if a tokenizer, given by its JSON, puts a space before each text."""
+    prepends = any(step["type"] == "Prepend" for step in _parts(backend, "normalizer"))
+    return prepends or any(map(_adds_space, _parts(backend, "pre_tokenizer")))
 
 
 def _space_mark(backend: dict[str, Any]) -> str | None:

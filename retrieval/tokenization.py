@@ -16,7 +16,7 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .detokenization import TokenBytes, backend_json, byte_decoder, token_bytes
+from .detokenization import TokenBytes, backend_json, byte_decoder, puts_space_before, token_bytes
 from .labels import short_name
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class BulkTokenizer:
 
     Attributes:
         vocab_size: every id that text can become is below this.
+        eos_token_id: the end-of-text token, which separates documents; None if it has none.
+        bos_token_id: the token that the tokenizer puts before each text; None if it puts none.
 
     Raises:
         ValueError: the tokenizer turns the text of a special token into that token, and nothing
@@ -66,10 +68,12 @@ class BulkTokenizer:
         self.hf_tokenizer = hf_tokenizer
         self.name = short_name(hf_tokenizer.name_or_path or type(hf_tokenizer).__name__)
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
+        self.bos_token_id = added_bos(hf_tokenizer)
         backend = backend_json(hf_tokenizer)
         self._reserved = reserved_tokens(hf_tokenizer, backend)
         self._unknown_id: int | None = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
         self.vocab_size = 1 + max([*self._ordinary_vocabulary().values(), self._unknown_id or 0])
+        self._adds_space = puts_space_before(backend)
         self._backend: Tokenizer | None = None
         self._encoding: tiktoken.Encoding | None = None
         reason = "it has no backend that takes all text as data"
@@ -107,6 +111,13 @@ class BulkTokenizer:
     def check_keeps_text(self) -> None:
         """Raise ValueError if its tokens do not tell where a text has spaces (WordPiece)."""
         self.token_bytes  # noqa: B018  it checks the tokenizer
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts that continue another one.
+
+        Where the tokenizer puts a space before each text, a text's own first space is its place.
+        """
+        return self.encode_batch([text.removeprefix(" ") if self._adds_space else text for text in texts])
 
     def decode_bytes(self, tokens: Sequence[int], starts_text: bool = True) -> bytes:
         """Return the UTF-8 text of token ids. The bytes of chunks, joined, are their document's.
@@ -224,6 +235,12 @@ class BulkTokenizer:
                     "fast version, which takes all text as data."
                 )
         return batch
+
+
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the beginning-of-text token if the tokenizer puts it before each text, else None."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
 
 
 def reserved_tokens(tokenizer: PreTrainedTokenizerBase, backend: dict) -> dict[int, str]:
