@@ -183,7 +183,7 @@ class RetroConfig(GPT2Config):
         super().__post_init__(**kwargs)
 
     def follow_decoder(self) -> None:
-        """Set the settings that follow those of `text_config`, such as the size of the vocabulary."""
+        """Set what follows from `text_config`, such as the size of the vocabulary."""
         assert isinstance(self.text_config, PreTrainedConfig), "built with the configuration"
         for name, value in followed_settings(self.text_config).items():
             setattr(self, name, value)
@@ -292,7 +292,6 @@ class RetroConfig(GPT2Config):
             )
         if len(set(layers)) < len(layers):
             raise ValueError(f"{name}={layers} names a layer twice. Name each once.")
-
 
     @property
     def norm(self) -> str:

@@ -79,7 +79,7 @@ def _ways_to_read(config: RetroConfig) -> str:
     layers = ", ".join(map(str, config.cca_layers or ()))
     by = ", by matching tokens" if config.cca_match else ""
     ways = [f"chunked cross-attention (layers {layers}{by})"] if layers else []
-    return " and ".join(ways + ["a copy head"] * config.copy_head)
+    return " and ".join(ways + ["a copy head"] * bool(config.copy_head))
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:

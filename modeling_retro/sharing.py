@@ -71,4 +71,5 @@ def code_files(model: PreTrainedModel) -> list[Path]:
     """Return the modules that define a model, with all project modules that they import."""
     modeling = str(Path(__file__).with_name("modeling_retro.py"))
     configuration = str(sys.modules[type(model.config).__module__].__file__)
-    return [Path(file) for file in sorted({modeling, configuration, *get_relative_import_files(modeling)})]
+    imported = {file for module in (modeling, configuration) for file in get_relative_import_files(module)}
+    return [Path(file) for file in sorted({modeling, configuration, *imported})]
