@@ -1,4 +1,4 @@
-"""RetroConfig: a GPT2Config with the settings of retrieval."""
+"""RetroConfig: the settings of retrieval, and those of the decoder that reads."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import GPT2Config
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+
+from .decoders import FOLLOWED_SETTINGS, decoder_config, followed_settings
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 16), (5, 24)  # (major, minor); all between are supported
 OLDEST_TORCH = (2, 8)
@@ -53,16 +55,21 @@ check_versions()
 
 @strict
 class RetroConfig(GPT2Config):
-    r"""The configuration of a RETRO model on GPT-2.
+    r"""The configuration of a RETRO model on GPT-2, or on another decoder.
 
-    RETRO is Borgeaud et al., 2022, https://arxiv.org/abs/2112.04426. Every argument of
-    [`GPT2Config`] keeps its meaning and its default. Further arguments:
+    RETRO is Borgeaud et al., 2022, https://arxiv.org/abs/2112.04426. Without `text_config` the
+    decoder is GPT-2, and every argument of [`GPT2Config`] keeps its meaning and its default. With
+    it, the sizes, the vocabulary and the special tokens are the decoder's, and the other arguments
+    of [`GPT2Config`] are those of the neighbor encoder. Further arguments:
 
     Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The configuration of a decoder other than GPT-2: any causal language model of
+            transformers whose layers are all attention.
         chunk_size (`int`, defaults to 64):
             Tokens in a chunk, the paper's m.
-        num_neighbors (`int`, defaults to 2):
-            Neighbors of each chunk, the paper's k.
+        num_neighbors (`int`, *optional*):
+            Neighbors of each chunk, the paper's k. Default: 2; 4 with `text_config`.
         neighbor_length (`int`, *optional*, defaults to `2 * chunk_size`):
             Tokens of one neighbor, the paper's r: the neighbor chunk and its continuation in its
             document.
@@ -73,14 +80,18 @@ class RetroConfig(GPT2Config):
             Decoder layers (0-based) with chunked cross-attention, the paper's P. Default: every
             third layer from the sixth, (5, 8, 11) for 12 layers; the last layer of a decoder with
             fewer than six. `[]` leaves it, and the neighbor encoder, out of a model with a copy
-            head.
+            head; it is the default with `text_config`.
         encoder_num_layers (`int`, defaults to 2):
             Layers of the neighbor encoder.
         encoder_cca_layers (`list[int]`, defaults to `[0]`):
             Encoder layers (0-based) that attend to the decoder's states of the chunk; may be empty.
-        copy_head (`bool`, defaults to `False`):
+        attention_branch (`str`, *optional*):
+            Name of the module in a decoder layer whose output is added to the layer's input as the
+            attention branch. Cross-attention follows it. Default: found when the model is built.
+        copy_head (`bool`, *optional*):
             Adds a pointer-generator (See et al., 2017, https://arxiv.org/abs/1704.04368) that
-            copies tokens from the neighbors. It learns to use them within minutes.
+            copies tokens from the neighbors. It learns to use them within minutes. Default:
+            `False`; `True` with `text_config`.
         cca_match (`bool`, defaults to `False`):
             Adds to the scores of cross-attention how well the last tokens match those before each
             neighbor token. The paper's cross-attention lacks this and takes far longer to learn it.
@@ -101,9 +112,9 @@ class RetroConfig(GPT2Config):
             Divisor of a feature of the copy gate, the decoder's expected log-probability of the
             copied token.
         use_retrieval (`bool`, defaults to `True`):
-            `False` switches neighbors off: the model is then its GPT-2 decoder.
+            `False` switches neighbors off: the model is then its decoder.
         base_model (`str`, *optional*):
-            Name of the GPT-2 checkpoint on the hub that the model was built on.
+            Name of the decoder's checkpoint on the hub that the model was built on.
         embedding_model (`str`, *optional*):
             Name of the embedding model of the knowledge base that the model was trained with
             ("owner/name").
@@ -114,21 +125,25 @@ class RetroConfig(GPT2Config):
             The search that the model was trained with: "dense", "bm25" or "hybrid".
 
     Raises:
+        ValueError: `text_config` is of a model that RETRO cannot be built on.
         ValueError (as `StrictDataclassClassValidationError`): a size below 1, a stride above
             `chunk_size`, an unknown search, a scale of 0 or below, a layer outside its stack, or
             another number of match weights than `match_length`.
     """
 
     model_type = "retro"
+    sub_configs = {"text_config": AutoConfig}  # type: ignore[dict-item]  # as the library's composite ones
 
+    text_config: dict | PreTrainedConfig | None = None
     chunk_size: int = 64
-    num_neighbors: int = 2
+    num_neighbors: int | None = None
     neighbor_length: int | None = None
     retrieval_stride: int | None = None
     cca_layers: list[int] | tuple[int, ...] | None = None
     encoder_num_layers: int = 2
     encoder_cca_layers: list[int] | tuple[int, ...] = (0,)
-    copy_head: bool = False
+    attention_branch: str | None = None
+    copy_head: bool | None = None
     cca_match: bool = False
     match_length: int = 6
     match_scale: float | int = 30.0
@@ -142,12 +157,22 @@ class RetroConfig(GPT2Config):
     search: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is not None:
+            self.text_config = decoder_config(self.text_config)
+            self.follow_decoder()
+            # the library sets this one in `text_config`, too; None would switch off its causal mask
+            kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.text_config._attn_implementation
+        on_gpt2 = self.text_config is None
+        if self.copy_head is None:
+            self.copy_head = not on_gpt2
+        if self.num_neighbors is None:
+            self.num_neighbors = 2 if on_gpt2 else 4
         if self.neighbor_length is None:
             self.neighbor_length = 2 * self.chunk_size
         if self.retrieval_stride is None:
             self.retrieval_stride = self.chunk_size
         if self.cca_layers is None:
-            self.cca_layers = list(range(5, self.n_layer, 3)) or [self.n_layer - 1]
+            self.cca_layers = (list(range(5, self.n_layer, 3)) or [self.n_layer - 1]) if on_gpt2 else []
         if self.initial_match_weights is None:
             longer = (INITIAL_MATCH_WEIGHTS[-1],) * self.match_length
             self.initial_match_weights = (INITIAL_MATCH_WEIGHTS + longer)[: self.match_length]
@@ -157,9 +182,22 @@ class RetroConfig(GPT2Config):
         self.initial_match_weights = list(map(float, self.initial_match_weights))
         super().__post_init__(**kwargs)
 
+    def follow_decoder(self) -> None:
+        """Set the settings that follow those of `text_config`, such as the size of the vocabulary."""
+        assert isinstance(self.text_config, PreTrainedConfig), "built with the configuration"
+        for name, value in followed_settings(self.text_config).items():
+            setattr(self, name, value)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings by name. A stride that is the chunk size is None: it follows it."""
+        """Return the settings by name.
+
+        A stride that is the chunk size is None, since it follows it. What follows the decoder is
+        left out.
+        """
         settings = super().to_dict()
+        if settings.get("text_config") is not None:
+            settings = {name: value for name, value in settings.items() if name not in FOLLOWED_SETTINGS}
+            settings["text_config"].pop("_name_or_path", None)  # it may be a local path, which is private
         if settings.get("retrieval_stride") == settings.get("chunk_size"):
             settings["retrieval_stride"] = None
         return settings
@@ -174,29 +212,37 @@ class RetroConfig(GPT2Config):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a checkpoint's configuration. A GPT-2 checkpoint gets the defaults of retrieval.
+        """Return a checkpoint's configuration. A decoder's gets the defaults of retrieval.
 
         Raises:
-            ValueError: the checkpoint is of another architecture.
+            ValueError: RETRO cannot be built on a model of this type.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in ("gpt2", cls.model_type):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a {model_type!r} checkpoint. Give a GPT-2 checkpoint to build "
-                "RETRO on, or a RETRO one."
-            )
+        if model_type == cls.model_type:
+            return config_dict, kwargs
+        if model_type != "gpt2":
+            config_dict = {"text_config": decoder_config(config_dict)}
         # record hub names only; local paths are private
-        if model_type == "gpt2" and not Path(pretrained_model_name_or_path).exists():
+        if not Path(pretrained_model_name_or_path).exists():
             config_dict["base_model"] = str(pretrained_model_name_or_path)
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration from a dictionary; arguments of the same names win."""
+        """Build a configuration from a dictionary; arguments of the same names win.
+
+        Raises:
+            ValueError: an argument follows the decoder's configuration.
+        """
         # merged before the configuration is built, so that derived values (neighbor_length) and
         # checks see them
         own = {field.name for field in fields(cls)} & set(kwargs)
+        if config_dict.get("text_config") is not None and (followed := sorted(own & set(FOLLOWED_SETTINGS))):
+            raise ValueError(
+                f"{', '.join(followed)} cannot be set: a {config_dict['model_type']!r} model on another decoder has "
+                "the decoder's. Leave them out."
+            )
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
 
     def validate_retrieval(self) -> None:
@@ -230,7 +276,7 @@ class RetroConfig(GPT2Config):
         if not self.cca_layers and not self.copy_head:
             raise ValueError(
                 "cca_layers is empty and copy_head is False, so nothing would use the neighbors. Name at least one "
-                "decoder layer, set copy_head=True, or use GPT2LMHeadModel. (use_retrieval=False switches neighbors "
+                "decoder layer, set copy_head=True, or use the decoder alone. (use_retrieval=False switches neighbors "
                 "off.)"
             )
         self._check_layers("cca_layers", self.n_layer)
@@ -246,6 +292,12 @@ class RetroConfig(GPT2Config):
             )
         if len(set(layers)) < len(layers):
             raise ValueError(f"{name}={layers} names a layer twice. Name each once.")
+
+
+    @property
+    def norm(self) -> str:
+        """The norm of RETRO's own parts, as in the decoder: "rms" or "layer"."""
+        return "rms" if hasattr(self.text_config, "rms_norm_eps") else "layer"
 
 
 __all__ = ["RetroConfig"]

@@ -1,14 +1,13 @@
 """The decoder's block: GPT-2's, with chunked cross-attention in some layers.
 
-Shapes: B rows, T tokens of this call, L tokens including those in the cache, d hidden size; C
-points reached in this call, k neighbors of a point, r tokens of a neighbor; G groups of w queries
-(see `QueryGroups`); n tokens that are matched.
+Shapes: B rows, T tokens of this call, d hidden size; C points reached in this call, k neighbors of
+a point, r tokens of a neighbor; G groups of w queries (see `QueryGroups`); n tokens that are
+matched.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from configuration_retro import RetroConfig
@@ -16,11 +15,11 @@ from configuration_retro import RetroConfig
 from .activation import LeanGELU
 from .attention_plan import AttentionPlan
 from .cache import RetroCache
-from .chunked_cross_attention import ChunkedCrossAttention
 from .neighbor_encoder import UnencodedNeighbors
+from .reading_layer import ReadsNeighbors
 
 
-class RetroBlock(GPT2Block):
+class RetroBlock(GPT2Block, ReadsNeighbors):
     """GPT-2's block; in `cca_layers` with cross-attention between self-attention and MLP."""
 
     def __init__(self, config: RetroConfig, layer_idx: int):
@@ -28,8 +27,7 @@ class RetroBlock(GPT2Block):
         if config.activation_function == "gelu_new":
             self.mlp.act = LeanGELU()
         if layer_idx in (config.cca_layers or ()):
-            self.ln_cca = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-            self.cca = ChunkedCrossAttention(config, layer_idx=layer_idx)
+            self.add_cross_attention(config, layer_idx)
 
     def forward(  # type: ignore[override]  # GPT2Block has another cross-attention
         self,
@@ -37,19 +35,14 @@ class RetroBlock(GPT2Block):
         encoded: torch.Tensor | None = None,  # (B, C, k·r, d)
         plan: AttentionPlan | None = None,
         matches: torch.Tensor | None = None,  # (n, B·G, w, k·r)
-        unencoded: UnencodedNeighbors | None = None,  # for the first of cca_layers, whose states the encoder attends to
+        unencoded: UnencodedNeighbors | None = None,  # for the first of cca_layers
         memory: RetroCache | None = None,  # for the same layer
         **kwargs: Any,  # of self-attention
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # hidden_states, encoded
         """Return the next hidden states, and the encoded neighbors for the layers that follow."""
         attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = attn_output + hidden_states
-
-        states = hidden_states if memory is None else memory.append_query_states(hidden_states)  # (B, L, d)
-        if unencoded is not None:
-            encoded = unencoded.encode(states)
-        if plan is not None and hasattr(self, "cca"):
-            cca_output, _ = self.cca(self.ln_cca(hidden_states), encoded, plan, matches)
-            hidden_states = hidden_states + cca_output
-
+        read, encoded, _ = self.read_neighbors(hidden_states, encoded, plan, matches, unencoded, memory)
+        if read is not None:
+            hidden_states = hidden_states + read
         return hidden_states + self.mlp(self.ln_2(hidden_states)), encoded

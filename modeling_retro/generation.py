@@ -1,8 +1,5 @@
 """Retrieval inside `generate()`: a point's neighbors are fetched in the step that reaches it."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from itertools import compress
 from typing import Any, NoReturn
 
@@ -14,19 +11,13 @@ from configuration_retro import RetroConfig
 
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid
-from .library import CACHE, check_arguments, either_cache
+from .library import CACHE, argument_names, check_arguments, either_cache
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, Retriever, fetch_neighbors, select_given
 from .neighbor_inputs import NeighborInputs
 from .retrieval_points import RetrievalPoints
 
 NEIGHBOR_ARGUMENTS = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
 POINT_ARGUMENTS = ("first_point", "retrieval_stride")
-
-
-@functools.cache
-def _argument_names(function: Callable) -> frozenset[str]:
-    """Return the names of a function's arguments."""
-    return frozenset(inspect.signature(function).parameters)
 
 
 class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
@@ -94,7 +85,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one forward of `generate()`, with neighbors of the points that it reaches."""
         kwargs.pop("tokenizer", None)  # generate() passes on the tokenizer of its stop strings
-        check_arguments("prepare_inputs_for_generation", kwargs, _argument_names(type(self).forward))
+        check_arguments("prepare_inputs_for_generation", kwargs, argument_names(type(self).forward))
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
         cache = either_cache(past_key_values, cache)
         if use_retrieval and cache is not None and not isinstance(cache, RetroCache):

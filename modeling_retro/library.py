@@ -1,7 +1,8 @@
 """Names that depend on the installed transformers: of the cache and of common arguments."""
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
@@ -10,6 +11,12 @@ from transformers.utils import TransformersKwargs
 # transformers 5.24 renamed `past_key_values` in forwards, mask functions, generate() and outputs.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 LOSS_ARGUMENTS = {"shift_labels", "ignore_index"}  # arguments of the library's loss, beside num_items_in_batch
+
+
+@functools.cache
+def argument_names(function: Callable) -> frozenset[str]:
+    """Return the names of a function's arguments."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:

@@ -15,15 +15,16 @@ from .copy_head import RENAMED_PARAMETERS
 # it
 logger = logging.get_logger("transformers.models.retro")
 
-ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to GPT-2
+ADDED = ("cca", "ln_cca", "encoder", "copy_head")  # modules that RETRO adds to a decoder
 ENCODER, COPY_HEAD = "neighbor encoder", "copy head"
 # regular expression for a name in checkpoints of earlier versions -> present name
 RENAMED = {rf"copy_head\.{old}$": f"copy_head.{new}" for old, new in RENAMED_PARAMETERS.items()}
 
 
 def is_added(name: str) -> bool:
-    """Return True for the name of a parameter that RETRO adds to GPT-2's."""
-    return any(f"{module}." in name for module in ADDED)
+    """Return True for the name of a parameter that RETRO adds to the decoder's."""
+    is_decoders = re.search(r"(^|\.)decoder\.", name)  # of a decoder other than GPT-2, whatever it calls its parts
+    return not is_decoders and any(f"{module}." in name for module in ADDED)
 
 
 class NameWithRetriever(str):
@@ -153,7 +154,7 @@ def part_of(name: str) -> str | None:
     """
     if not is_added(name):
         return None
-    if layer := re.search(r"\bh\.(\d+)\.", name):
+    if layer := re.search(r"\b(?:h|cross_attention)\.(\d+)\.", name):
         return f"layer {layer[1]}"
     return COPY_HEAD if "copy_head." in name else ENCODER
 

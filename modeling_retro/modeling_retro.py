@@ -1,4 +1,4 @@
-"""RETRO (Borgeaud et al., 2022): GPT-2 with cross-attention to neighbors, a copy head, or both.
+"""RETRO (Borgeaud et al., 2022): a decoder with cross-attention to neighbors, a copy head, or both.
 
 Shapes: B rows, T tokens of this call, L tokens including those in the cache, d hidden size; C
 retrieval points reached in this call, k neighbors of a point, r tokens of a neighbor, m tokens of a
@@ -6,14 +6,13 @@ chunk, the longest query of a point; G groups of w tokens that read one point's 
 that are matched.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -21,36 +20,33 @@ from transformers.utils.output_capturing import capture_outputs
 
 from configuration_retro import RetroConfig
 
-from .attention_plan import AttentionPlan, plan_attention
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, PackedChunkGrid
-from .copy_head import CopyCandidates, CopyHead, find_candidates
+from .chunk_grid import ChunkGrid
+from .copy_head import CopyHead
 from .decoder_block import RetroBlock
+from .decoder_model import RetroDecoderModel
 from .generation import RetroGenerationMixin
 from .library import CACHE, LOSS_ARGUMENTS, check_arguments, either_cache
-from .loading import NameWithRetriever, is_added
-from .matching import match_tokens
-from .neighbor_encoder import NeighborEncoder, UnencodedNeighbors
-from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
-from .neighbor_inputs import NeighborInputs
+from .loading import is_added
+from .neighbor_encoder import NeighborEncoder
+from .neighbor_fetching import Retriever
 from .pretrained import RetroPreTrainedModel
-from .retrieval_points import RetrievalPoints
+from .reading import Reading
+from .reading_model import RetroModelOutput, RetroReadingModel
 
 
-@dataclass
-class RetroModelOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """The library's output, with the copy head's candidates if it has any."""
-
-    copy_candidates: CopyCandidates | None = None
-
-
-class RetroModel(RetroPreTrainedModel):
-    """The decoder with its neighbor encoder, without a language-modeling head."""
+class RetroModel(RetroReadingModel):
+    """GPT-2 with a neighbor encoder, without a language-modeling head."""
 
     _input_embed_layer = "wte"
 
     def __init__(self, config: RetroConfig):
         super().__init__(config)
+        if config.text_config is not None:
+            raise ValueError(
+                f"RetroModel is GPT-2, but text_config is of a {config.text_config.model_type!r} model. Use "
+                "RetroForCausalLM(config) or AutoModel.from_config(config)."
+            )
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -61,25 +57,6 @@ class RetroModel(RetroPreTrainedModel):
         self.retriever: Retriever | None = None
         self.gradient_checkpointing = False
         self.post_init()
-
-    def set_retriever(self, retriever: Retriever | None) -> None:
-        """Set the knowledge base that neighbors are fetched from when a call gets none.
-
-        With None, no neighbors are fetched.
-
-        Raises:
-            ValueError: the knowledge base does not match the model (chunk size, number or length of
-                neighbors, vocabulary, embedding model).
-        """
-        if retriever is not None:
-            check_retriever(retriever, self.config)
-        self.retriever = retriever
-        if name := str(self.config.name_or_path):
-            self.config._name_or_path = name if retriever is None else NameWithRetriever(name, retriever)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.set_retriever(self.retriever)  # pickle drops the retriever from the configuration's name
 
     @merge_with_config_defaults
     @capture_outputs
@@ -136,85 +113,38 @@ class RetroModel(RetroPreTrainedModel):
         check_arguments("forward", kwargs)
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
         cache = either_cache(past_key_values, cache)
-        if self.gradient_checkpointing and self.training:
-            use_cache, cache = False, None
-        if use_cache and not isinstance(cache, RetroCache) and (use_retrieval or cache is None):
-            cache = RetroCache(cache, config=self.config)
         # `memory` is the same cache, but only if this call reads neighbors
-        memory = cache if use_retrieval and isinstance(cache, RetroCache) else None
+        cache, memory, use_cache = self._prepare_cache(cache, use_cache, use_retrieval)
 
         # 1. embed the tokens and locate them on the chunk grid
         inputs_embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
-        known = memory.points if memory is not None and memory.tokens is not None else None
-        points = RetrievalPoints.of(self.config, inputs_embeds.shape[0], first_point, retrieval_stride, known)
-        grid, position_ids = self._locate_tokens(inputs_embeds, points, attention_mask, position_ids, cache, memory)
+        points = first_point, retrieval_stride
+        grid, past_length = self._build_grid(inputs_embeds, points, attention_mask, position_ids, cache, memory)
+        position_ids = self._check_positions(grid, past_length, position_ids)
         hidden_states = self._add_positions(inputs_embeds, position_ids, token_type_ids)  # (B, T, d)
 
-        # 2. get the neighbors of the points that this call reaches, given or fetched
-        given = (neighbor_ids, neighbor_attention_mask, neighbor_scores)
-        neighbors = self._get_neighbors(given, input_ids, grid, memory) if use_retrieval else None
-
-        # 3. plan which tokens attend to which neighbors, and prepare the neighbors for the encoder
-        plan = plan_attention(self.config, grid, hidden_states, neighbors, memory)
-        unencoded = self._prepare_encoder(neighbors, grid, memory)
-
-        # 4. match the last tokens with those of the neighbors, which the copy head may copy
-        matches = match_tokens(self.config, grid, plan, inputs_embeds, neighbors, self.wte, memory)  # (n, B·G, w, k·r)
-        candidates = find_candidates(self.config, plan, matches, neighbors)
+        # 2. to 4. get the neighbors of the points that this call reaches, and prepare them
+        given = (neighbor_ids, neighbor_attention_mask, neighbor_scores) if use_retrieval else None
+        reading = self._read(grid, inputs_embeds, input_ids, given, memory)
 
         # 5. run the layers
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache, CACHE: cache}  # for self-attention
-        hidden_states = self._run_layers(
-            hidden_states, plan, matches, unencoded, memory, attention_mask=attention_mask, **kwargs
-        )
+        hidden_states = self._run_layers(hidden_states, reading, attention_mask=attention_mask, **kwargs)
 
         # 6. return the last hidden states, and what the copy head needs
         outputs: dict[str, Any] = {CACHE: cache if use_cache else None}
-        return RetroModelOutput(last_hidden_state=self.ln_f(hidden_states), copy_candidates=candidates, **outputs)
+        hidden_states = self.ln_f(hidden_states)
+        return RetroModelOutput(last_hidden_state=hidden_states, copy_candidates=reading.candidates, **outputs)
 
     # The steps of forward, in order
 
-    def _embed_tokens(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the token embeddings (B, T, d)."""
-        if input_ids is not None and inputs_embeds is None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            return self.wte(input_ids)
-        if input_ids is None and inputs_embeds is not None:
-            return inputs_embeds
-        raise ValueError("Give either input_ids or inputs_embeds.")
+    def _check_positions(self, grid: ChunkGrid, past_length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Return the position of each token (B, T).
 
-    def _locate_tokens(
-        self,
-        inputs_embeds: torch.Tensor,
-        points: RetrievalPoints,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        memory: RetroCache | None,
-    ) -> tuple[ChunkGrid, torch.Tensor]:
-        """Return the chunk grid of this call, and the position of each token (B, T)."""
-        batch_size, length = inputs_embeds.shape[:2]
-        past_length = 0
-        if memory is not None:
-            past_length = memory.past_length
-        elif cache is not None:
-            past_length = int(cache.get_seq_length())
-
-        texts = None
-        if position_ids is not None and attention_mask is None and cache is None:
-            texts = find_packed_sequence_indices(position_ids.expand(batch_size, -1))  # as create_causal_mask does
-        if texts is not None:
-            grid: ChunkGrid = PackedChunkGrid.from_texts(points, texts)
-        else:
-            shape, device = (batch_size, length), inputs_embeds.device
-            grid = ChunkGrid.build(points, shape, past_length, attention_mask, position_ids, device)
-        if memory is not None:
-            memory.points = grid.points
+        Raises:
+            ValueError: one is beyond `n_positions`.
+        """
+        length = grid.positions.shape[1]
         if position_ids is None:
             position_ids = grid.positions.clamp(min=0)
         # int() waits for the device, so check only calls that are long enough to exceed the limit
@@ -223,7 +153,7 @@ class RetroModel(RetroPreTrainedModel):
             raise ValueError(
                 f"The sequence has {last + 1} tokens, but the model has {most} positions (n_positions). Shorten it."
             )
-        return grid, position_ids
+        return position_ids
 
     def _add_positions(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None
@@ -234,46 +164,10 @@ class RetroModel(RetroPreTrainedModel):
             hidden_states = hidden_states + self.wte(token_type_ids)
         return self.drop(hidden_states)
 
-    def _get_neighbors(
-        self,
-        given: tuple[torch.Tensor | None, ...],
-        input_ids: torch.Tensor | None,
-        grid: ChunkGrid,
-        memory: RetroCache | None,
-    ) -> NeighborInputs | None:
-        """Return the given or fetched neighbors of the points that this call reaches, if any."""
-        tokens = input_ids
-        if memory is not None:
-            unknown = torch.full_like(grid.positions, -1)
-            tokens = memory.append_tokens(unknown if input_ids is None else input_ids)  # (B, L)
-        ids, mask, scores = given
-        if ids is not None:
-            neighbors = NeighborInputs.from_arguments(ids, mask, scores)
-        elif self.retriever is not None and tokens is not None:
-            neighbors = fetch_neighbors(self.retriever, grid, tokens, RetrievalLog())
-        else:
-            return None
-        neighbors.check_fit(self.config, grid)
-        return neighbors if neighbors.num_slots else None
-
-    def _prepare_encoder(
-        self, neighbors: NeighborInputs | None, grid: ChunkGrid, memory: RetroCache | None
-    ) -> UnencodedNeighbors | None:
-        """Return the encoder's inputs, without the states that the layers have yet to compute."""
-        if neighbors is None or not self.config.cca_layers:
-            return None
-        seen = grid.positions if memory is None or memory.tokens is None else memory.tokens  # (B, L)
-        columns, exists = grid.query_columns(neighbors.num_slots, seen.shape[1])  # (B, C·m)
-        mask = exists.unflatten(1, (neighbors.num_slots, -1)) if grid.points.has_short_queries else None
-        return UnencodedNeighbors(self.encoder, self.wte(neighbors.ids), neighbors.mask, columns, mask)
-
     def _run_layers(
         self,
         hidden_states: torch.Tensor,
-        plan: AttentionPlan | None,
-        matches: torch.Tensor | None,
-        unencoded: UnencodedNeighbors | None,
-        memory: RetroCache | None,
+        reading: Reading,
         attention_mask: torch.Tensor | None,
         **kwargs: Any,  # of self-attention
     ) -> torch.Tensor:
@@ -291,10 +185,10 @@ class RetroModel(RetroPreTrainedModel):
             hidden_states, encoded = block(
                 hidden_states,
                 encoded,
-                plan=plan,
-                matches=matches if self.config.cca_match else None,
-                unencoded=unencoded if layer_idx == first_cca_layer else None,
-                memory=memory if layer_idx == first_cca_layer else None,
+                plan=reading.plan,
+                matches=reading.cross_attention_matches,
+                unencoded=reading.unencoded if layer_idx == first_cca_layer else None,
+                memory=reading.memory if layer_idx == first_cca_layer else None,
                 attention_mask=causal_mask,
                 **kwargs,
             )
@@ -302,7 +196,7 @@ class RetroModel(RetroPreTrainedModel):
 
 
 class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
-    """RETRO with a language-modeling head tied to the token embeddings.
+    """A causal language model that reads neighbors: GPT-2, or any other decoder.
 
     ```python
     retriever = MilvusRetriever.from_uri("knowledge.db", tokenizer=tokenizer)
@@ -314,10 +208,24 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
-    def __init__(self, config: RetroConfig, retriever: Retriever | None = None):
+    def __init__(
+        self, config: RetroConfig, retriever: Retriever | None = None, decoder: PreTrainedModel | None = None
+    ):
+        """Build a model.
+
+        Args:
+            retriever: a knowledge base (see `set_retriever`).
+            decoder: the causal language model that `config.text_config` describes, with its
+                weights. Default: one with random weights.
+        """
         super().__init__(config)
-        self.transformer = RetroModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer: RetroModel | RetroDecoderModel
+        if config.text_config is None:
+            self.transformer = RetroModel(config)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = {}  # type: ignore[misc]  # the decoder has its own
+            self.transformer = RetroDecoderModel(config, decoder)
         if config.copy_head:
             self.copy_head = CopyHead(config)
         self.post_init()
@@ -386,10 +294,13 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
                 "data_collator, or give the model neighbor_ids."
             )
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids  # GPT-2's
+        if isinstance(self.transformer, RetroDecoderModel):
+            kwargs["logits_to_keep"] = logits_to_keep
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             neighbor_ids=neighbor_ids,
@@ -404,8 +315,10 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, columns, :]
-        logits = self.lm_head(hidden_states)
+        hidden_states, logits = outputs.last_hidden_state, outputs.logits
+        if logits is None:
+            hidden_states = hidden_states[:, columns, :]
+            logits = self.lm_head(hidden_states)
         if outputs.copy_candidates is not None:
             logits = self.copy_head(logits, hidden_states, outputs.copy_candidates, columns)
         loss = None

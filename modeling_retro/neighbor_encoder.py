@@ -14,6 +14,7 @@ from configuration_retro import RetroConfig
 from .chunk_grid import take_columns
 from .cross_attention import CrossAttention, cross_attention_mask, open_if_empty
 from .movable import Movable
+from .norms import make_norm
 
 
 class RetroEncoderLayer(GradientCheckpointingLayer):
@@ -24,14 +25,14 @@ class RetroEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: RetroConfig, layer_idx: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = make_norm(config)
         self.self_attention = GPT2Attention(config, layer_idx=layer_idx)
         self.self_attention.is_causal = False
         if layer_idx in config.encoder_cca_layers:
-            self.ln_cross = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-            self.ln_chunk = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            self.ln_cross = make_norm(config)
+            self.ln_chunk = make_norm(config)
             self.cross_attention = CrossAttention(config, layer_idx=layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = make_norm(config)
         self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
         if config.activation_function == "gelu_new":
             # the same function in one kernel; the encoder has no GPT-2 weights to agree with to the
@@ -69,7 +70,7 @@ class NeighborEncoder(nn.Module):
         self.wpe = nn.Embedding(config.neighbor_length, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList([RetroEncoderLayer(config, layer_idx=i) for i in range(config.encoder_num_layers)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = make_norm(config)
 
     def forward(
         self,

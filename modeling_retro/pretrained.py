@@ -1,7 +1,11 @@
 """RetroPreTrainedModel: the base class of RETRO models."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -10,6 +14,7 @@ from configuration_retro import RetroConfig
 from .chunked_cross_attention import ChunkedCrossAttention
 from .copy_head import CopyHead
 from .decoder_block import RetroBlock
+from .decoder_calls import keep_call
 from .library import CACHE
 from .loading import LoadingMixin
 from .sharing import SharingMixin
@@ -39,3 +44,17 @@ class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ChunkedCrossAttention | CopyHead):
             module.init_weights()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # layers of other decoders read neighbors through hooks, also when they run again
+        if self.config.text_config is not None:
+            settings = getattr(gradient_checkpointing_func, "keywords", {})
+            if self.config.cca_layers and settings.get("use_reentrant"):
+                raise ValueError(
+                    "Cross-attention beside a decoder gets no gradients from reentrant checkpointing. Set "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+            gradient_checkpointing_func = keep_call(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
