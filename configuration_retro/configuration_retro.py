@@ -293,7 +293,6 @@ class RetroConfig(GPT2Config):
         if len(set(layers)) < len(layers):
             raise ValueError(f"{name}={layers} names a layer twice. Name each once.")
 
-
     @property
     def norm(self) -> str:
         """The norm of RETRO's own parts, as in the decoder: "rms" or "layer"."""

@@ -1,6 +1,6 @@
-"""Show the whole project on real text: knowledge base, training, evaluation and a sample.
+"""Train a small GPT-2 from scratch, then RETRO on it: knowledge base, evaluation and a sample.
 
-    python examples/demo.py
+    python examples/demo_gpt2.py
 
 The text is the model sources inside the installed transformers package, so nothing is downloaded.
 They are highly repetitive, so retrieval has much to offer. A tenth of the files is held out from
@@ -8,7 +8,7 @@ the tokenizer, the knowledge base and training.
 
 A decoder is trained first. Two models start from it and see the same tokens: one stays a plain
 decoder, the other becomes RETRO, with cross-attention and a copy head, and reads neighbors while it
-trains. Both are measured on the held-out files. Everything is written to demo_output/.
+trains. Both are measured on the held-out files. Everything is written to demo_output_gpt2/.
 """
 
 import logging
@@ -36,7 +36,7 @@ from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
 from training_retro import RetroTrainer, build_trainer, parse_arguments
 
-OUTPUT = Path("demo_output")
+OUTPUT = Path("demo_output_gpt2")
 VOCABULARY, BLOCK, BATCH = 8192, 256, 8
 CHARACTERS, HELD_OUT_CHARACTERS = 1_500_000, 120_000
 DECODER_STEPS, RETRO_STEPS = 120, 60
@@ -204,9 +204,12 @@ def run() -> None:
     print_table(measure(alone, trainer, tokenizer), measure(retro, trainer, tokenizer))
     print_sample(retro, BulkTokenizer(tokenizer))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(
-        f"done; peak memory {peak:.1f} GiB. Next: python examples/draw_reading.py, or python generate_hf.py --model "
-        f"{OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {embedding_model} --prompt 'class'"
+    say(f"done; peak memory {peak:.1f} GiB. Next:")
+    console.print(f"python examples/draw_reading.py --demo {OUTPUT}")
+    console.print(
+        f"python generate_hf.py --model {OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db "
+        f"--embedding_model {embedding_model} --prompt class",
+        soft_wrap=True,
     )
 
 

@@ -20,7 +20,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from configuration_retro import RetroConfig
 
-from .cache import RetroCache
 from .chunk_grid import ChunkGrid
 from .copy_head import CopyHead
 from .decoder_block import RetroBlock
@@ -208,9 +207,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
-    def __init__(
-        self, config: RetroConfig, retriever: Retriever | None = None, decoder: PreTrainedModel | None = None
-    ):
+    def __init__(self, config: RetroConfig, retriever: Retriever | None = None, decoder: PreTrainedModel | None = None):
         """Build a model.
 
         Args:

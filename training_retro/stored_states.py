@@ -202,12 +202,13 @@ def prepare(model: PreTrainedModel, config: RetroConfig, read: ReadSequences, ne
     return Batch(torch.cat([logits, rest.unsqueeze(-1)], -1), states, candidates, own_targets.view_as(targets))
 
 
-def store_batch(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> Batch:
+def store_batch(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor], read: ReadSequences | None = None) -> Batch:
     """Run the decoder over a batch, and keep what its copy head needs.
 
     Args:
         model: RETRO with a copy head and without cross-attention.
         batch: as [`data_retro.RetroDataCollator`] makes it, of sequences of one length.
+        read: the same sequences, if the decoder has read them before with other neighbors.
 
     Raises:
         ValueError: the model reads in another way, the batch has no neighbors, or it has padding,
@@ -223,7 +224,7 @@ def store_batch(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor]) -> B
         )
     names = ("neighbor_ids", "neighbor_attention_mask", "neighbor_scores")
     neighbors = NeighborInputs(*(batch[name] for name in names))
-    return prepare(model, model.config, read_sequences(model, batch["input_ids"]), neighbors)
+    return prepare(model, model.config, read or read_sequences(model, batch["input_ids"]), neighbors)
 
 
 def check_reader(model: RetroForCausalLM) -> None:
