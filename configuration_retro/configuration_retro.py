@@ -183,7 +183,7 @@ class RetroConfig(GPT2Config):
         super().__post_init__(**kwargs)
 
     def follow_decoder(self) -> None:
-        """Set the settings that follow those of `text_config`, such as the size of the vocabulary."""
+        """Set what follows from `text_config`, such as the size of the vocabulary."""
         assert isinstance(self.text_config, PreTrainedConfig), "built with the configuration"
         for name, value in followed_settings(self.text_config).items():
             setattr(self, name, value)

@@ -10,6 +10,8 @@ from transformers.models.auto.modeling_auto import (
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds whose cache holds tokens
 
+PARTS_OF_LAYERS = {"attn_config", "ffn_config"}  # settings in a configuration of their own
+
 # setting of RetroConfig -> names of the decoder's setting that it follows, the first that exists
 FOLLOWED_SETTINGS = {
     "vocab_size": ("vocab_size",),
@@ -64,11 +66,12 @@ def check_decoder(config: PreTrainedConfig) -> None:
     model_type = config.model_type
     check_model_type(model_type)
     layers = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    models = [name for name in config.sub_configs if name not in PARTS_OF_LAYERS and getattr(config, name, None)]
     if config.is_encoder_decoder:
         reason = "is an encoder-decoder"
-    elif any(getattr(config, name, None) is not None for name in config.sub_configs):
-        reason = f"is made of several models ({', '.join(config.sub_configs)}), such as text and images"
-    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+    elif models:
+        reason = f"is made of several models ({', '.join(models)}), such as text and images"
+    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         reason = "reads text in both directions (is_decoder=False)"
     elif layers:
         reason = f"has layers of the kind {', '.join(map(repr, sorted(layers)))}, which keep no token in the cache"

@@ -38,9 +38,16 @@ from transformers import AutoTokenizer
 
 from configuration_retro import RetroConfig
 from data_retro.collator import NEIGHBOR_FIELDS, RetroDataCollator
-from evaluation_retro import best_weight, byte_lengths, paired_gain, shuffle_neighbors
+from evaluation_retro import (
+    Prompt,
+    best_weight,
+    byte_lengths,
+    in_context_nats,
+    in_context_prompts,
+    paired_gain,
+    shuffle_neighbors,
+)
 from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
-from evaluation_retro.in_context import Prompt, in_context_nats, in_context_prompts
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Document, Embedder, MilvusRetriever, MilvusStore, chunk_documents, ingest
 from training_retro.stored_states import Batch, ReadSequences, fit_reader, read_sequences, store_batch

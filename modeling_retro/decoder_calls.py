@@ -70,17 +70,15 @@ class DecoderCall:
         return output
 
 
-def add_layer_hooks(layer: nn.Module, branch: nn.Module, layer_idx: int) -> list[Any]:
-    """Let a decoder layer read neighbors behind its attention branch; return the hooks' handles."""
-    return [
-        layer.register_forward_pre_hook(_keep_layer_input, with_kwargs=True),
-        branch.register_forward_hook(partial(_add_cross_attention, layer_idx)),
-    ]
+def add_layer_hooks(layer: nn.Module, branch: nn.Module, layer_idx: int) -> None:
+    """Let a decoder layer read neighbors behind its attention branch."""
+    layer.register_forward_pre_hook(_keep_layer_input, with_kwargs=True)
+    branch.register_forward_hook(partial(_add_cross_attention, layer_idx))
 
 
-def add_output_hook(output_embeddings: nn.Module) -> Any:
-    """Keep the states that enter the output embeddings; return the hook's handle."""
-    return output_embeddings.register_forward_pre_hook(_keep_output_states)
+def add_output_hook(output_embeddings: nn.Module) -> None:
+    """Keep the states that enter the output embeddings."""
+    output_embeddings.register_forward_pre_hook(_keep_output_states)
 
 
 def keep_call(checkpoint: Callable) -> Callable:

@@ -23,6 +23,7 @@ from .library import CACHE, argument_names, check_arguments, either_cache
 from .neighbor_encoder import NeighborEncoder
 from .reading_layer import CrossAttentionBeside
 from .reading_model import RetroModelOutput, RetroReadingModel
+from .wrapping import check_decoder_class
 
 
 class RetroDecoderModel(RetroReadingModel):
@@ -38,6 +39,7 @@ class RetroDecoderModel(RetroReadingModel):
         # left to itself, the library checks the attention implementation against this class alone
         attention = text_config._attn_implementation or config._attn_implementation
         super().__init__(config)
+        check_decoder_class(text_config)
         if decoder is None:
             settings = {} if attention is None else {"attn_implementation": attention}
             decoder = AutoModelForCausalLM.from_config(text_config, dtype=torch.get_default_dtype(), **settings)
@@ -60,15 +62,19 @@ class RetroDecoderModel(RetroReadingModel):
             )
         self.retriever = None
         self.gradient_checkpointing = False
-        self._layer_hooks: list[Any] = []
-        self._output_hook = add_output_hook(decoder.get_output_embeddings())
+        self._has_layer_hooks = False
+        # read once: a compiled forward cannot look at signatures
+        self._takes_positions, self._takes_logits_to_keep = (
+            name in argument_names(type(decoder).forward) for name in ("position_ids", "logits_to_keep")
+        )
+        add_output_hook(decoder.get_output_embeddings())
         self.post_init()
         is_here = not any(parameter.is_meta for parameter in decoder.parameters())
         if config.cca_layers and (is_here or config.attention_branch is not None):
             self.hook_layers()
 
     def _check_width(self) -> None:
-        embed = self.decoder.get_input_embeddings()
+        embed: Any = self.decoder.get_input_embeddings()
         if embed.weight.shape[1] != self.config.n_embd:
             raise ValueError(
                 f"The input embeddings of {type(self.decoder).__name__} have width {embed.weight.shape[1]}, its layers "
@@ -76,21 +82,29 @@ class RetroDecoderModel(RetroReadingModel):
                 "head."
             )
 
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a text, if the decoder looks positions up in a table; else None."""
+        names = [name for name, module in self.decoder.named_modules() if isinstance(module, nn.Embedding)]
+        is_limited = any("pos" in name or name.endswith("wpe") for name in names)
+        return self.config.n_positions if is_limited else None
+
     def hook_layers(self) -> None:
         """Let the layers of `cca_layers` read neighbors, once.
 
         Raises:
             ValueError: the decoder's layers have no known place for cross-attention.
         """
-        if self._layer_hooks or not self.config.cca_layers:
-            return
         config = self.config
+        if self._has_layer_hooks or not config.cca_layers:
+            return
         if config.attention_branch is None:
             config.attention_branch = find_attention_branch(self.decoder, config.cca_layers)
         layers = find_layers(self.decoder)
         for layer in config.cca_layers:
             branch = layers[layer].get_submodule(config.attention_branch)
-            self._layer_hooks += add_layer_hooks(layers[layer], branch, layer)
+            add_layer_hooks(layers[layer], branch, layer)
+        self._has_layer_hooks = True
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's input embeddings, which the neighbors share."""
@@ -107,8 +121,7 @@ class RetroDecoderModel(RetroReadingModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Set the decoder's output embeddings."""
         self.decoder.set_output_embeddings(new_embeddings)
-        self._output_hook.remove()
-        self._output_hook = add_output_hook(new_embeddings)
+        add_output_hook(new_embeddings)
 
     @can_return_tuple
     def forward(
@@ -150,9 +163,10 @@ class RetroDecoderModel(RetroReadingModel):
         # 1. embed the tokens and locate them on the chunk grid
         embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
         points = first_point, retrieval_stride
-        grid, _ = self._build_grid(embeds, points, attention_mask, position_ids, cache, memory)
-        if position_ids is None and attention_mask is not None:
-            position_ids = grid.positions.clamp(min=0)
+        grid, past_length = self._build_grid(embeds, points, attention_mask, position_ids, cache, memory)
+        content_positions = self._check_positions(grid, past_length, position_ids)
+        if attention_mask is not None:
+            position_ids = content_positions
 
         # 2. to 4. get the neighbors of the points that this call reaches, and prepare them
         given = (neighbor_ids, neighbor_attention_mask, neighbor_scores) if use_retrieval else None
@@ -173,11 +187,12 @@ class RetroDecoderModel(RetroReadingModel):
         outputs, hidden_states, logits = self._run_decoder(call, arguments, logits_to_keep)
 
         # 6. return the last hidden states, and what the copy head needs
+        weights = [layer for layer in call.weights if layer is not None] if kwargs.get("output_attentions") else []
         return RetroModelOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=hidden_states,  # type: ignore[arg-type]  # mypy cannot tell it from a FloatTensor
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            cross_attentions=tuple(call.weights) if kwargs.get("output_attentions") and call.weights else None,
+            cross_attentions=tuple(weights) or None,  # type: ignore[arg-type]
             copy_candidates=reading.candidates,
             logits=logits,
             **{CACHE: cache if use_cache else None},
@@ -188,14 +203,12 @@ class RetroDecoderModel(RetroReadingModel):
     ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
         """Return the decoder's output, its last hidden states (B, T', d) and logits (B, T', V)."""
         model = self.decoder.base_model if logits_to_keep is None else self.decoder
-        known = argument_names(type(model).forward)
-        if "position_ids" not in known:
+        if not self._takes_positions:
             del arguments["position_ids"]  # such a decoder takes positions from the attention mask
         if logits_to_keep is None:
             outputs = call.run(model, **arguments, return_dict=True)
             return outputs, outputs.last_hidden_state, None
-        keeps = "logits_to_keep" in known
-        if keeps:
+        if self._takes_logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep
         outputs = call.run(model, **arguments, return_dict=True)
         states, logits = call.output_states, outputs.logits
@@ -204,7 +217,7 @@ class RetroDecoderModel(RetroReadingModel):
                 f"{type(model).__name__} computes its logits without calling its output embeddings, so the copy head "
                 "cannot see its last hidden states. RETRO cannot be built on it."
             )
-        if not keeps:
+        if not self._takes_logits_to_keep:
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             states, logits = states[:, columns], logits[:, columns]
         return outputs, states.to(logits.device), logits

@@ -230,11 +230,12 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         super()._validate_generated_length(  # type: ignore[misc]
             generation_config, input_ids_length, has_default_max_length
         )
-        if generation_config.max_length > self.config.n_positions:
+        most = self.base_model.max_positions
+        if most is not None and generation_config.max_length > most:
             raise ValueError(
                 f"Prompt and continuation come to {generation_config.max_length} tokens, but the model has "
-                f"{self.config.n_positions} positions (n_positions). Shorten the prompt ({input_ids_length} tokens) or "
-                "set a smaller max_new_tokens."
+                f"{most} positions (n_positions). Shorten the prompt ({input_ids_length} tokens) or set a smaller "
+                "max_new_tokens."
             )
 
     def _retrieved(

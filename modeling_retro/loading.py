@@ -3,13 +3,19 @@
 import re
 from collections import Counter
 from contextvars import ContextVar
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from configuration_retro import RetroConfig, decoder_config
+
 from .copy_head import RENAMED_PARAMETERS
+from .readers import Reader, open_reader
+from .wrapping import RETRO_SETTINGS, check_decoder_class, leave_parts_unquantized, open_decoder, wrap_decoder
 
 # a child of the library's logger: whoever silences its load report silences the line that replaces
 # it
@@ -60,7 +66,12 @@ for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
 # The configuration file of the checkpoint that is being opened. None: it has none, or none is being
 # opened.
 _CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
-_LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# The reader that is put on the model that is being opened.
+_READER: ContextVar[Reader | None] = ContextVar("_READER", default=None)
+_LOCATION = (
+    *("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",
+)
 
 
 class LoadingMixin(PreTrainedModel):
@@ -76,30 +87,47 @@ class LoadingMixin(PreTrainedModel):
         *model_args: Any,
         output_loading_info: bool = False,
         key_mapping: dict[str, str] | None = None,
+        reader: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Open a model as `PreTrainedModel.from_pretrained` does. New parts are named in one line.
 
+        The name is that of a RETRO model, of GPT-2, or of any other decoder that
+        `AutoModelForCausalLM` opens; RETRO is built around that one. Settings of `RetroConfig` are
+        taken as arguments.
+
+        Args:
+            reader: a trained reader to put on the decoder: a folder that `save_reader` wrote, the
+                name of one on the hub, or "zero-shot" for the one in this package, which fits every
+                decoder. Its settings are defaults for the model's.
+
         Opened by the name in another model's configuration (`config.name_or_path`), a model gets
         that one's retriever, unless it is given a `retriever` of its own, or None. Opened by a
         plain string, it has only what it is given.
+
+        Raises:
+            ValueError: RETRO cannot be built on the model; a retriever or a reader does not match
+                it.
         """
-        token = _CHECKPOINT.set(cls._checkpoint_config(pretrained_model_name_or_path, kwargs))
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                output_loading_info=True,
-                key_mapping=RENAMED | (key_mapping or {}),
-                **kwargs,
-            )
-        finally:
-            _CHECKPOINT.reset(token)
-        model, info = loaded
-        if isinstance(pretrained_model_name_or_path, NameWithRetriever) and "retriever" not in kwargs:
+        name = pretrained_model_name_or_path
+        if reader is not None:
+            return cls._open_with_reader(name, reader, output_loading_info, kwargs)
+        retriever = kwargs.pop("retriever", getattr(name, "retriever", None))
+        is_own = retriever is None or not isinstance(name, NameWithRetriever) or retriever is not name.retriever
+        key_mapping = RENAMED | (key_mapping or {})
+        stored = cls._stored_config(name, kwargs)
+        if stored is not None and _is_decoder(stored):
+            model, info = cls._build_on_decoder(name, model_args, kwargs, stored)
+        else:
+            model, info = cls._open(name, model_args, kwargs | {"key_mapping": key_mapping}, stored)
+        if model.config.text_config is not None:
+            model.base_model.hook_layers()
+        if retriever is not None:
             try:
-                model.set_retriever(pretrained_model_name_or_path.retriever)
+                model.set_retriever(retriever)
             except ValueError as error:
+                if is_own:
+                    raise
                 raise ValueError(
                     f"{error} This retriever is set on the model whose configuration the name is from. Pass "
                     "retriever=None to open the model without it."
@@ -108,14 +136,66 @@ class LoadingMixin(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _checkpoint_config(cls, name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the checkpoint's own configuration, whatever configuration it is opened with."""
+    def _open_with_reader(cls, name: Any, reader: str | Path, output_loading_info: bool, kwargs: dict[str, Any]) -> Any:
+        """Open a decoder and put a reader on it, as `from_pretrained` does."""
+        opened = open_reader(reader, kwargs)
+        location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
+        opened.check_fit(RetroConfig.from_pretrained(name, **location))
+        token = _READER.set(opened)
+        try:
+            model, info = cls.from_pretrained(name, output_loading_info=True, **opened.settings | kwargs)
+        finally:
+            _READER.reset(token)
+        info["missing_keys"] = info["missing_keys"] - opened.put_on(model, model.config)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _open(cls, name: Any, model_args: tuple, kwargs: dict[str, Any], stored: dict[str, Any] | None) -> Any:
+        """Open a RETRO model, or GPT-2 with RETRO's parts; return it and the loading report."""
+        if stored is not None and kwargs.get("gguf_file") is not None:  # GPT-2: the library cannot put it into RETRO
+            decoder, _ = open_decoder(name, {"gguf_file": kwargs.pop("gguf_file")})
+            kwargs["state_dict"], kwargs["config"] = decoder.state_dict(), _on_gpt2(decoder, kwargs)
+            name = None
+        text_config = (stored or {}).get("text_config")
+        if text_config is not None and kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = deepcopy(kwargs["quantization_config"])
+            leave_parts_unquantized(kwargs["quantization_config"], RetroConfig(text_config=text_config))
+        token = _CHECKPOINT.set(stored)
+        try:
+            return super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        finally:
+            _CHECKPOINT.reset(token)
+
+    @classmethod
+    def _build_on_decoder(
+        cls, name: Any, model_args: tuple, kwargs: dict[str, Any], stored: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Open a decoder other than GPT-2 and build the model around it."""
+        check_decoder_class(decoder_config(stored))
+        config = kwargs.pop("config", None)
+        if "Causal" not in cls.__name__ or model_args:
+            raise ValueError(
+                f"{cls.__name__} cannot be built on {name}. Use RetroForCausalLM.from_pretrained, and give settings "
+                "by name."
+            )
+        if isinstance(config, RetroConfig):
+            model, info = wrap_decoder(cls, name, config, kwargs)
+        else:
+            model, info = wrap_decoder(cls, name, None, kwargs if config is None else kwargs | {"config": config})
+        model._announce({name for name in info["missing_keys"] if is_added(name)})
+        return model, info
+
+    @classmethod
+    def _stored_config(cls, name: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the checkpoint's own configuration, whatever configuration it is opened with.
+
+        None: there is none.
+        """
         if name is None:
             return None
         location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
-        assert cls.config_class is not None
         try:
-            return cls.config_class.get_config_dict(name, **location)[0]
+            return PreTrainedConfig.get_config_dict(name, **location)[0] or None
         except OSError:  # there is no such file; if that is wrong, the library says so
             return None
 
@@ -141,10 +221,28 @@ class LoadingMixin(PreTrainedModel):
         new = {part for part, number in absent.items() if number == expected[part]} - known
         if not new:
             return
-        self._new_parameters = frozenset(name for name in missing if part_of(name) in new)
-        loading_info.missing_keys = missing - self._new_parameters
-        size = sum(self.get_parameter(name).numel() for name in self._new_parameters)
-        logger.warning("New, and a no-op until trained: %s (%s parameters).", _list_parts(new), f"{size:,}")
+        loading_info.missing_keys = missing - self._announce({name for name in missing if part_of(name) in new})
+
+    def _announce(self, names: set[str]) -> set[str]:
+        """Name new parts in one line; return the names of their parameters."""
+        if _READER.get() is not None:
+            return names  # they come from the reader
+        self._new_parameters = frozenset(names)
+        size = sum(self.get_parameter(name).numel() for name in names)
+        parts = set(filter(None, map(part_of, names)))
+        logger.warning("New, and a no-op until trained: %s (%s parameters).", _list_parts(parts), f"{size:,}")
+        return names
+
+
+def _is_decoder(stored: dict[str, Any]) -> bool:
+    """Return True for the configuration of a decoder that is neither RETRO nor GPT-2."""
+    return stored.get("model_type", RetroConfig.model_type) not in (RetroConfig.model_type, "gpt2")
+
+
+def _on_gpt2(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> RetroConfig:
+    """Return RETRO's configuration on a GPT-2, with the settings among the arguments."""
+    own = {name: kwargs.pop(name) for name in RETRO_SETTINGS & kwargs.keys()}
+    return RetroConfig.from_dict({**decoder.config.to_dict(), "model_type": RetroConfig.model_type}, **own)
 
 
 def part_of(name: str) -> str | None:

@@ -48,7 +48,7 @@ def match_tokens(
         return None
     # Cross-attention's matches have no gradient. The copy head's does not go through the encoder's
     # embeddings, since gradient checkpointing may have gone through them by itself.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.copy_head):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and bool(config.copy_head)):
         token_embeds = F.normalize(token_embeds, dim=-1)
         if cache is not None:
             token_embeds = cache.append_token_embeds(token_embeds)  # (B, L, d)
@@ -61,6 +61,7 @@ def match_tokens(
         keys = plan.recall("match", new)["keys"].flatten(0, 1)  # (B·G, k·r, d)
         queries = _last_tokens(config.match_length, grid, plan.queries, token_embeds)  # (B·G, w·n, d)
         cosines = (queries @ keys.transpose(1, 2)).float().clamp(min=0.0)  # (B·G, w·n, k·r)
+        assert config.num_neighbors is not None, "set when the configuration is built"
         return _multiply_along(cosines, config.match_length, config.num_neighbors)
 
 

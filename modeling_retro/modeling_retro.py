@@ -20,7 +20,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from configuration_retro import RetroConfig
 
-from .chunk_grid import ChunkGrid
 from .copy_head import CopyHead
 from .decoder_block import RetroBlock
 from .decoder_model import RetroDecoderModel
@@ -43,7 +42,7 @@ class RetroModel(RetroReadingModel):
         super().__init__(config)
         if config.text_config is not None:
             raise ValueError(
-                f"RetroModel is GPT-2, but text_config is of a {config.text_config.model_type!r} model. Use "
+                "RetroModel is GPT-2, but the configuration is of another decoder (text_config). Use "
                 "RetroForCausalLM(config) or AutoModel.from_config(config)."
             )
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -56,6 +55,25 @@ class RetroModel(RetroReadingModel):
         self.retriever: Retriever | None = None
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Open a model. One on another decoder than GPT-2 is a [`RetroDecoderModel`]."""
+        stored = cls._stored_config(pretrained_model_name_or_path, kwargs) or {}
+        if stored.get("text_config") is not None:
+            return RetroDecoderModel.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: RetroConfig, **kwargs: Any) -> Any:
+        if config.text_config is not None:
+            return RetroDecoderModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens of a text, since positions are looked up in a table."""
+        return self.config.n_positions
 
     @merge_with_config_defaults
     @capture_outputs
@@ -137,23 +155,6 @@ class RetroModel(RetroReadingModel):
 
     # The steps of forward, in order
 
-    def _check_positions(self, grid: ChunkGrid, past_length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Return the position of each token (B, T).
-
-        Raises:
-            ValueError: one is beyond `n_positions`.
-        """
-        length = grid.positions.shape[1]
-        if position_ids is None:
-            position_ids = grid.positions.clamp(min=0)
-        # int() waits for the device, so check only calls that are long enough to exceed the limit
-        most = self.config.n_positions
-        if past_length + length > most and (last := int(position_ids.max())) >= most:
-            raise ValueError(
-                f"The sequence has {last + 1} tokens, but the model has {most} positions (n_positions). Shorten it."
-            )
-        return position_ids
-
     def _add_positions(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None
     ) -> torch.Tensor:
@@ -221,13 +222,32 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             self.transformer = RetroModel(config)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         else:
-            self._tied_weights_keys = {}  # type: ignore[misc]  # the decoder has its own
+            self._tied_weights_keys = {}  # the decoder has its own
             self.transformer = RetroDecoderModel(config, decoder)
         if config.copy_head:
             self.copy_head = CopyHead(config)
         self.post_init()
         if retriever is not None:  # None would also clear the name in a configuration shared with another model
             self.set_retriever(retriever)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings, which the neighbors share."""
+        return self.transformer.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the token embeddings."""
+        self.transformer.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the language-modeling head."""
+        return self.lm_head if isinstance(self.transformer, RetroModel) else self.transformer.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the language-modeling head."""
+        if isinstance(self.transformer, RetroModel):
+            self.lm_head = new_embeddings
+        else:
+            self.transformer.set_output_embeddings(new_embeddings)
 
     @property
     def retriever(self) -> Retriever | None:  # type: ignore[override]  # the mixin declares it
@@ -242,7 +262,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         """Train only the parameters that RETRO adds: RETROfitting (paper, section 4.3).
 
         The decoder's weights, with the embeddings, keep their values. With `use_retrieval=False`
-        the model therefore stays its GPT-2 exactly.
+        the model therefore stays its decoder exactly.
         """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_added(name))

@@ -6,6 +6,7 @@ from configuration_retro import RetroConfig
 
 
 def make_norm(config: RetroConfig) -> nn.Module:
-    """Return a norm over the hidden size: an RMS norm where the decoder has one, else a layer norm."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.n_embd, eps=config.layer_norm_epsilon)
+    """Return a norm over the hidden size: an RMS norm if the decoder has one, else a layer norm."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
+    return nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)

@@ -45,7 +45,7 @@ class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
         if isinstance(module, ChunkedCrossAttention | CopyHead):
             module.init_weights()
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         # layers of other decoders read neighbors through hooks, also when they run again
@@ -58,3 +58,10 @@ class RetroPreTrainedModel(LoadingMixin, SharingMixin, GPT2PreTrainedModel):
                 )
             gradient_checkpointing_func = keep_call(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary as `PreTrainedModel.resize_token_embeddings` does."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.text_config is not None:
+            self.config.follow_decoder()
+        return embeddings

@@ -46,6 +46,11 @@ class RetroReadingModel(RetroPreTrainedModel):
     encoder: NeighborEncoder
     retriever: Retriever | None
 
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a text. None: the decoder has no limit of its own."""
+        raise NotImplementedError
+
     def set_retriever(self, retriever: Retriever | None) -> None:
         """Set the knowledge base that neighbors are fetched from when a call gets none.
 
@@ -81,7 +86,7 @@ class RetroReadingModel(RetroPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         points: tuple[torch.Tensor | None, int | None],
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         memory: RetroCache | None,
@@ -90,7 +95,10 @@ class RetroReadingModel(RetroPreTrainedModel):
 
         Args:
             points: the call's first point and stride, if given.
+            attention_mask: (B, L), or masks prepared for each kind of attention.
         """
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
         batch_size, length = inputs_embeds.shape[:2]
         known = memory.points if memory is not None and memory.tokens is not None else None
         retrieval_points = RetrievalPoints.of(self.config, batch_size, *points, known)
@@ -111,6 +119,23 @@ class RetroReadingModel(RetroPreTrainedModel):
         if memory is not None:
             memory.points = grid.points
         return grid, past_length
+
+    def _check_positions(self, grid: ChunkGrid, past_length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Return the position of each token (B, T).
+
+        Raises:
+            ValueError: one is beyond `max_positions`.
+        """
+        length = grid.positions.shape[1]
+        if position_ids is None:
+            position_ids = grid.positions.clamp(min=0)
+        # int() waits for the device, so check only calls that are long enough to exceed the limit
+        most = self.max_positions
+        if most is not None and past_length + length > most and (last := int(position_ids.max())) >= most:
+            raise ValueError(
+                f"The sequence has {last + 1} tokens, but the model has {most} positions (n_positions). Shorten it."
+            )
+        return position_ids
 
     def _read(
         self,

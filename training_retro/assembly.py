@@ -156,6 +156,7 @@ def connect(model: RetroForCausalLM, tokenizer: BulkTokenizer, data: DataArgumen
             model.
     """
     config = model.config
+    assert config.num_neighbors is not None, "set when the configuration is built"
     retriever = data.open_retriever(
         tokenizer,
         num_neighbors=config.num_neighbors,
