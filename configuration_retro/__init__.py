@@ -3,8 +3,8 @@
 from transformers import AutoConfig
 
 from .configuration_retro import RetroConfig
-from .decoders import decoder_config
+from .decoders import FOLLOWED_SETTINGS, decoder_config
 
 AutoConfig.register("retro", RetroConfig)
 
-__all__ = ["RetroConfig", "decoder_config"]
+__all__ = ["FOLLOWED_SETTINGS", "RetroConfig", "decoder_config"]

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from contextvars import ContextVar
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from configuration_retro import RetroConfig, decoder_config
 
 from .copy_head import RENAMED_PARAMETERS
+from .readers import Reader, open_reader
 from .wrapping import RETRO_SETTINGS, check_decoder_class, leave_parts_unquantized, open_decoder, wrap_decoder
 
 # a child of the library's logger: whoever silences its load report silences the line that replaces
@@ -64,6 +66,8 @@ for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
 # The configuration file of the checkpoint that is being opened. None: it has none, or none is being
 # opened.
 _CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
+# The reader that is put on the model that is being opened.
+_READER: ContextVar[Reader | None] = ContextVar("_READER", default=None)
 _LOCATION = (
     *("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token"),
     "trust_remote_code",
@@ -83,6 +87,7 @@ class LoadingMixin(PreTrainedModel):
         *model_args: Any,
         output_loading_info: bool = False,
         key_mapping: dict[str, str] | None = None,
+        reader: str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Open a model as `PreTrainedModel.from_pretrained` does. New parts are named in one line.
@@ -91,14 +96,22 @@ class LoadingMixin(PreTrainedModel):
         `AutoModelForCausalLM` opens; RETRO is built around that one. Settings of `RetroConfig` are
         taken as arguments.
 
+        Args:
+            reader: a trained reader to put on the decoder: a folder that `save_reader` wrote, the
+                name of one on the hub, or "zero-shot" for the one in this package, which fits every
+                decoder. Its settings are defaults for the model's.
+
         Opened by the name in another model's configuration (`config.name_or_path`), a model gets
         that one's retriever, unless it is given a `retriever` of its own, or None. Opened by a
         plain string, it has only what it is given.
 
         Raises:
-            ValueError: RETRO cannot be built on the model; a retriever does not match it.
+            ValueError: RETRO cannot be built on the model; a retriever or a reader does not match
+                it.
         """
         name = pretrained_model_name_or_path
+        if reader is not None:
+            return cls._open_with_reader(name, reader, output_loading_info, kwargs)
         retriever = kwargs.pop("retriever", getattr(name, "retriever", None))
         is_own = retriever is None or not isinstance(name, NameWithRetriever) or retriever is not name.retriever
         key_mapping = RENAMED | (key_mapping or {})
@@ -120,6 +133,20 @@ class LoadingMixin(PreTrainedModel):
                     "retriever=None to open the model without it."
                 ) from error
         info["missing_keys"] = info["missing_keys"] | model._new_parameters
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _open_with_reader(cls, name: Any, reader: str | Path, output_loading_info: bool, kwargs: dict[str, Any]) -> Any:
+        """Open a decoder and put a reader on it, as `from_pretrained` does."""
+        opened = open_reader(reader, kwargs)
+        location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
+        opened.check_fit(RetroConfig.from_pretrained(name, **location))
+        token = _READER.set(opened)
+        try:
+            model, info = cls.from_pretrained(name, output_loading_info=True, **opened.settings | kwargs)
+        finally:
+            _READER.reset(token)
+        info["missing_keys"] = info["missing_keys"] - opened.put_on(model, model.config)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -198,6 +225,8 @@ class LoadingMixin(PreTrainedModel):
 
     def _announce(self, names: set[str]) -> set[str]:
         """Name new parts in one line; return the names of their parameters."""
+        if _READER.get() is not None:
+            return names  # they come from the reader
         self._new_parameters = frozenset(names)
         size = sum(self.get_parameter(name).numel() for name in names)
         parts = set(filter(None, map(part_of, names)))

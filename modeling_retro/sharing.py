@@ -10,7 +10,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from configuration_retro import RetroConfig
 
+from .loading import is_added
 from .model_card import TAGS, model_card
+from .readers import upload_reader, write_reader
 
 AUTO_CLASSES = {
     "AutoConfig": "configuration_retro.RetroConfig",
@@ -40,10 +42,35 @@ class SharingMixin(PreTrainedModel):
             save_directory, is_main_process=is_main_process, save_original_format=save_original_format, **kwargs
         )
 
-    def model_card(self, repo_id: str) -> ModelCard:
+    def model_card(self, repo_id: str, is_reader: bool = False) -> ModelCard:
         """Return the card that `push_to_hub` writes (see [`model_card.model_card`])."""
         describe = getattr(self.retriever, "describe", dict)  # without a retriever there is nothing to describe
-        return model_card(self.config, repo_id, describe(), self.evaluation)
+        return model_card(self.config, repo_id, describe(), self.evaluation, is_reader)
+
+    def save_reader(
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        """Save what RETRO adds, without the decoder, which is named if it is on the hub.
+
+        `from_pretrained(decoder, reader=save_directory)` puts it on that decoder. It stands for the
+        whole model if the decoder was frozen in training (`freeze_backbone`).
+
+        Args:
+            push_to_hub: upload the folder as well.
+            repo_id: the repository's name on the hub. Default: the folder's.
+            private: a new repository is private. Default: as the account's settings say.
+            token: of the hub. Default: the stored one.
+        """
+        repo_id = repo_id or Path(save_directory).name
+        weights = {name: tensor for name, tensor in self.state_dict().items() if is_added(name)}
+        write_reader(save_directory, self.config, weights, str(self.model_card(repo_id, is_reader=True)))
+        if push_to_hub:
+            upload_reader(save_directory, repo_id, private, token)
 
     def _upload_modified_files(  # type: ignore[override]
         self, working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from configuration_retro import RetroConfig
+from configuration_retro import FOLLOWED_SETTINGS, RetroConfig
 
 from .attention_branch import find_layers
 from .library import CACHE, argument_names
@@ -22,6 +22,9 @@ from .library import CACHE, argument_names
 DECODER = "transformer.decoder"  # where the decoder is in a RetroForCausalLM
 PARTS = ("transformer.encoder", "transformer.cross_attention", "copy_head")  # what RETRO adds
 RETRO_SETTINGS = {field.name for field in fields(RetroConfig)} - {field.name for field in fields(GPT2Config)}
+# beside another decoder than GPT-2, what is not its own of GPT-2's settings is RETRO's, too
+OWN_SETTINGS = {field.name for field in fields(RetroConfig)} - {field.name for field in fields(PreTrainedConfig)}
+OWN_SETTINGS -= FOLLOWED_SETTINGS.keys()
 UNQUANTIZED = ("llm_int8_skip_modules", "modules_to_not_convert")  # settings of quantizers: modules left as they are
 QUANTIZER_STATE = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
@@ -47,7 +50,7 @@ def check_decoder_class(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: names the model's class.
     """
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model._is_stateful:
         reason = "keeps a state of all earlier tokens instead of a cache of each"
     elif CACHE not in argument_names(model.forward):
@@ -73,8 +76,8 @@ def wrap_decoder(
     Returns:
         the model, and the loading report; RETRO's own parameters are missing keys.
     """
-    settings = {} if config is None else {field: getattr(config, field) for field in RETRO_SETTINGS}
-    settings |= {field: kwargs.pop(field) for field in RETRO_SETTINGS & kwargs.keys()}
+    settings = {} if config is None else {field: getattr(config, field) for field in OWN_SETTINGS}
+    settings |= {field: kwargs.pop(field) for field in OWN_SETTINGS & kwargs.keys()}
     if config is not None:
         kwargs["config"] = config.text_config
     decoder, info = open_decoder(name, kwargs)
