@@ -173,5 +173,5 @@ def test_a_knowledge_base_with_another_vocabulary_is_refused(saved_decoder, fami
 
 
 def test_sizes_of_the_decoder_cannot_be_set(saved_decoder):
-    with pytest.raises(ValueError, match="n_embd|vocab_size"):
-        RetroForCausalLM.from_pretrained(saved_decoder("llama"), vocab_size=99, n_embd=32)
+    with pytest.raises(ValueError, match="n_embd, vocab_size cannot be set"):
+        RetroConfig.from_pretrained(saved_decoder("llama"), vocab_size=99, n_embd=32)

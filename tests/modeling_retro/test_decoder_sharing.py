@@ -228,8 +228,8 @@ print("opened")
 """
 
 
-def test_all_open_as_remote_code_where_this_project_is_not_installed(saved_decoder, tmp_path, inputs):
-    for family in FAMILIES:
+def test_they_open_as_remote_code_where_this_project_is_not_installed(saved_decoder, tmp_path, inputs):
+    for family in (*SOME, "falcon"):
         model = retro(saved_decoder(family), "sdpa")
         model.save_pretrained(tmp_path / "saved" / family)
         (tmp_path / "saved" / family / "inputs").mkdir()
