@@ -39,7 +39,9 @@ class RetroDecoderModel(RetroReadingModel):
         # left to itself, the library checks the attention implementation against this class alone
         attention = text_config._attn_implementation or config._attn_implementation
         super().__init__(config)
-        check_decoder_class(text_config)
+        decoder_class = check_decoder_class(text_config)
+        if attention == "sdpa" and not decoder_class._supports_sdpa:  # RETRO's default
+            attention = None
         if decoder is None:
             settings = {} if attention is None else {"attn_implementation": attention}
             decoder = AutoModelForCausalLM.from_config(text_config, dtype=torch.get_default_dtype(), **settings)
