@@ -184,6 +184,22 @@ def test_a_model_placed_by_a_device_map_is_the_same_model(folder, tmp_path, plac
         assert row[-4 - len(prompt) :] == greedy_by_hand(model, prompt, 4)
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("max_memory", [None, {"cpu": 8_000}], ids=["all", "part"])
+@torch.no_grad()
+def test_a_decoder_may_be_placed_while_retro_is_built_on_it(folder, tmp_path, max_memory):
+    batch, model = training_batch(), retro(folder)
+    expected = open_decoder(folder)(batch["input_ids"]).logits
+    placement = {"device_map": "auto", "max_memory": max_memory, "offload_folder": tmp_path}
+    placed = RetroForCausalLM.from_pretrained(folder, attn_implementation="eager", **SIZES, **READING, **placement)
+    assert any(p.is_meta for p in placed.parameters()) == (max_memory is not None)
+    assert not any(p.is_meta for p in added_parameters(placed).values())
+    assert torch.equal(placed(batch["input_ids"], neighbor_ids=batch["neighbor_ids"]).logits, expected)
+    for name, parameter in added_parameters(model).items():
+        placed.get_parameter(name).copy_(parameter)
+    assert torch.equal(placed(**batch).logits, model(**batch).logits)
+
+
 def test_threads_do_not_mix_their_neighbors(folder):
     model = retro(folder)
     batches = [training_batch(seed) for seed in range(4)]
@@ -223,9 +239,9 @@ def fail(*_):
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("readers", [COPYING, READING], ids=["copy head", "all"])
-def test_a_compiled_training_step_is_one_graph(folder, readers):
-    model = retro(folder, "sdpa", **readers).train()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"], indirect=True)  # sequential and parallel layers
+def test_a_compiled_training_step_is_one_graph(folder):
+    model = retro(folder, "sdpa", **NO_DROPOUT).train()
     model.freeze_backbone()
     uncompiled, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
     torch._dynamo.reset()
