@@ -124,7 +124,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     return model, new
 
 
-def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, str]:
+def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a GGUF file and a reader; none that is None."""
     given = {"gguf_file": gguf_file, "reader": reader}
     return {name: value for name, value in given.items() if value is not None}

@@ -6,7 +6,6 @@ import pydoc_data.topics
 import pytest
 import torch
 from datasets import load_dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import generate_hf
@@ -21,34 +20,15 @@ from training_retro.parameters import count_parameters
 from training_retro.settings import DEFAULT_BLOCK_SIZE
 
 from ..support.runs import flags
-from ..support.small_models import save_static_embedding
+from ..support.small_models import save_static_embedding, train_llama_tokenizer
 from ..support.training_world import CHUNK
-
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def llama_tokenizer():
-    """Train a tokenizer like Llama 2's: byte fallback, and <s> and a space before each text."""
-    names = ["<unk>", "<s>", "</s>"]
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token of two words
-    settings = {"vocab_size": 600, "special_tokens": [*names, *BYTES], "show_progress": False, "limit_alphabet": 60}
-    backend.train_from_iterator(list(pydoc_data.topics.topics.values())[:20], trainers.BpeTrainer(**settings))
-    card = json.loads(backend.to_str())
-    card["added_tokens"] = [token for token in card["added_tokens"] if token["content"] in names]
-    backend = Tokenizer.from_str(json.dumps(card | {"pre_tokenizer": None}))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The folder of a random Llama with room for 131072 tokens, and its tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = llama_tokenizer()
+    tokenizer = train_llama_tokenizer(list(pydoc_data.topics.topics.values())[:20], 600)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
