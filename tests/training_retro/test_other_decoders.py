@@ -17,6 +17,7 @@ from retrieval import BulkTokenizer
 from retrieval.cli import main as knowledge_base_program
 from training_retro.flops import step_flops
 from training_retro.parameters import count_parameters
+from training_retro.sampling import GenerateArguments, load
 from training_retro.settings import DEFAULT_BLOCK_SIZE
 
 from ..support.runs import flags
@@ -65,6 +66,10 @@ def test_a_llama_is_trained_measured_and_sampled(world, llama, texts, tmp_path, 
     numbers = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert numbers["eval_bits_per_byte"] < numbers["eval_off_bits_per_byte"]
     assert set(range(600, 640)) <= set(model.generation_config.suppress_tokens)
+
+    model.save_reader(tmp_path / "reader")
+    put_on, _ = load(GenerateArguments(model=str(llama), reader=str(tmp_path / "reader"), device="cpu"))
+    assert all(map(torch.equal, put_on.parameters(), model.parameters()))
 
     changes = {"model_name_or_path": tmp_path / "run", "train_data": None, "max_steps": None, "eval_only": "true"}
     train_hf.main(llama_flags(world, llama, tmp_path / "measured", **changes, config_overrides=None, **texts))
