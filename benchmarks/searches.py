@@ -24,16 +24,7 @@ from typing import Any
 import corpora
 import numpy as np
 import torch
-from frozen_decoder import (
-    BATCH,
-    Batch,
-    fit_copy_head,
-    head_config,
-    load_decoder,
-    load_tokenizer,
-    prepare,
-    read_sequences,
-)
+from frozen_decoder import head_config, load_decoder, load_tokenizer
 from machine import machine
 from search_rows import PARTS, REFERENCE, Row, all_rows, fetch, hybrid_base, inside, static_model
 from search_timing import cost_table, time_rows
@@ -44,6 +35,7 @@ from evaluation_retro import byte_lengths
 from evaluation_retro.bits_per_byte import paired_gain
 from modeling_retro.neighbor_inputs import NeighborInputs
 from retrieval import BulkTokenizer, Document
+from training_retro.stored_states import BATCH, Batch, fit_copy_head, prepare, read_sequences
 
 NEIGHBORS = (2, 4)
 CORPORA = ("models", "python", "kernel")

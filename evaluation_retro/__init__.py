@@ -10,13 +10,17 @@ from .bits_per_byte import (
     shuffle_neighbors,
 )
 from .copy_baseline import best_weight, weight_nats
+from .in_context import Prompt, in_context_nats, in_context_prompts
 
 __all__ = [
     "CONDITIONS",
     "Evaluation",
+    "Prompt",
     "best_weight",
     "byte_lengths",
     "evaluate",
+    "in_context_nats",
+    "in_context_prompts",
     "paired_gain",
     "sequence_nats",
     "shuffle_neighbors",

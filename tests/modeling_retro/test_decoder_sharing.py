@@ -47,11 +47,22 @@ def inputs():
     return decoder_batch()
 
 
+def same_settings(config, other):
+    """Compare all settings but the names that the configurations were opened by."""
+    return without_names(config.to_dict()) == without_names(other.to_dict())
+
+
+def without_names(settings):
+    if not isinstance(settings, dict):
+        return settings
+    return {name: without_names(value) for name, value in settings.items() if name != "_name_or_path"}
+
+
 def test_the_defaults_are_a_copy_head_and_four_neighbors(folder):
     config = RetroConfig.from_pretrained(folder)
     decoder = AutoConfig.from_pretrained(folder)
     assert (config.copy_head, config.cca_layers, config.num_neighbors) == (True, [], 4)
-    assert config.text_config.to_dict() == decoder.to_dict()
+    assert same_settings(config.text_config, decoder)
     assert (config.vocab_size, config.n_embd, config.n_layer, config.n_positions) == (VOCAB, 16, 3, 64)
     assert config.chunk_size == 64 and config.neighbor_length == 128
     model = RetroForCausalLM.from_pretrained(folder)
@@ -67,12 +78,13 @@ def test_a_saved_model_opens_through_every_class(folder, tmp_path, inputs, reade
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert str(folder) not in (tmp_path / "config.json").read_text()  # local paths are private
     for opened in (RetroForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert type(opened) is type(model) and isinstance(opened, RetroForCausalLM)
         assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
         assert opened.generation_config.max_new_tokens == 7
         assert opened.generation_config.pad_token_id == VOCAB - 1  # the decoder's
-        assert opened.config.to_dict() == model.config.to_dict()
+        assert same_settings(opened.config, model.config)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is RetroConfig
     base = AutoModel.from_pretrained(tmp_path)
@@ -216,13 +228,13 @@ print("opened")
 """
 
 
-def test_all_open_as_remote_code_where_this_project_is_not_installed(saved_decoder, tmp_path, inputs):
-    for family in FAMILIES:
+def test_they_open_as_remote_code_where_this_project_is_not_installed(saved_decoder, tmp_path, inputs):
+    for family in (*SOME, "falcon"):
         model = retro(saved_decoder(family), "sdpa")
         model.save_pretrained(tmp_path / "saved" / family)
         (tmp_path / "saved" / family / "inputs").mkdir()
-        with torch.no_grad():
-            given = {**inputs, "logits": model(**inputs).logits}
+        # with gradients, as there: without them SDPA uses another kernel
+        given = {**inputs, "logits": model(**inputs).logits.detach()}
         save_file(given, tmp_path / "saved" / family / "inputs" / "inputs.safetensors")
     ran = run_without_the_project(CLEAN, tmp_path)
     assert ran.returncode == 0 and "opened" in ran.stdout, ran.stderr[-2000:]
