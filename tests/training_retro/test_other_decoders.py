@@ -6,6 +6,7 @@ import pydoc_data.topics
 import pytest
 import torch
 from datasets import load_dataset
+from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import generate_hf
@@ -171,3 +172,17 @@ def test_the_exported_texts_of_chunks_join_to_their_documents(world, llama, text
         exported[row["doc_id"]] = exported.get(row["doc_id"], "") + row["text"]
     for name, joined in exported.items():
         assert joined == (world / name).read_text(encoding="utf-8")
+
+
+def test_special_tokens_that_the_model_lacks_do_no_harm(world, llama, tmp_path):
+    """Some decoders of text share a tokenizer with models that read images, too."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    tokenizer.add_tokens([AddedToken(f"<image {number}>", special=True) for number in range(100)])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert len(tokenizer) > 640
+    trainer = built(llama_flags(world, llama, tmp_path / "run", tokenizer_name=tmp_path / "more"), tmp_path / "c")
+    assert max(max(row) for row in trainer.train_dataset["input_ids"]) < 600
+    tokenizer.add_tokens(["try", "the"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    with pytest.raises(ValueError, match="The tokenizer has 702 tokens, the model's vocabulary 640"):
+        built(llama_flags(world, llama, tmp_path / "run", tokenizer_name=tmp_path / "words"), tmp_path / "c")
