@@ -328,7 +328,7 @@ def run_search(arguments: argparse.Namespace) -> None:
             title = f"{found.scores[0, place]:.3f}  {doc_id}, chunk {found.chunk_indices[0, place]}"
             console.print(Text(title, style="bold"))
             tokens = found.ids[0, place][found.attention_mask[0, place]].tolist()
-            starts_text = found.chunk_indices[0, place] == 0
+            starts_text = bool(found.chunk_indices[0, place] == 0)
             console.print(Text(retriever.tokenizer.decode(tokens, starts_text)), end="\n\n")
 
 
@@ -405,7 +405,9 @@ def _tokenizer(arguments: argparse.Namespace, stored: str | None = None) -> "Pre
     """Load the tokenizer that the arguments name, or the one whose name is stored."""
     from .tokenizer_loading import load_tokenizer
 
-    return load_tokenizer(arguments.tokenizer or stored, arguments.gguf_file)
+    name = arguments.tokenizer or stored
+    assert name is not None, "checked before"
+    return load_tokenizer(name, arguments.gguf_file)
 
 
 def _print_table(rows: dict[str, Any], title: str | None = None) -> None:

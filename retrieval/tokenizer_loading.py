@@ -24,6 +24,7 @@ def load_tokenizer(name: str | Path, gguf_file: str | None = None) -> PreTrained
     if gguf_file is None:
         return AutoTokenizer.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+    tokenizer.clean_up_tokenization_spaces = False
     if is_byte_level(tokenizer):
         tokenizer.backend_tokenizer.decoder = ByteLevel()
     config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)

@@ -55,8 +55,8 @@ def build_trainer(
     read = ["validation_data"] if training.eval_only else ["train_data", "validation_data"]
     samples = sample([stream for part in read for stream in data.streams(part)], DOCUMENTS_SAMPLED)
     model, new = load_model(model_arguments, tokenizer)
-    check_against_model(model.config, tokenizer, data, training)
     bulk_tokenizer = BulkTokenizer(tokenizer)  # made once: it takes a while to check itself
+    check_against_model(model.config, bulk_tokenizer, data, training)
     retriever = None if data.knowledge_base is None else connect(model, bulk_tokenizer, data)
     try:
         trained: torch.nn.Module = model
@@ -124,7 +124,7 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     return model, new
 
 
-def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, str]:
+def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a GGUF file and a reader; none that is None."""
     given = {"gguf_file": gguf_file, "reader": reader}
     return {name: value for name, value in given.items() if value is not None}
@@ -146,17 +146,19 @@ def new_config(tokenizer: PreTrainedTokenizerBase, overrides: dict[str, Any]) ->
 
 
 def check_against_model(
-    config: RetroConfig, tokenizer: PreTrainedTokenizerBase, data: DataArguments, training: RetroTrainingArguments
+    config: RetroConfig, tokenizer: BulkTokenizer, data: DataArguments, training: RetroTrainingArguments
 ) -> None:
     """Check the tokenizer and the settings against the model.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model, block_size is out of its range, or
+        ValueError: a text may have tokens that the model lacks, block_size is out of its range, or
             shuffled neighbors are to be read in batches of one sequence.
     """
-    if len(tokenizer) > config.vocab_size:
+    # special tokens that no text has, such as those of images, may be more than the model has
+    needed = max(tokenizer.vocab_size, 1 + (tokenizer.eos_token_id or 0), 1 + (tokenizer.bos_token_id or 0))
+    if needed > config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size} (vocab_size). Use "
+            f"The tokenizer has {needed} tokens, the model's vocabulary {config.vocab_size} (vocab_size). Use "
             "the tokenizer that the model was made with."
         )
     least, what = (config.chunk_size, "a chunk") if data.has_neighbors else (2, "a prediction")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_retro import RetrievedChunk, RetroForCausalLM
 from retrieval.arguments import KnowledgeBaseArguments
+from retrieval.detokenization import token_bytes
 from retrieval.settings import same_setting
 from retrieval.tokenization import added_bos
 from retrieval.tokenizer_loading import load_tokenizer
@@ -208,10 +209,11 @@ def describe(
     """
     lines = [str(tokenizer.decode(tokens, skip_special_tokens=True))]
     places = likeliest or {}
+    pieces = token_bytes(tokenizer).pieces if places else {}
     ends = {read.end: read for read in retrieved}  # tokens before what reads them
     if places and min(places) not in ends:
         first = min(places)
-        lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], tokenizer)]
+        lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], pieces)]
     for end, read in ends.items():
         lines.append(f"\n  for tokens {read.start} to {end - 1}, read")
         found = [
@@ -222,13 +224,21 @@ def describe(
         lines += found or ["    nothing"]
         is_over = tokens[end - 1] == tokenizer.eos_token_id and end > min(places, default=end)
         if end in places and not is_over:
-            lines += _describe_likeliest(places[end], tokenizer)
+            lines += _describe_likeliest(places[end], pieces)
     return "\n".join(lines)
 
 
-def _describe_likeliest(likeliest: Likeliest, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return two lines: the likeliest tokens with neighbors, and those without."""
+def _describe_likeliest(likeliest: Likeliest, pieces: Mapping[int, bytes]) -> list[str]:
+    """Return two lines: the likeliest tokens with neighbors, and those without.
+
+    Args:
+        pieces: the bytes of each token, as [`retrieval.detokenization.token_bytes`] gives them.
+    """
+
+    def text(token: int) -> str:
+        return pieces.get(token, b"").decode(errors="replace")
+
     return [
-        f"    next, {how} neighbors: " + "  ".join(f"{tokenizer.decode([token])!r} {share:.3f}" for token, share in top)
+        f"    next, {how} neighbors: " + "  ".join(f"{text(token)!r} {share:.3f}" for token, share in top)
         for how, top in (("with", likeliest.read), ("without", likeliest.unread))
     ]

