@@ -10,17 +10,19 @@ from modeling_retro import RetroForCausalLM
 
 from ..support.decoders import SIZES, decoder_batch
 
-WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 32, 64, 2, 2, 61
+WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 32, 128, 2, 2, 61
+POSITIONS = 1024  # of every GPT-2: transformers reads no other number
 
 
 def write_gguf(path, architecture, tensors, **settings):
     writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_context_length(64)
+    writer.add_context_length(POSITIONS)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
-    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([str(number) for number in range(VOCABULARY)])  # transformers counts them
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
     draw = np.random.default_rng(0)
@@ -48,7 +50,7 @@ def llama(tmp_path):
 
 @pytest.fixture
 def gpt2(tmp_path):
-    tensors = {"token_embd.weight": (VOCABULARY, WIDTH), "position_embd.weight": (64, WIDTH)}
+    tensors = {"token_embd.weight": (VOCABULARY, WIDTH), "position_embd.weight": (POSITIONS, WIDTH)}
     tensors |= {f"output_norm.{part}": (WIDTH,) for part in ("weight", "bias")}
     sizes = {"attn_qkv": (3 * WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_up": (INNER, WIDTH)}
     sizes |= {"ffn_down": (WIDTH, INNER)}
