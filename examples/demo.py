@@ -36,7 +36,6 @@ from rich.text import Text
 from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
-from configuration_retro import RetroConfig
 from data_retro.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from evaluation_retro import (
     Prompt,
@@ -139,14 +138,16 @@ class ShownEmbedder(Embedder):
         return embeddings
 
 
-def build_knowledge_base(texts: Texts, tokenizer: BulkTokenizer, config: RetroConfig) -> MilvusRetriever:
+def build_knowledge_base(texts: Texts, tokenizer: BulkTokenizer, model: RetroForCausalLM) -> MilvusRetriever:
     """Ingest the documents into a Milvus Lite file and return its retriever."""
     store = MilvusStore(str(OUTPUT / "kb.db"), COLLECTION)
     with Progress(console=console) as progress:
         embedder = ShownEmbedder(str(MINILM), progress, texts.chunks)
-        report = ingest(texts.knowledge, store, tokenizer, embedder, chunk_size=config.chunk_size)
+        report = ingest(texts.knowledge, store, tokenizer, embedder, chunk_size=model.config.chunk_size)
     say(f"knowledge base: {report.chunks_written:,} chunks in {report.seconds:.0f} s")
-    return MilvusRetriever(store, tokenizer, Embedder(str(MINILM)), num_neighbors=config.num_neighbors)
+    k = model.config.num_neighbors
+    assert k is not None, "built with the configuration"
+    return MilvusRetriever(store, tokenizer, Embedder(str(MINILM)), num_neighbors=k)
 
 
 @dataclass
@@ -196,7 +197,8 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
         reads for each one that it predicts, if the neighbors stand in its prompt.
     """
     first = SEQUENCE - model.config.chunk_size - 1  # this position predicts the last chunk's first token
-    weight = best_weight(torch.stack([sum(read.mixed(w).sum() for read in training) for w in WEIGHTS.tolist()]))
+    mixed = [torch.stack([read.mixed(weight).sum() for read in training]).sum() for weight in WEIGHTS.tolist()]
+    weight = best_weight(torch.stack(mixed))
     assert weight is not None, "there are training batches"
 
     def total(nats: Iterable[torch.Tensor]) -> np.ndarray:
@@ -207,7 +209,7 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
         return [prompt for prompt in prompts if prompt.positions.start == first]
 
     def in_prompt(prompts: list[list[Prompt]], name: str) -> np.ndarray:
-        decoder, pairs = model.transformer.decoder, list(zip(prompts, held_out, strict=True))
+        decoder, pairs = model.transformer.get_submodule("decoder"), list(zip(prompts, held_out, strict=True))
         return total(in_context_nats(decoder, its, read.batch["input_ids"]) for its, read in shown(pairs, name))
 
     masks = [read.batch["neighbor_attention_mask"] for read in held_out]
@@ -217,7 +219,7 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
     rows = {
         "decoder alone": in_prompt(alone, "The decoder alone"),
         "decoder + copy baseline": total(read.mixed(weight) for read in held_out),
-        "decoder, neighbors in its prompt": in_prompt(with_neighbors, "Neighbors in its prompt"),
+        "decoder, neighbors in prompt": in_prompt(with_neighbors, "Neighbors in its prompt"),
         "RETRO, neighbors on": total(read.stored.nats(model.copy_head, 0) for read in held_out),
         "RETRO, neighbors shuffled": total(read.shuffled(model).nats(model.copy_head, 0) for read in held_out),
         "RETRO, neighbors off": total(read.stored.nats(None, 0) for read in held_out),
@@ -229,7 +231,7 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
 def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_cost: float) -> None:
     """Print held-out bits per byte, what each row saves over the decoder, and its cost."""
     table = Table(title=f"Held-out bits per byte ({len(text_bytes)} files, a chunk of each; lower is better)")
-    for column in ("", "bits per byte", "saved over the decoder", "tokens read for each"):
+    for column in ("", "bits/byte", "saved", "tokens read"):
         table.add_column(column, justify="left" if not column else "right")
     alone = rows["decoder alone"]
     for name, nats in rows.items():
@@ -287,7 +289,7 @@ def run() -> None:
     say("opening the decoder, SmolLM2-135M-Instruct")
     model, tokenizer = open_decoder()
     texts = choose_texts(tokenizer, model.config.chunk_size)
-    retriever = build_knowledge_base(texts, tokenizer, model.config)
+    retriever = build_knowledge_base(texts, tokenizer, model)
     collator = RetroDataCollator(retriever)
     training, held_out = (
         read_all(model, sequences, collator, f"{len(sequences)} {name} sequences")

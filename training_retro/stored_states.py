@@ -80,24 +80,24 @@ def read_sequences(
         states, log_sums = _run(model, tokens)
         if file is None:
             return ReadSequences(tokens, states, log_sums)
-        np.savez(file, states=states.numpy(), log_sums=log_sums.numpy())
+        np.savez(file, states=states.cpu().numpy(), log_sums=log_sums.cpu().numpy())
     with np.load(file) as stored:
         return ReadSequences(tokens, *(torch.from_numpy(stored[name]) for name in ("states", "log_sums")))
 
 
 def _run(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states (B, T, d) and the log-sums (B, T) of sequences, on the CPU."""
+    """Return the states (B, T, d) and the log-sums (B, T) of sequences, on the model's device."""
     head = _output_embeddings(model)
     states: list[torch.Tensor] = []
     log_sums: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].float().cpu()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].float()))
     try:
         for part in tokens.split(max(1, MOST_LOGITS // (tokens.shape[1] * len(head.weight)))):
             logits = _decoder(model)(part.to(model.device)).logits
-            log_sums.append(torch.stack([row.float().logsumexp(-1) for row in logits]).cpu())
+            log_sums.append(torch.stack([row.float().logsumexp(-1) for row in logits]))
     finally:
         hook.remove()
-    return torch.cat(states), torch.cat(log_sums)
+    return torch.cat(states).to(model.device), torch.cat(log_sums).to(model.device)
 
 
 def _decoder(model: PreTrainedModel) -> Callable[[torch.Tensor], Any]:
@@ -122,18 +122,18 @@ def few_logits(model: PreTrainedModel, states: torch.Tensor, few: torch.Tensor) 
         few: (n,) token ids.
 
     Returns:
-        (B, T, n) float32, on the CPU.
+        (B, T, n) float32.
     """
     head = _output_embeddings(model)
-    weight, bias = head.weight[few.to(head.weight.device)], head.bias
-    bias = None if bias is None else bias[few.to(bias.device)]
+    weight = head.weight[few.to(head.weight.device)]
+    bias = None if head.bias is None else head.bias[few.to(head.weight.device)]
 
     def put_in_place(*_: object) -> torch.Tensor:
         return F.linear(states.to(weight), weight, bias)
 
     hook = head.register_forward_hook(put_in_place)
     try:
-        return _decoder(model)(few.new_zeros(1, 1).to(model.device)).logits.float().cpu()
+        return _decoder(model)(few.new_zeros(1, 1)).logits.float().to(states.device)
     finally:
         hook.remove()
 
@@ -177,24 +177,21 @@ def prepare(model: PreTrainedModel, config: RetroConfig, read: ReadSequences, ne
         config: the copy head's.
         neighbors: (B, C, k, r) of the first C points of each sequence.
     """
-    embed = model.get_input_embeddings()
-    device = read.tokens.device
-
-    def embeddings(ids: torch.Tensor) -> torch.Tensor:
-        return embed(ids.to(model.device)).float().to(device)
-
+    device, embed = model.device, model.get_input_embeddings()
+    tokens, states, log_sums = (tensor.to(device) for tensor in (read.tokens, read.states, read.log_sums))
+    neighbors = neighbors.to(device)
     points = RetrievalPoints.of(config, len(read))
-    rows, length = read.tokens.shape
+    rows, length = tokens.shape
     grid = ChunkGrid.build(points, (rows, length), 0, None, None, device)
-    embeds = embeddings(read.tokens)
+    embeds = embed(tokens)
     plan = plan_attention(config, grid, embeds, neighbors, None)
-    matches = match_tokens(config, grid, plan, embeds, neighbors, embeddings, None)
+    matches = match_tokens(config, grid, plan, embeds, neighbors, embed, None)
 
-    targets, states = read.tokens[:, 1:], read.states[:, :-1]
+    targets, states, log_sums = tokens[:, 1:], states[:, :-1], log_sums[:, :-1]
     few, places = torch.cat([targets.flatten(), neighbors.ids.flatten()]).unique(return_inverse=True)
     logits = few_logits(model, states, few)
-    share = (logits.logsumexp(-1) - read.log_sums[:, :-1]).exp()
-    rest = read.log_sums[:, :-1] + (1 - share).clamp(min=LEAST_REST).log()
+    share = (logits.logsumexp(-1) - log_sums).exp()
+    rest = log_sums + (1 - share).clamp(min=LEAST_REST).log()
     own_targets, own_ids = places.split([targets.numel(), neighbors.ids.numel()])
     renamed = NeighborInputs(own_ids.view_as(neighbors.ids), neighbors.mask, neighbors.scores)
     candidates = find_candidates(config, plan, matches, renamed)
@@ -236,7 +233,7 @@ def check_reader(model: RetroForCausalLM) -> None:
     config = model.config
     if not config.copy_head or config.cca_layers:
         raise ValueError(
-            f"The model has copy_head={config.copy_head} and cca_layers={list(config.cca_layers)}. Stored states fit a "
+            f"The model has copy_head={config.copy_head} and cca_layers={config.cca_layers}. Stored states fit a "
             "copy head alone: set copy_head=True and cca_layers=[], or train with Trainer."
         )
 
@@ -259,6 +256,7 @@ def fit_copy_head(
         raise ValueError("There are no batches to train on. Store at least one.")
     head = CopyHead(config)
     head.init_weights()
+    head.to(batches[0].states.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / steps)

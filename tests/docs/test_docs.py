@@ -34,7 +34,7 @@ OUR_PACKAGES = (
     "evaluation_retro",
     "training_retro",
 )
-TEXT_EXISTS = ("prompt.txt",)  # files of the reader that a program opens while it parses
+TEXT_EXISTS = ("prompt.txt", "demo_output/prompt.txt")  # files of the reader that a program opens while it parses
 
 
 class Block(NamedTuple):
@@ -147,6 +147,7 @@ def folder_of_a_reader(tmp_path, monkeypatch):
     for part in ("examples", "benchmarks", "docs"):
         (tmp_path / part).symlink_to(ROOT / part)
     for name in TEXT_EXISTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     checkpoint = tmp_path / "runs" / "local" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
