@@ -47,7 +47,7 @@ def folder(family, saved_decoder):
 def test_untrained_it_is_its_decoder_to_the_bit(folder, attention):
     decoder, inputs = open_decoder(folder, attention), decoder_batch()
     expected = decoder(inputs["input_ids"]).logits
-    for readers in ({}, *READERS.values()):
+    for readers in ({}, READING):
         model = untrained_retro(folder, attention, **readers)
         assert torch.equal(model(**inputs).logits, expected)
         assert torch.equal(model(inputs["input_ids"]).logits, expected)

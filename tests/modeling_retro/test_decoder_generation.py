@@ -68,14 +68,14 @@ def test_copy_head_alone_writes_as_by_hand(family, saved_decoder):
     assert_by_hand(model, model.generate(**left_padded(PROMPTS), **GREEDY))
 
 
-@pytest.mark.parametrize("family", [*SOME, "mistral"], indirect=True)
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_beam_search_is_beam_search_by_hand(model):
     sequences = model.generate(**left_padded(PROMPTS), **GREEDY, num_beams=3)
     for prompt, row in zip(PROMPTS, sequences.tolist(), strict=True):
         assert row[-STEPS - len(prompt) :] == beam_search_by_hand(model, prompt, STEPS, 3)
 
 
-@pytest.mark.parametrize("family", [*SOME, "mistral"], indirect=True)
+@pytest.mark.parametrize("family", SOME, indirect=True)
 @pytest.mark.parametrize("draft", ["prompt lookup", "decoder"])
 def test_drafted_tokens_change_nothing_in_the_text(model, saved_decoder, draft):
     prompt = PROMPT[:5] * 3
@@ -102,15 +102,15 @@ def test_the_prompt_may_be_given_as_embeddings(model):
     assert torch.equal(alone, model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY))
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
-def test_generation_compiles_without_a_graph_break(family, saved_decoder):
-    model = retrieving_retro(saved_decoder(family))
+@pytest.mark.parametrize("family", ["gemma3"], indirect=True)  # which takes a mask for each kind of layer
+def test_generation_compiles_without_a_graph_break(model):
     torch.compiler.reset()
     counters.clear()
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compiled._compile_all_devices = True  # otherwise the library compiles on GPUs only
     settings = {"cache_implementation": "static", "compile_config": compiled}
-    assert_by_hand(model, model.generate(torch.tensor([PROMPT]), **settings, **GREEDY), [PROMPT])
+    written = model.generate(torch.tensor([PROMPT]), **settings, max_new_tokens=CHUNK + 1, do_sample=False)
+    assert written[0].tolist() == greedy_by_hand(model, PROMPT, CHUNK + 1)
     assert counters["stats"]["unique_graphs"] > 0
 
 
