@@ -71,6 +71,7 @@ def test_the_defaults_are_a_copy_head_and_four_neighbors(folder):
     assert all(name.startswith("copy_head.") for name in numbers)
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 @torch.no_grad()
 def test_a_saved_model_opens_through_every_class(folder, tmp_path, inputs):
     model = retro(folder, "sdpa")
@@ -98,6 +99,7 @@ def test_a_saved_model_opens_through_every_class(folder, tmp_path, inputs):
     assert isinstance(AutoModel.from_config(config), type(base))
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_settings_may_be_changed_when_a_saved_model_is_opened(folder, tmp_path):
     retro(folder, **COPYING).save_pretrained(tmp_path)
     opened = RetroForCausalLM.from_pretrained(tmp_path, cca_layers=[1], chunk_size=8, neighbor_length=None)
@@ -126,6 +128,7 @@ def test_tied_weights_are_one_and_untied_ones_two(family, folder, tmp_path):
     assert model.get_output_embeddings() is model.transformer.decoder.get_output_embeddings()
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_a_resized_vocabulary_serves_decoder_neighbors_and_head(folder, tmp_path):
     model, batch = retro(folder), training_batch()
     with torch.no_grad():
