@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from tokenizers.decoders import ByteLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+import retrieval.tokenizer_loading
 from configuration_retro import RetroConfig
 
 
@@ -19,10 +19,7 @@ def load_decoder(path: Path) -> PreTrainedModel:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load a decoder's tokenizer from a folder or a GGUF file."""
     folder, file = _place(path)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-    if file:
-        tokenizer.backend_tokenizer.decoder = ByteLevel()  # the conversion puts another one in its place
-    return tokenizer
+    return retrieval.tokenizer_loading.load_tokenizer(folder, **file)
 
 
 def _place(path: Path) -> tuple[Path, dict[str, str]]:

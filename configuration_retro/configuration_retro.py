@@ -294,6 +294,11 @@ class RetroConfig(GPT2Config):
             raise ValueError(f"{name}={layers} names a layer twice. Name each once.")
 
     @property
+    def output_width(self) -> int:
+        """The width of the states that enter the output embeddings. OPT's may be narrower."""
+        return getattr(self.text_config, "word_embed_proj_dim", self.n_embd)
+
+    @property
     def norm(self) -> str:
         """The norm of RETRO's own parts, as in the decoder: "rms" or "layer"."""
         return "rms" if hasattr(self.text_config, "rms_norm_eps") else "layer"

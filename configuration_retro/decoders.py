@@ -92,7 +92,7 @@ def followed_settings(config: PreTrainedConfig) -> dict[str, Any]:
     for name, names in FOLLOWED_SETTINGS.items():
         values = [value for value in (getattr(config, other, None) for other in names) if value is not None]
         followed[name] = values[0] if values else None
-    heads = followed["n_head"]
+    heads = followed["n_head"] or 1  # a model without attention is refused when it is built
     followed["n_head"] = next(number for number in range(heads, 0, -1) if followed["n_embd"] % number == 0)
     followed["n_positions"] = followed["n_positions"] or NO_LIMIT
     for name in ("layer_norm_epsilon", "tie_word_embeddings", "use_cache"):

@@ -28,9 +28,13 @@ Place = tuple[int, int]  # documents that are used up, and used tokens of the ne
 
 
 def pack(
-    documents: Iterable[tuple[str, Sequence[int]]], block_size: int, chunk_size: int, end_of_text_id: int
+    documents: Iterable[tuple[str, Sequence[int]]],
+    block_size: int,
+    chunk_size: int,
+    end_of_text_id: int,
+    begin_of_text_id: int | None = None,
 ) -> Iterator[dict]:
-    """Join tokenized documents and cut the stream every `block_size` tokens.
+    """Join tokenized documents and cut the stream into sequences of `block_size` tokens.
 
     End-of-text follows each document.
 
@@ -46,13 +50,16 @@ def pack(
         block_size: tokens in a sequence.
         chunk_size: tokens in a chunk.
         end_of_text_id: the token after each document; it belongs to the document before it.
+        begin_of_text_id: the first token of each sequence, for decoders that expect one. Default:
+            none.
 
     Yields:
         {"input_ids": up to block_size ints, "doc_ids": a list of document ids for each chunk,
         including a partial last one, "doc_ends": for each of these ids the number of tokens in the
         sequence up to the document's last one in that chunk}.
     """
-    return (sequence for sequence, _ in pack_from(documents, block_size, chunk_size, end_of_text_id))
+    packed = pack_from(documents, block_size, chunk_size, end_of_text_id, begin_of_text_id)
+    return (sequence for sequence, _ in packed)
 
 
 def pack_from(
@@ -60,6 +67,7 @@ def pack_from(
     block_size: int,
     chunk_size: int,
     end_of_text_id: int,
+    begin_of_text_id: int | None = None,
     start: int = 0,
 ) -> Iterator[tuple[dict, Place]]:
     """Pack as [`pack`] does, from token `start` of the first document on.
@@ -67,7 +75,8 @@ def pack_from(
     Yields:
         a sequence, and the place in the documents where it ends.
     """
-    tokens: list[int] = []
+    first = [] if begin_of_text_id is None else [begin_of_text_id]
+    tokens = list(first)
     ends: list[dict[str, int]] = []  # for each chunk, where its documents end in it
     number = -1
     for number, (doc_id, document) in enumerate(documents):
@@ -83,7 +92,7 @@ def pack_from(
                 ends[chunk][doc_id] = min((chunk + 1) * chunk_size, len(tokens))
             if len(tokens) == block_size:
                 yield _sequence(tokens, ends), (number, used)
-                tokens, ends = [], []
+                tokens, ends = list(first), []
     if len(tokens) > 1:
         yield _sequence(tokens, ends), (number + 1, 0)
 
@@ -107,7 +116,7 @@ def pack_documents(
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token (eos_token), which separates documents. Set one.")
     tokenized = ((document.id, ids) for document, ids in tokenize_documents(documents, tokenizer))
-    return pack_from(tokenized, block_size, chunk_size, tokenizer.eos_token_id, start)
+    return pack_from(tokenized, block_size, chunk_size, tokenizer.eos_token_id, tokenizer.bos_token_id, start)
 
 
 class PackedStream(torch.utils.data.IterableDataset):

@@ -37,6 +37,7 @@ def requirements_of(
         "block_size": block_size,
         **{name: getattr(config, name) for name in names},
         "first_point_seed": None if first_points is None else first_points.seed,
+        **({} if tokenizer.bos_token_id is None else {"begin_of_text_id": tokenizer.bos_token_id}),
     }
 
 

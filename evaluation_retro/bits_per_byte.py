@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_retro.collator import IGNORED_LABEL, NEIGHBOR_FIELDS
+from retrieval.detokenization import token_bytes
 
 from .copy_baseline import copied_probability, mixture_nats, slots_read
 
@@ -40,23 +40,19 @@ CONDITIONS = ("on", "off", "shuffled", "copy_baseline")
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Count the UTF-8 bytes of each token's text; special tokens have 0.
 
+    A space that the tokenizer puts before each text counts, too.
+
     Returns:
         (vocabulary,) int64.
+
+    Raises:
+        ValueError: the tokenizer's tokens do not tell where the text has spaces.
     """
-    vocabulary, added, special = tokenizer.get_vocab(), tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
-    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
-    byte_level = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
-    for token, index in vocabulary.items():
-        if index in special:
-            continue
-        if token in added:
-            lengths[index] = len(token.encode())
-        elif byte_level:
-            lengths[index] = len(token)  # one character per byte, even where a token splits a character
-        else:
-            # count what a second copy adds: a token decoded alone may lose its leading space
-            once, twice = (str(tokenizer.decode([index] * n, clean_up_tokenization_spaces=False)) for n in (1, 2))
-            lengths[index] = len(twice.encode()) - len(once.encode())
+    pieces = token_bytes(tokenizer).pieces
+    lengths = torch.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=torch.long)
+    for index, piece in pieces.items():
+        lengths[index] = len(piece)
+    lengths[tokenizer.all_special_ids] = 0
     return lengths
 
 

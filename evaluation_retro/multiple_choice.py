@@ -41,6 +41,7 @@ class LikelihoodChoice:
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-text token to begin a question with. Set its eos_token.")
         self.model, self.tokenizer, self.end = model, tokenizer, tokenizer.eos_token_id
+        self.begin = self.end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.scoring, self.batch_size, self.model_arguments = scoring, batch_size, model_arguments
 
     def choose(self, prompts: Sequence[str], schemas: Sequence[Any]) -> list[Any]:
@@ -80,12 +81,12 @@ class LikelihoodChoice:
         A context that is too long for the model loses its beginning. The end of the context is a
         retrieval point, whatever its length: a short question is searched for, too.
         """
-        config, end = self.model.config, self.end
+        config, tokenizer, end = self.model.config, self.tokenizer, self.end
         most = config.n_positions
         rows = []  # tokens and the length of the continuation
         for context, continuation in pairs:
-            tokens, answer = self.tokenizer.encode_batch([context, continuation])
-            rows.append(([end, *tokens, *answer][-most:], min(len(answer), most - 1)))
+            (tokens,), (answer,) = tokenizer.encode_batch([context]), tokenizer.encode_continuations([continuation])
+            rows.append(([self.begin, *tokens, *answer][-most:], min(len(answer), most - 1)))
         scores = []
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]

@@ -5,6 +5,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
+from .decoder_model import RetroDecoderModel
 from .modeling_retro import RetroForCausalLM, RetroModel, RetroPreTrainedModel
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, Retriever
 
@@ -17,6 +18,7 @@ __all__ = [
     "Retriever",
     "RetroCache",
     "RetroConfig",
+    "RetroDecoderModel",
     "RetroForCausalLM",
     "RetroModel",
     "RetroPreTrainedModel",

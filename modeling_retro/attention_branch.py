@@ -53,9 +53,13 @@ def find_attention_branch(decoder: PreTrainedModel, layers: Sequence[int]) -> st
     try:
         decoder.eval()
         embed: Any = decoder.get_input_embeddings()
-        tokens = torch.tensor([PROBE], device=embed.weight.device) % embed.weight.shape[0]
-        with torch.no_grad():
-            decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        tokens = torch.tensor([PROBE]) % embed.weight.shape[0]
+        if not embed.weight.is_meta:  # else it is offloaded, and a hook moves its inputs
+            tokens = tokens.to(embed.weight.device)
+        # with gradients: without them, bitsandbytes packs 4-bit weights, and they have none later
+        with torch.enable_grad():
+            embeds = embed(tokens).detach().requires_grad_()
+            decoder(inputs_embeds=embeds, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         decoder.train(was_training)
         for handle in handles:

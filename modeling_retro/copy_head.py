@@ -109,7 +109,7 @@ class CopyHead(nn.Module):
         self.config = config
         self.match = nn.Parameter(torch.empty(config.match_length))
         self.similarity = nn.Parameter(torch.empty(1))
-        self.gate_hidden = nn.Parameter(torch.empty(config.n_embd))
+        self.gate_hidden = nn.Parameter(torch.empty(config.output_width))
         self.gate_features = nn.Parameter(torch.empty(GATE_STATISTICS + config.match_length))
         self.gate_bias = nn.Parameter(torch.empty(1))
         self.gate_scale = nn.Parameter(torch.empty(1))

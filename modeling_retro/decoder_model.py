@@ -39,7 +39,9 @@ class RetroDecoderModel(RetroReadingModel):
         # left to itself, the library checks the attention implementation against this class alone
         attention = text_config._attn_implementation or config._attn_implementation
         super().__init__(config)
-        check_decoder_class(text_config)
+        decoder_class = check_decoder_class(text_config)
+        if attention == "sdpa" and not decoder_class._supports_sdpa:  # RETRO's default
+            attention = None
         if decoder is None:
             settings = {} if attention is None else {"attn_implementation": attention}
             decoder = AutoModelForCausalLM.from_config(text_config, dtype=torch.get_default_dtype(), **settings)
@@ -67,6 +69,8 @@ class RetroDecoderModel(RetroReadingModel):
         self._takes_positions, self._takes_logits_to_keep = (
             name in argument_names(type(decoder).forward) for name in ("position_ids", "logits_to_keep")
         )
+        tables = [name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
+        self._has_position_table = any("pos" in name or name.endswith("wpe") for name in tables)
         add_output_hook(decoder.get_output_embeddings())
         self.post_init()
         is_here = not any(parameter.is_meta for parameter in decoder.parameters())
@@ -85,9 +89,7 @@ class RetroDecoderModel(RetroReadingModel):
     @property
     def max_positions(self) -> int | None:
         """The most tokens of a text, if the decoder looks positions up in a table; else None."""
-        names = [name for name, module in self.decoder.named_modules() if isinstance(module, nn.Embedding)]
-        is_limited = any("pos" in name or name.endswith("wpe") for name in names)
-        return self.config.n_positions if is_limited else None
+        return self.config.n_positions if self._has_position_table else None
 
     def hook_layers(self) -> None:
         """Let the layers of `cca_layers` read neighbors, once.

@@ -15,7 +15,7 @@ from configuration_retro import RetroConfig, decoder_config
 
 from .copy_head import RENAMED_PARAMETERS
 from .readers import Reader, open_reader
-from .wrapping import RETRO_SETTINGS, check_decoder_class, leave_parts_unquantized, open_decoder, wrap_decoder
+from .wrapping import OWN_SETTINGS, check_decoder_class, leave_parts_unquantized, open_decoder, wrap_decoder
 
 # a child of the library's logger: whoever silences its load report silences the line that replaces
 # it
@@ -241,7 +241,7 @@ def _is_decoder(stored: dict[str, Any]) -> bool:
 
 def _on_gpt2(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> RetroConfig:
     """Return RETRO's configuration on a GPT-2, with the settings among the arguments."""
-    own = {name: kwargs.pop(name) for name in RETRO_SETTINGS & kwargs.keys()}
+    own = {name: kwargs.pop(name) for name in OWN_SETTINGS & kwargs.keys()}
     return RetroConfig.from_dict({**decoder.config.to_dict(), "model_type": RetroConfig.model_type}, **own)
 
 

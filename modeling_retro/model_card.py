@@ -53,9 +53,9 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.split('/')[-1]}",
-        f"{what} RETRO model ([Borgeaud et al., 2022](https://arxiv.org/abs/2112.04426)) on {base}: a language model of "
-        f"{config.n_layer} layers that reads the nearest passages of a knowledge base through {_ways_to_read(config)}. "
-        "With `use_retrieval=False` it is its decoder alone.",
+        f"{what} RETRO model ([Borgeaud et al., 2022](https://arxiv.org/abs/2112.04426)) on {base}: a language model "
+        f"of {config.n_layer} layers that reads the nearest passages of a knowledge base through "
+        f"{_ways_to_read(config)}. With `use_retrieval=False` it is its decoder alone.",
         "## Knowledge base",
         _table(("", ""), {name: value for name, value in facts.items() if value is not None}),
         "## Use",

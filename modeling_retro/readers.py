@@ -71,7 +71,7 @@ class Reader:
         """
         weights = dict(self.weights)
         if not self.decoder:
-            weights["copy_head.gate_hidden"] = torch.zeros(config.n_embd)
+            weights["copy_head.gate_hidden"] = torch.zeros(config.output_width)
         parameters = dict(model.named_parameters())
         for name, weight in weights.items():
             shape = None if name not in parameters else tuple(parameters[name].shape)

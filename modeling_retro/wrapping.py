@@ -44,11 +44,11 @@ def open_decoder(name: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, di
     return decoder, info
 
 
-def check_decoder_class(config: PreTrainedConfig) -> None:
-    """Refuse models that keep a state of earlier tokens instead of a cache of them.
+def check_decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of a decoder, if it keeps a cache of earlier tokens.
 
     Raises:
-        ValueError: names the model's class.
+        ValueError: it keeps a state of them instead, or takes no cache; names the class.
     """
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model._is_stateful:
@@ -56,7 +56,7 @@ def check_decoder_class(config: PreTrainedConfig) -> None:
     elif CACHE not in argument_names(model.forward):
         reason = f"takes no {CACHE}"
     else:
-        return
+        return model
     raise ValueError(
         f"{model.__name__} {reason}, so RETRO cannot be built on it. Give a decoder whose layers are all attention, "
         "such as Llama, Qwen3 or GPT-2."

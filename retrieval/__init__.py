@@ -17,6 +17,7 @@ from .retriever import MilvusRetriever
 from .sources import Source, documents_from_rows, read_documents
 from .store import MilvusStore
 from .tokenization import BulkTokenizer
+from .tokenizer_loading import load_tokenizer
 
 __all__ = [
     "DEFAULT_EMBEDDING_MODEL",
@@ -45,6 +46,7 @@ __all__ = [
     "export_knowledge_base",
     "import_knowledge_base",
     "ingest",
+    "load_tokenizer",
     "push_knowledge_base",
     "read_documents",
     "write_bulk_files",

@@ -106,9 +106,10 @@ def chunk_documents(documents: Iterable[Document], tokenizer: BulkTokenizer, chu
         chunk_size: tokens in a chunk.
 
     Raises:
-        ValueError: chunk_size is out of its range.
+        ValueError: chunk_size is out of its range, or the tokenizer loses text.
     """
     check_chunk_size(chunk_size)
+    tokenizer.check_keeps_text()
     for document, tokens in tokenize_documents(documents, tokenizer):
         yield from split_tokens(document, tokens, chunk_size)
 

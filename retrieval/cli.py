@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 console = Console(highlight=False)
+GGUF_HELP = "Name of a GGUF file in the tokenizer's folder or repository, which holds the tokenizer."
 INDEX_HELP = f"{', '.join(KINDS)}; with parameters as in HNSW:M=32,ef=128"
 LONGEST_INGESTION = timedelta(days=30)  # the first process to finish waits so long for the last one
 
@@ -106,6 +107,7 @@ def _model_options() -> argparse.ArgumentParser:
         "--tokenizer",
         help="Tokenizer of the model: a Hub name or a folder. Required for ingest; search uses the stored name.",
     )
+    models.add_argument("--gguf-file", help=GGUF_HELP)
     models.add_argument(
         "--embedding-model",
         help="sentence-transformers model, a name or folder. "
@@ -188,6 +190,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="Folder to write; it must not exist.")
     parser.add_argument("--tokenizer", help="The tokenizer, a name or folder. Default: its name at ingestion.")
+    parser.add_argument("--gguf-file", help=GGUF_HELP)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="Upload the folder as a private dataset.")
     parser.set_defaults(run=run_export)
 
@@ -259,7 +262,7 @@ def run_ingest(arguments: argparse.Namespace) -> None:
         embedding_settings=settings,
         analyzer=arguments.analyzer,
     )
-    tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer))
+    tokenizer = BulkTokenizer(_tokenizer(arguments))
     embedder = None
     if search != "bm25":
         model = arguments.embedding_model or DEFAULT_EMBEDDING_MODEL
@@ -304,7 +307,7 @@ def run_search(arguments: argparse.Namespace) -> None:
         raise ValueError("The text to search for is empty. Give a text.")
     with _opened(arguments) as store:
         identity = store.identity()
-        tokenizer = _tokenizer(arguments.tokenizer or identity.tokenizer)
+        tokenizer = _tokenizer(arguments, identity.tokenizer)
         search, settings = wanted_search(store, identity, arguments.search), EmbedderSettings.of(arguments)
         retriever = MilvusRetriever(
             store,
@@ -325,7 +328,8 @@ def run_search(arguments: argparse.Namespace) -> None:
             title = f"{found.scores[0, place]:.3f}  {doc_id}, chunk {found.chunk_indices[0, place]}"
             console.print(Text(title, style="bold"))
             tokens = found.ids[0, place][found.attention_mask[0, place]].tolist()
-            console.print(Text(retriever.tokenizer.decode(tokens)), end="\n\n")
+            starts_text = bool(found.chunk_indices[0, place] == 0)
+            console.print(Text(retriever.tokenizer.decode(tokens, starts_text)), end="\n\n")
 
 
 def _reranker(arguments: argparse.Namespace) -> Reranker | None:
@@ -363,7 +367,7 @@ def run_delete(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """Write a copy of the knowledge base to a folder, and upload it if asked to."""
     with _opened(arguments) as store:
-        tokenizer = BulkTokenizer(_tokenizer(arguments.tokenizer or store.identity().tokenizer))
+        tokenizer = BulkTokenizer(_tokenizer(arguments, store.identity().tokenizer))
         chunks = export_knowledge_base(store, arguments.folder, tokenizer, progress=True)
     table = {"folder": arguments.folder, "chunks": chunks}
     if arguments.push_to_hub:
@@ -397,11 +401,13 @@ def run_serve(arguments: argparse.Namespace) -> None:
         connection.close()
 
 
-def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer."""
-    from transformers import AutoTokenizer
+def _tokenizer(arguments: argparse.Namespace, stored: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that the arguments name, or the one whose name is stored."""
+    from .tokenizer_loading import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    name = arguments.tokenizer or stored
+    assert name is not None, "checked before"
+    return load_tokenizer(name, arguments.gguf_file)
 
 
 def _print_table(rows: dict[str, Any], title: str | None = None) -> None:

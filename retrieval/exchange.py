@@ -82,7 +82,7 @@ def export_knowledge_base(
                 "chunk_index": row["chunk_index"],
                 "tokens": list(row["tokens"]),
                 "continuation": list(row["continuation"]),
-                "text": tokenizer.decode(list(row["tokens"])),
+                "text": tokenizer.decode(row["tokens"], starts_text=row["chunk_index"] == 0),
                 "metadata": json.dumps(row["metadata"]),
                 **embedding,
             }

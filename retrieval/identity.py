@@ -81,8 +81,9 @@ class Identity:
 
         Raises:
             ValueError: the search is unknown, or does not go together with the embedding model or
-                the analyzer.
+                the analyzer; or the tokenizer loses text.
         """
+        tokenizer.check_keeps_text()
         check_search(search, embedding_model=embedder.label if embedder else None, analyzer=analyzer)
         if embedder is None and search != "bm25":
             raise ValueError(f"Search {search!r} needs an embedding model. Give one, or search by 'bm25'.")

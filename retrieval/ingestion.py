@@ -233,7 +233,7 @@ def _add_documents(
                 window.report.chunks_unchanged += 1
             else:
                 window.report.chunks_written += 1
-                window.new.append((tokenizer.decode(chunk.tokens), chunk))
+                window.new.append((tokenizer.decode_text(chunk.tokens), chunk))
     stale = there.keys() - keys
     window.stale += sorted(stale)
     window.report.chunks_deleted += len(stale)

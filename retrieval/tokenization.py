@@ -10,11 +10,13 @@ import os
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 
 import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from .detokenization import TokenBytes, backend_json, byte_decoder, puts_space_before, token_bytes
 from .labels import short_name
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ PROBE_TEXT = (
     "\u200b\u200d\u00a0\u2003\u3000\ufeff \U0001f469\u200d\U0001f4bb \U0001f600\u2665\ufe0f \u2167\u00bd\u0967 "
     "<|endoftext|> </s>[MASK] \x00\x07\x1b\x7f\u0085 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ________________ ....!?"
 )
+
+NO_NORMALIZER = {"type": "Sequence", "normalizers": []}  # as conversions of GGUF files write it
 
 # Appended to the names of special tokens, so that no text contains them. It is random, so that
 # nobody can write it into a text.
@@ -52,6 +56,8 @@ class BulkTokenizer:
 
     Attributes:
         vocab_size: every id that text can become is below this.
+        eos_token_id: the end-of-text token, which separates documents; None if it has none.
+        bos_token_id: the token that the tokenizer puts before each text; None if it puts none.
 
     Raises:
         ValueError: the tokenizer turns the text of a special token into that token, and nothing
@@ -62,10 +68,12 @@ class BulkTokenizer:
         self.hf_tokenizer = hf_tokenizer
         self.name = short_name(hf_tokenizer.name_or_path or type(hf_tokenizer).__name__)
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
-        backend = _backend_json(hf_tokenizer)
+        self.bos_token_id = added_bos(hf_tokenizer)
+        backend = backend_json(hf_tokenizer)
         self._reserved = reserved_tokens(hf_tokenizer, backend)
         self._unknown_id: int | None = _unknown_id(backend) if backend else hf_tokenizer.unk_token_id
         self.vocab_size = 1 + max([*self._ordinary_vocabulary().values(), self._unknown_id or 0])
+        self._adds_space = puts_space_before(backend)
         self._backend: Tokenizer | None = None
         self._encoding: tiktoken.Encoding | None = None
         reason = "it has no backend that takes all text as data"
@@ -91,16 +99,56 @@ class BulkTokenizer:
         """Return the token ids of each text, without special tokens around or inside it."""
         return self._encode_hf(texts) if self._encoding is None else self._encode_tiktoken(self._encoding, texts)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids. A character cut in half at either end becomes U+FFFD."""
-        text = self.hf_tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str), "one list of ids has one text"
-        return text
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that each token stands for.
+
+        Raises:
+            ValueError: its tokens do not tell where the text has spaces, as those of WordPiece.
+        """
+        return token_bytes(self.hf_tokenizer)
+
+    def check_keeps_text(self) -> None:
+        """Raise ValueError if its tokens do not tell where a text has spaces (WordPiece)."""
+        self.token_bytes  # noqa: B018  it checks the tokenizer
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts that continue another one.
+
+        Where the tokenizer puts a space before each text, a text's own first space is its place.
+        """
+        return self.encode_batch([text.removeprefix(" ") if self._adds_space else text for text in texts])
+
+    def decode_bytes(self, tokens: Sequence[int], starts_text: bool = True) -> bytes:
+        """Return the UTF-8 text of token ids. The bytes of chunks, joined, are their document's.
+
+        Args:
+            starts_text: the tokens begin a text. Some tokenizers put a space before each text; it
+                is left out here. Set it to False for all chunks of a document but the first.
+
+        Raises:
+            ValueError: the tokenizer's tokens do not tell where the text has spaces.
+        """
+        return self.token_bytes.join(tokens, starts_text)
+
+    def decode(self, tokens: Sequence[int], starts_text: bool = True) -> str:
+        """Return the text of token ids. A character cut in half at either end becomes U+FFFD.
+
+        Args:
+            starts_text: see [`decode_bytes`].
+        """
+        return self.decode_bytes(tokens, starts_text).decode(errors="replace")
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids without special tokens, such as end-of-text."""
-        reserved = self._reserved.keys() - {self._unknown_id}
-        return self.decode([token for token in tokens if token not in reserved])
+        """Return the text to embed: without special tokens, such as end-of-text.
+
+        Equal tokens have equal texts here, wherever they stand in a document. So where the
+        tokenizer puts a space before each text, the first space is left out, and the one behind
+        each special token.
+        """
+        special = self._reserved.keys() - {self._unknown_id}
+        texts = [list(text) for is_special, text in groupby(tokens, special.__contains__) if not is_special]
+        return b"".join(map(self.decode_bytes, texts)).decode(errors="replace")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,7 +157,7 @@ class BulkTokenizer:
         Tokenizers that give every text the same ids have the same hash. Their folder and the
         libraries' versions do not matter, nor do special tokens, since no text becomes one.
         """
-        backend = _backend_json(self.hf_tokenizer)
+        backend = backend_json(self.hf_tokenizer)
         scores = enumerate(backend["model"]["vocab"]) if _is_unigram(backend) else ()
         content = {
             "vocabulary": _by_id(self._ordinary_vocabulary()),
@@ -139,7 +187,7 @@ class BulkTokenizer:
             later = {index: token for token, index in vocabulary.items() if index >= vocab_size}
             if len(vocabulary) - len(later) != vocab_size or not later.keys() <= self._reserved.keys():
                 return None
-        backend = _backend_json(self.hf_tokenizer)
+        backend = backend_json(self.hf_tokenizer)
         if not later:
             probe = self.hf_tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
         elif backend:
@@ -189,6 +237,12 @@ class BulkTokenizer:
         return batch
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the beginning-of-text token if the tokenizer puts it before each text, else None."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
+
+
 def reserved_tokens(tokenizer: PreTrainedTokenizerBase, backend: dict) -> dict[int, str]:
     """Return the special tokens that no text may become, by their ids.
 
@@ -224,7 +278,7 @@ def tiktoken_encoding(tokenizer: Tokenizer, name: str) -> tuple[tiktoken.Encodin
     if reason := _unlike_gpt2(backend):
         return None, reason
     vocabulary: dict[str, int] = backend["model"]["vocab"]
-    byte_of = _byte_decoder()
+    byte_of = byte_decoder()
     merged = [left + right for left, right in _merges(backend)]
     if not all(character in vocabulary for character in byte_of):
         return None, "some single bytes are not in its vocabulary"
@@ -249,9 +303,10 @@ def _unlike_gpt2(backend: dict) -> str:
     model = backend["model"]
     if model["type"] != "BPE":
         return f"its model is {model['type']}, not BPE"
-    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
-        return "its BPE has dropout, a prefix, a suffix or byte fallback"
-    if model.get("ignore_merges") or backend.get("normalizer") is not None:
+    # byte fallback has no effect where each byte has a token, which is checked later
+    if any(model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        return "its BPE has dropout, a prefix or a suffix"
+    if model.get("ignore_merges") or backend.get("normalizer") not in (None, NO_NORMALIZER):
         return "it ignores merges or normalizes text"
     pre = backend.get("pre_tokenizer") or {}
     if pre.get("type") != "ByteLevel" or pre.get("add_prefix_space") or not pre.get("use_regex", True):
@@ -312,21 +367,7 @@ def _hash(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
-def _backend_json(tokenizer: PreTrainedTokenizerBase) -> dict:
-    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-
-
 def _merges(backend: dict) -> list[list[str]]:
     """Return the pairs of a BPE model. Old files write "a b", new ones ["a", "b"]."""
     merges = backend.get("model", {}).get("merges") or []
     return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
-
-
-def _byte_decoder() -> dict[str, int]:
-    """Return the byte of each of GPT-2's 256 printable characters.
-
-    This is the inverse of `bytes_to_unicode` in OpenAI's encoder.py.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

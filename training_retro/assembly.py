@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from configuration_retro import RetroConfig
 from data_retro.collator import RetroDataCollator
@@ -21,6 +21,7 @@ from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import ADDED, RENAMED
 from modeling_retro.neighbor_fetching import warn_of_another_search
 from retrieval import BulkTokenizer, MilvusRetriever
+from retrieval.tokenizer_loading import load_tokenizer
 
 from .neighbor_corruption import check_batch_size
 from .parameters import parameter_table
@@ -50,12 +51,12 @@ def build_trainer(
         ValueError, OSError: something is missing, or does not fit. The message says what.
     """
     set_seed(training.seed)
-    tokenizer = load_tokenizer(model_arguments)
+    tokenizer = tokenizer_of(model_arguments)
     read = ["validation_data"] if training.eval_only else ["train_data", "validation_data"]
     samples = sample([stream for part in read for stream in data.streams(part)], DOCUMENTS_SAMPLED)
     model, new = load_model(model_arguments, tokenizer)
-    check_against_model(model.config, tokenizer, data, training)
     bulk_tokenizer = BulkTokenizer(tokenizer)  # made once: it takes a while to check itself
+    check_against_model(model.config, bulk_tokenizer, data, training)
     retriever = None if data.knowledge_base is None else connect(model, bulk_tokenizer, data)
     try:
         trained: torch.nn.Module = model
@@ -81,14 +82,15 @@ def build_trainer(
         raise
 
 
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+def tokenizer_of(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `tokenizer_name` names, or the one beside the weights.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token.
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    assert name is not None, "ModelArguments checks it"
+    tokenizer = load_tokenizer(name, None if arguments.tokenizer_name else arguments.gguf_file)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer {name!r} has no end-of-text token (eos_token), which separates documents. Set one."
@@ -108,13 +110,13 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     overrides = as_mapping("config_overrides", arguments.config_overrides) or {}
     try:
         if arguments.model_name_or_path is not None:
+            parts = parts_to_open(arguments.gguf_file, arguments.reader)
             model, loading = RetroForCausalLM.from_pretrained(
-                arguments.model_name_or_path, output_loading_info=True, **overrides
+                arguments.model_name_or_path, output_loading_info=True, **parts, **overrides
             )
             new = set(loading["missing_keys"])
         else:
-            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            model = RetroForCausalLM(RetroConfig(**{"vocab_size": len(tokenizer), **ids, **overrides}))
+            model = RetroForCausalLM(new_config(tokenizer, overrides))
             new = {name for name, _ in model.named_parameters()}
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
@@ -122,18 +124,41 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
     return model, new
 
 
+def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a GGUF file and a reader; none that is None."""
+    given = {"gguf_file": gguf_file, "reader": reader}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def new_config(tokenizer: PreTrainedTokenizerBase, overrides: dict[str, Any]) -> RetroConfig:
+    """Return the configuration of a model with random weights, with the tokenizer's vocabulary.
+
+    With `text_config` among the overrides, its decoder gets the vocabulary.
+    """
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if (decoder := overrides.get("text_config")) is not None:
+        return RetroConfig(**overrides | {"text_config": {**vocabulary, **decoder}})
+    return RetroConfig(**{**vocabulary, **overrides})
+
+
 def check_against_model(
-    config: RetroConfig, tokenizer: PreTrainedTokenizerBase, data: DataArguments, training: RetroTrainingArguments
+    config: RetroConfig, tokenizer: BulkTokenizer, data: DataArguments, training: RetroTrainingArguments
 ) -> None:
     """Check the tokenizer and the settings against the model.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model, block_size is out of its range, or
+        ValueError: a text may have tokens that the model lacks, block_size is out of its range, or
             shuffled neighbors are to be read in batches of one sequence.
     """
-    if len(tokenizer) > config.vocab_size:
+    # special tokens that no text has, such as those of images, may be more than the model has
+    needed = max(tokenizer.vocab_size, 1 + (tokenizer.eos_token_id or 0), 1 + (tokenizer.bos_token_id or 0))
+    if needed > config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size} (vocab_size). Use "
+            f"The tokenizer has {needed} tokens, the model's vocabulary {config.vocab_size} (vocab_size). Use "
             "the tokenizer that the model was made with."
         )
     least, what = (config.chunk_size, "a chunk") if data.has_neighbors else (2, "a prediction")
@@ -192,7 +217,7 @@ def choose_parameters(
     Returns:
         the model, or a PEFT model around it.
     """
-    if arguments.freeze_backbone or not has_neighbors:
+    if freezes_backbone(arguments, model.config) or not has_neighbors:
         model.freeze_backbone()
     if not has_neighbors:
         for parameter in model.parameters():
@@ -202,6 +227,17 @@ def choose_parameters(
         modules = [part for part in ADDED if has_neighbors and any(f"{part}." in name for name in new)]
         trained = add_adapters(model, {"modules_to_save": modules or None, **adapters})
     return trained
+
+
+def freezes_backbone(arguments: ModelArguments, config: RetroConfig) -> bool:
+    """Return the setting `freeze_backbone`, or its default for this model.
+
+    Pretrained decoders other than GPT-2 are frozen, unless adapters are to change them.
+    """
+    if arguments.freeze_backbone is not None:
+        return arguments.freeze_backbone
+    is_pretrained = arguments.model_name_or_path is not None
+    return is_pretrained and config.text_config is not None and arguments.lora is None
 
 
 def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.Module:
@@ -215,7 +251,9 @@ def add_adapters(model: RetroForCausalLM, settings: dict[str, Any]) -> torch.nn.
     except ImportError as error:
         raise ValueError("lora needs PEFT, which is not installed: pip install peft.") from error
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **settings})
+        # GPT-2's matrices lie the other way round
+        turned = model.config.text_config is None
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", "fan_in_fan_out": turned, **settings})
     except TypeError as error:
         raise ValueError(f"lora: {error}. Its settings are those of peft.LoraConfig.") from error
     adapted = get_peft_model(model, config)
@@ -238,7 +276,7 @@ def load_data(
     Raises:
         ValueError, OSError: something is missing, or does not fit. The message says what.
     """
-    block_size = data.block_size or config.n_positions
+    block_size = data.sequence_length(config)
     first_points = data.first_points(config, training.seed)
     if data.precomputed is not None:
         requirements = requirements_of(tokenizer, config, block_size, first_points)

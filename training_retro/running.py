@@ -65,5 +65,5 @@ def store_neighbors(trainer: RetroTrainer, data: DataArguments) -> None:
     if trainer.eval_dataset is not None:
         parts["validation"] = trainer.eval_dataset
     first_points = data.first_points(config, trainer.args.seed)
-    requirements = requirements_of(retriever.tokenizer, config, data.block_size or config.n_positions, first_points)
+    requirements = requirements_of(retriever.tokenizer, config, data.sequence_length(config), first_points)
     precompute(parts, retriever, requirements, data.precompute_to)

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_retro import RetrievedChunk, RetroForCausalLM
 from retrieval.arguments import KnowledgeBaseArguments
+from retrieval.detokenization import token_bytes
+from retrieval.settings import same_setting
+from retrieval.tokenization import added_bos
+from retrieval.tokenizer_loading import load_tokenizer
 
+from .assembly import parts_to_open
+from .settings import ModelArguments
 from .vocabulary import suppress_padding_ids
 
 FILE_PREFIX = "FILE:"  # of a prompt that names a file
@@ -21,8 +27,11 @@ class GenerateArguments(KnowledgeBaseArguments):
     """The settings of `generate_hf.py`: the model, its knowledge base, and how to sample."""
 
     model: str = field(
-        kw_only=True, metadata={"help": "RETRO or GPT-2 weights with their tokenizer, a Hub name or folder."}
+        kw_only=True,
+        metadata={"help": "RETRO's weights, or any decoder's, with their tokenizer: a Hub name or a folder."},
     )
+    gguf_file: str | None = same_setting(ModelArguments, "gguf_file")
+    reader: str | None = same_setting(ModelArguments, "reader")
     prompt: str = field(
         default="", metadata={"help": f"Text to continue, or {FILE_PREFIX}path. Without, a new document begins."}
     )
@@ -79,8 +88,9 @@ def load(arguments: GenerateArguments) -> tuple[RetroForCausalLM, PreTrainedToke
         the model and its tokenizer.
     """
     device = arguments.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).eval().to(device)
+    tokenizer = load_tokenizer(arguments.model, arguments.gguf_file)
+    parts = parts_to_open(arguments.gguf_file, arguments.reader)
+    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **parts).eval().to(device)
     suppress_padding_ids(model, tokenizer)
     if arguments.compile:
         model.compile()
@@ -109,7 +119,9 @@ def sample(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, argument
     """
     set_seed(arguments.seed)
     # An empty prompt begins a document: in training, end-of-text comes before one.
-    ids = tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    begin = added_bos(tokenizer)
+    ids = [] if begin is None else [begin]
+    ids = ids + tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     sampling: dict[str, Any] = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
@@ -197,10 +209,11 @@ def describe(
     """
     lines = [str(tokenizer.decode(tokens, skip_special_tokens=True))]
     places = likeliest or {}
+    pieces = token_bytes(tokenizer).pieces if places else {}
     ends = {read.end: read for read in retrieved}  # tokens before what reads them
     if places and min(places) not in ends:
         first = min(places)
-        lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], tokenizer)]
+        lines += [f"\n  after the prompt's {first} tokens", *_describe_likeliest(places[first], pieces)]
     for end, read in ends.items():
         lines.append(f"\n  for tokens {read.start} to {end - 1}, read")
         found = [
@@ -211,13 +224,21 @@ def describe(
         lines += found or ["    nothing"]
         is_over = tokens[end - 1] == tokenizer.eos_token_id and end > min(places, default=end)
         if end in places and not is_over:
-            lines += _describe_likeliest(places[end], tokenizer)
+            lines += _describe_likeliest(places[end], pieces)
     return "\n".join(lines)
 
 
-def _describe_likeliest(likeliest: Likeliest, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return two lines: the likeliest tokens with neighbors, and those without."""
+def _describe_likeliest(likeliest: Likeliest, pieces: Mapping[int, bytes]) -> list[str]:
+    """Return two lines: the likeliest tokens with neighbors, and those without.
+
+    Args:
+        pieces: the bytes of each token, as [`retrieval.detokenization.token_bytes`] gives them.
+    """
+
+    def text(token: int) -> str:
+        return pieces.get(token, b"").decode(errors="replace")
+
     return [
-        f"    next, {how} neighbors: " + "  ".join(f"{tokenizer.decode([token])!r} {share:.3f}" for token, share in top)
+        f"    next, {how} neighbors: " + "  ".join(f"{text(token)!r} {share:.3f}" for token, share in top)
         for how, top in (("with", likeliest.read), ("without", likeliest.unread))
     ]

@@ -24,13 +24,30 @@ from .parsing import as_mapping, parse_settings, unknown_settings
 STREAM_FIELDS = tuple(f.name for f in dataclasses.fields(DocumentStream) if f.name != "metadata_fields")
 
 
+DEFAULT_BLOCK_SIZE = 2048  # most tokens in a sequence by default; many decoders have room for 131072
+
+
 @dataclass
 class ModelArguments:
     """The model to train, and which of its parameters to train."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "GPT-2 or RETRO weights to start from: a Hub name or a folder. Default: train from scratch."},
+        metadata={
+            "help": "Weights to start from, RETRO's or any decoder's: a Hub name or a folder. Default: train from "
+            "scratch."
+        },
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "Name of a GGUF file beside the model. It holds the decoder and its tokenizer."},
+    )
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "RETRO's own weights, saved without their decoder: a Hub name or a folder. They are put on the "
+            "model."
+        },
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, a Hub name or folder. By default the one beside the weights."}
@@ -39,8 +56,15 @@ class ModelArguments:
         default=None,
         metadata={"help": "RetroConfig fields, a mapping in YAML; as a flag, '{n_layer: 6, cca_layers: [2, 4]}'."},
     )
-    freeze_backbone: bool = field(
-        default=False, metadata={"help": "RETROfit: train only what RETRO adds to the decoder, and freeze the decoder."}
+    freeze_backbone: bool | None = field(
+        default=None,
+        metadata={
+            # a bare --freeze_backbone means true
+            "nargs": "?",
+            "const": True,
+            "help": "RETROfit: train only what RETRO adds to the decoder, and freeze the decoder. By default true for "
+            "weights of a decoder other than GPT-2, if there is a knowledge base and no lora.",
+        },
     )
     lora: dict[str, Any] | str | None = field(
         default=None,
@@ -61,6 +85,9 @@ class ModelArguments:
                 "Neither model_name_or_path nor tokenizer_name is given. Training from weights needs the former, "
                 "training from scratch the latter."
             )
+        for name in ("gguf_file", "reader"):
+            if getattr(self, name) is not None and self.model_name_or_path is None:
+                raise ValueError(f"{name} is given, but model_name_or_path is not. Name the decoder or its folder.")
         if self.lora is not None and self.freeze_backbone:
             raise ValueError("lora and freeze_backbone both choose what is trained. Give one of them.")
 
@@ -83,7 +110,11 @@ class DataArguments(KnowledgeBaseArguments):
     text_field: str = same_setting(Source, "text_field")
     doc_id_field: str | None = same_setting(Source, "doc_id_field")
     block_size: int | None = field(
-        default=None, metadata={"help": "Tokens in a training sequence. By default the model's n_positions."}
+        default=None,
+        metadata={
+            "help": "Tokens in a training sequence. By default the model's n_positions, but at most "
+            f"{DEFAULT_BLOCK_SIZE} on a decoder other than GPT-2."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -177,6 +208,12 @@ class DataArguments(KnowledgeBaseArguments):
             streams.append(DocumentStream(**common | settings))
         check_mixture(streams)
         return streams
+
+    def sequence_length(self, config: RetroConfig) -> int:
+        """Return the tokens in a sequence, `block_size` or the default for this model."""
+        if self.block_size is not None:
+            return self.block_size
+        return config.n_positions if config.text_config is None else min(config.n_positions, DEFAULT_BLOCK_SIZE)
 
 
 @dataclass

@@ -1,10 +1,28 @@
-"""The small RETRO of these tests, under each attention implementation."""
+"""The small RETRO of these tests under each attention implementation, and saved decoders."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from modeling_retro import RetroForCausalLM
 
+from ..support.decoders import small_decoder
 from ..support.retro_models import small_model
+
+
+@pytest.fixture(scope="session")
+def saved_decoder(tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function that returns the folder of a family's small decoder."""
+
+    @functools.cache
+    def save(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("decoder") / family
+        small_decoder(family).save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(params=["eager", "sdpa"])

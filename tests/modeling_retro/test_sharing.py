@@ -76,22 +76,27 @@ assert torch.equal(cached, uncached)
 """
 
 
+def run_without_the_project(code, folder):
+    """Run code in a folder, in a venv with torch and transformers but without this project."""
+    venv.create(folder / "venv", with_pip=False)
+    # on this path torch and transformers are found, but not this project's editable install
+    packages = Path(next((folder / "venv").rglob("site-packages")))
+    packages.joinpath("libraries.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+    python = next(path for path in (folder / "venv").glob("*/python*") if path.stem == "python")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**clean, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [python, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
 def test_it_opens_as_remote_code_where_this_project_is_not_installed(tmp_path, inputs):
     model = small_model(attn_implementation="sdpa")
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "old")
     write_as_of_old(tmp_path / "old")
     save_file({**inputs, "logits": model(**inputs).logits.detach()}, tmp_path / "inputs.safetensors")
-    venv.create(tmp_path / "venv", with_pip=False)
-    # on this path torch and transformers are found, but not this project's editable install
-    packages = Path(next((tmp_path / "venv").rglob("site-packages")))
-    packages.joinpath("libraries.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
-    python = next(path for path in (tmp_path / "venv").glob("*/python*") if path.stem == "python")
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment = {**clean, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [python, "-c", CLEAN], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    ran = run_without_the_project(CLEAN, tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 

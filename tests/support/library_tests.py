@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tarfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import transformers
 from transformers.models.auto import modeling_auto
 
-from .once import made_once
+from .once import cache_folder, made_once
 
 PACKAGE = "transformers_tests"
 
@@ -64,10 +63,6 @@ def load(folder: Path) -> None:
         if not (folder / f"{path.replace('.', '/')}.py").exists():
             for name in {path.split(".")[0], path}:
                 sys.modules[f"{PACKAGE}.{name}"] = Stub(f"{PACKAGE}.{name}")
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers-retro"
 
 
 load(made_once(cache_folder() / f"transformers-{transformers.__version__}", fetch) / "tests")

@@ -1,5 +1,6 @@
 """Folders that tests download or install: one process makes them, once for all runs."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,3 +22,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             make(folder)
             complete.touch()
     return folder
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads that all checkouts share."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformers-retro"

@@ -1,13 +1,15 @@
 """A slow and obvious RETRO from the paper's definitions, the truth that the model is held to.
 
 It uses only a model's weights and settings. It takes one row without padding, and goes head by
-head, chunk by chunk, neighbor by neighbor and query by query.
+head, chunk by chunk, neighbor by neighbor and query by query. `decoder_layers` has the layers of
+decoders other than GPT-2.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def attend(queries, keys, values, num_heads, causal=False, bias=None):
@@ -31,6 +33,8 @@ def attend(queries, keys, values, num_heads, causal=False, bias=None):
 
 
 def norm(module, states):
+    if isinstance(module, nn.RMSNorm):
+        return module.weight * states / (states.square().mean(-1, keepdim=True) + module.eps).sqrt()
     return F.layer_norm(states, states.shape[-1:], module.weight, module.bias, module.eps)
 
 
@@ -38,14 +42,14 @@ def linear(module, states):  # GPT-2's Conv1D
     return states @ module.weight + module.bias
 
 
-def self_attention(module, states, num_heads, causal):
+def self_attention(module, states, causal):
     query, key, value = linear(module.c_attn, states).chunk(3, dim=-1)
-    return linear(module.c_proj, attend(query, key, value, num_heads, causal))
+    return linear(module.c_proj, attend(query, key, value, module.num_heads, causal))
 
 
-def cross_attention(module, states, others, num_heads, bias=None, output_scale=1.0):
+def cross_attention(module, states, others, bias=None, output_scale=1.0):
     key, value = linear(module.c_attn, others).chunk(2, dim=-1)
-    output = attend(linear(module.q_attn, states), key, value, num_heads, bias=bias)
+    output = attend(linear(module.q_attn, states), key, value, module.num_heads, bias=bias)
     return linear(module.c_proj, output_scale * output)
 
 
@@ -56,12 +60,12 @@ def mlp(module, states):
 def encode(model, neighbor, query_states):
     """Encode one neighbor, a list of tokens, given its query's decoder states (1 to m, d)."""
     config, encoder = model.config, model.transformer.encoder
-    e = model.transformer.wte.weight[neighbor] + encoder.wpe.weight[: len(neighbor)]
+    e = model.get_input_embeddings()(torch.tensor(neighbor)) + encoder.wpe.weight[: len(neighbor)]
     for number, layer in enumerate(encoder.layers):
-        e = e + self_attention(layer.self_attention, norm(layer.ln_1, e), config.n_head, causal=False)
+        e = e + self_attention(layer.self_attention, norm(layer.ln_1, e), causal=False)
         if number in config.encoder_cca_layers:
             query = norm(layer.ln_chunk, query_states)
-            e = e + cross_attention(layer.cross_attention, norm(layer.ln_cross, e), query, config.n_head)
+            e = e + cross_attention(layer.cross_attention, norm(layer.ln_cross, e), query)
         e = e + mlp(layer.mlp, norm(layer.ln_2, e))
     return norm(encoder.ln_f, e)
 
@@ -79,7 +83,7 @@ def match(wte, tokens, i, neighbor, j, length):
 
 def copy_probabilities(model, tokens, i, neighbors, scores):
     """Return the copy distribution (V,) after tokens[: i + 1], and the gate's features."""
-    head, wte, scale = model.copy_head, model.transformer.wte.weight, model.config.match_scale
+    head, wte, scale = model.copy_head, model.get_input_embeddings().weight, model.config.match_scale
     places = []  # (matches of 1, 2, … tokens, attention score, number of the neighbor, token)
     for number, neighbor in enumerate(neighbors):
         for j, token in enumerate(neighbor):
@@ -122,7 +126,61 @@ def with_copying(model, hidden, logits, tokens, points, neighbors, scores):
     return torch.stack(mixed)
 
 
-def log_probs(model, tokens, neighbors, scores, points=None):
+class NeighborReader:
+    """The neighbors of one row, encoded in the first layer with cross-attention.
+
+    Arguments are those of `log_probs`.
+    """
+
+    def __init__(self, model, tokens, neighbors, points):
+        self.model, self.tokens, self.neighbors, self.points = model, tokens, neighbors, points
+        self.encoded = {}
+
+    def encode(self, h):
+        """Encode all neighbors, given the decoder's states (T, d) of the row."""
+        for u, point in enumerate(self.points):
+            query_states = h[max(point - self.model.config.chunk_size, 0) : point]
+            self.encoded[u] = [encode(self.model, neighbor, query_states) for neighbor in self.neighbors.get(u, [])]
+
+    def read(self, number, ln_cca, cca, h):
+        """Return the cross-attention (T, d) of layer `number`, 0 where there is nothing to read."""
+        config = self.model.config
+        if number == min(config.cca_layers):
+            self.encode(h)
+        rows = []
+        for i in range(len(self.tokens)):
+            c = point_read(self.points, i)
+            if c is None or not self.encoded[c]:
+                rows.append(torch.zeros_like(h[i]))
+                continue
+            matched = {}
+            if config.cca_match:
+                places = [(neighbor, j) for neighbor in self.neighbors[c] for j in range(len(neighbor))]
+                matched["bias"] = config.match_scale * cca.match @ self._matches(i, places, cca.match.shape[1]).T
+                matched["output_scale"] = config.cca_match_output_scale
+            query = norm(ln_cca, h[i : i + 1])
+            rows.append(cross_attention(cca, query, torch.cat(self.encoded[c]), **matched)[0])
+        return torch.stack(rows)
+
+    def _matches(self, i, places, length):
+        wte = self.model.get_input_embeddings().weight
+        return torch.stack([match(wte, self.tokens, i, *place, length) for place in places])
+
+
+def gpt2(model, tokens, reader):
+    """Return the last hidden states (T, d) and the logits (T, V) of RETRO on GPT-2."""
+    decoder, config = model.transformer, model.config
+    h = decoder.wte.weight[tokens] + decoder.wpe.weight[: len(tokens)]
+    for number, block in enumerate(decoder.h):
+        h = h + self_attention(block.attn, norm(block.ln_1, h), causal=True)
+        if number in config.cca_layers:
+            h = h + reader.read(number, block.ln_cca, block.cca, h)
+        h = h + mlp(block.mlp, norm(block.ln_2, h))
+    hidden = norm(decoder.ln_f, h)
+    return hidden, hidden @ decoder.wte.weight.T
+
+
+def log_probs(model, tokens, neighbors, scores, points=None, run=gpt2):
     """Return log-probabilities (len(tokens), V) of the next tokens.
 
     Args:
@@ -130,37 +188,11 @@ def log_probs(model, tokens, neighbors, scores, points=None):
         neighbors: number of a point -> list of neighbors, each a list of ids.
         scores: number of a point -> similarity of each neighbor.
         points: numbers of tokens after which there is a point. Default: after each chunk.
+        run: runs the layers as `gpt2` does, for another decoder.
     """
-    config, m = model.config, model.config.chunk_size
+    m = model.config.chunk_size
     points = range(m, len(tokens) + 1, m) if points is None else points
-    encoded = {}
-    h = model.transformer.wte.weight[tokens] + model.transformer.wpe.weight[: len(tokens)]
-    for number, block in enumerate(model.transformer.h):
-        h = h + self_attention(block.attn, norm(block.ln_1, h), config.n_head, causal=True)
-        if number == min(config.cca_layers, default=None):
-            for u, point in enumerate(points):
-                query_states = h[max(point - m, 0) : point]
-                encoded[u] = [encode(model, neighbor, query_states) for neighbor in neighbors.get(u, [])]
-        if number in config.cca_layers:
-            updated = []
-            for i in range(len(tokens)):
-                c = point_read(points, i)
-                if c is not None and encoded[c]:
-                    query, matched = norm(block.ln_cca, h[i : i + 1]), {}
-                    if config.cca_match:
-                        wte, weights = model.transformer.wte.weight, block.cca.match
-                        places = [(neighbor, j) for neighbor in neighbors[c] for j in range(len(neighbor))]
-                        matches = [match(wte, tokens, i, *place, weights.shape[1]) for place in places]
-                        bias = config.match_scale * weights @ torch.stack(matches).T
-                        matched = {"bias": bias, "output_scale": config.cca_match_output_scale}
-                    attended = cross_attention(block.cca, query, torch.cat(encoded[c]), config.n_head, **matched)
-                    updated.append(h[i] + attended[0])
-                else:
-                    updated.append(h[i])
-            h = torch.stack(updated)
-        h = h + mlp(block.mlp, norm(block.ln_2, h))
-    hidden = norm(model.transformer.ln_f, h)
-    logits = hidden @ model.transformer.wte.weight.T
-    if not config.copy_head:
+    hidden, logits = run(model, tokens, NeighborReader(model, tokens, neighbors, points))
+    if not model.config.copy_head:
         return logits.log_softmax(-1)
     return with_copying(model, hidden, logits, tokens, points, neighbors, scores)

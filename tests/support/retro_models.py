@@ -3,6 +3,7 @@
 import torch
 
 from modeling_retro import RetroConfig, RetroForCausalLM
+from modeling_retro.chunked_cross_attention import ChunkedCrossAttention
 
 CHUNK, NEIGHBORS, LENGTH, VOCAB = 4, 2, 6, 61
 LONG = 8  # tokens of a chunk that is long enough to tell passages apart
@@ -32,17 +33,22 @@ def small_config(**changes) -> RetroConfig:
 def small_model(**changes) -> RetroForCausalLM:
     torch.manual_seed(0)
     model = RetroForCausalLM(small_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # zero projections, unit norms and zero biases would hide mistakes
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-        for block in model.transformer.h:
-            if hasattr(block, "cca") and model.config.cca_match:
-                block.cca.match.mul_(0.1)  # it is multiplied by 30
-        if model.config.copy_head:
-            for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
-                parameter.mul_(0.1)  # they are multiplied by 30
-            model.copy_head.gate_scale.fill_(0.5)
+    open_weights(model, model.parameters(), noise=0.2)
     return model
+
+
+@torch.no_grad()
+def open_weights(model, parameters, noise: float) -> None:
+    """Move parameters away from their start, where zeros and unit norms would hide mistakes."""
+    for parameter in parameters:
+        parameter.add_(torch.randn_like(parameter) * noise)
+    for module in model.modules():
+        if isinstance(module, ChunkedCrossAttention) and model.config.cca_match:
+            module.match.mul_(0.1)  # it is multiplied by 30
+    if model.config.copy_head:
+        for parameter in (model.copy_head.gate_bias, model.copy_head.gate_features, model.copy_head.similarity):
+            parameter.mul_(0.1)  # they are multiplied by 30
+        model.copy_head.gate_scale.fill_(0.5)
 
 
 class RowNeighbors:

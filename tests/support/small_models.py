@@ -1,12 +1,22 @@
 """Small tokenizers, embedding models and cross-encoders, built by tests instead of downloaded."""
 
+import json
 import string
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    ByteLevelBPETokenizer,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 
@@ -24,6 +34,44 @@ def train_tokenizer(texts, vocab_size):
         bos_token=eot,
         unk_token=eot,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def train_byte_fallback_bpe(texts, vocab_size, *, split=None, **parts):
+    """Train a BPE like sentencepiece's, which spells rare characters in bytes.
+
+    It puts <s> before a text.
+
+    Args:
+        split: a pre-tokenizer for training alone.
+        parts: the tokenizer's normalizer, pre_tokenizer and decoder.
+    """
+    names, every_byte = ["<unk>", "<s>", "</s>"], [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    if split is not None:
+        backend.pre_tokenizer = split
+    settings = {"special_tokens": [*names, *every_byte], "show_progress": False, "limit_alphabet": 60}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    card = json.loads(backend.to_str())
+    card["added_tokens"] = [token for token in card["added_tokens"] if token["content"] in names]
+    if split is not None:
+        card["pre_tokenizer"] = None
+    backend = Tokenizer.from_str(json.dumps(card))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def train_llama_tokenizer(texts, vocab_size):
+    """Train a tokenizer like Llama 2's: it puts <s> and a space before each text."""
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return train_byte_fallback_bpe(
+        texts,
+        vocab_size,
+        split=pre_tokenizers.Split("▁", "merged_with_next"),  # no token of two words
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        decoder=decoders.Sequence(steps),
     )
 
 
