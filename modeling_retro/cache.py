@@ -106,7 +106,7 @@ class RetroCache(Cache):
                 setattr(self, name, getattr(self, name)[:, :length])
 
     def _check_can_change(self) -> None:
-        """Refuse to move or remove tokens that are quantized, which the library leaves where they are.
+        """Refuse to move or remove quantized tokens, which the library leaves where they are.
 
         Raises:
             ValueError: some layer is quantized.
