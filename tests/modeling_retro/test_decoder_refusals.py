@@ -70,7 +70,6 @@ def test_checkpoints_of_other_kinds_are_refused(model, reason, tmp_path):
         "rwkv",
         "xlstm",
         "recurrent_gemma",
-        "kimi_linear",
     ],
 )
 def test_state_space_and_linear_attention_layers_are_refused(model_type):
