@@ -59,7 +59,7 @@ SHORTEST, LONGEST = 8_000, 30_000  # characters of a file: many short files rath
 CHUNKS = 3000  # of the knowledge base, at least
 SEQUENCE, TRAINING, HELD_OUT = 256, 64, 64  # tokens of a sequence, and the numbers of sequences
 BATCH, STEPS = 4, 300
-NEW_TOKENS, LONGEST_REPEAT = 80, 11  # tokens of the sample, and of a passage that it may say twice
+NEW_TOKENS, LONGEST_REPEAT = 128, 11  # tokens of the sample, and of a passage that it may say twice
 HARD = 1.0  # nats a token that the decoder needs, or more, for the text that the sample continues
 
 console = Console(highlight=False)
@@ -242,6 +242,9 @@ def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_c
         cost = in_prompt_cost if "prompt" in name else 1
         table.add_row(name, f"{nats.sum() / math.log(2) / text_bytes.sum():.4f}", saved, f"{cost:.1f}")
     console.print(table)
+    for rival in ("decoder + copy baseline", "decoder, neighbors in prompt"):
+        gain, error = paired_gain(rows[rival] - rows["RETRO, neighbors on"], text_bytes)
+        console.print(f"RETRO with its neighbors saves {gain:+.4f} ± {error:.4f} over: {rival}")
 
 
 def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: dict) -> None:
