@@ -158,23 +158,19 @@ class Read:
     batch: dict[str, torch.Tensor]
     read: ReadSequences
     stored: Batch
+    chunk_size: int
 
     @classmethod
     def of(cls, model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> "Read":
         """Run the decoder over a batch."""
         read = read_sequences(model, batch["input_ids"])
-        return cls(batch, read, store_batch(model, batch, read))
+        return cls(batch, read, store_batch(model, batch, read), model.config.chunk_size)
 
     def mixed(self, weight: float) -> torch.Tensor:
         """Return the nats (B, T − 1) of the decoder mixed with the copy baseline's copier."""
         ids, mask = self.batch["neighbor_ids"], self.batch["neighbor_attention_mask"]
         copied = copied_probability(self.batch["input_ids"], ids, mask, self.chunk_size)
         return mixture_nats(self.stored.nats(None, 0), *copied, weight)
-
-    @property
-    def chunk_size(self) -> int:
-        """Tokens between two retrieval points."""
-        return SEQUENCE // self.batch["neighbor_ids"].shape[1]
 
     def shuffled(self, model: RetroForCausalLM) -> Batch:
         """Return what the copy head sees if each point has another sequence's neighbors."""
@@ -244,7 +240,7 @@ def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_c
     console.print(table)
     for rival in ("decoder + copy baseline", "decoder, neighbors in prompt"):
         gain, error = paired_gain(rows[rival] - rows["RETRO, neighbors on"], text_bytes)
-        console.print(f"RETRO with its neighbors saves {gain:+.4f} ± {error:.4f} over: {rival}")
+        console.print(f"RETRO saves {gain:+.4f} ± {error:.4f} over: {rival}")
 
 
 def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: dict) -> None:
