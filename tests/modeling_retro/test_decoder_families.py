@@ -7,7 +7,6 @@ import torch
 
 from ..support.by_hand import Grid, HashRetriever, next_token_logits
 from ..support.decoders import (
-    COPYING,
     FAMILIES,
     READERS,
     READING,
@@ -47,7 +46,7 @@ def folder(family, saved_decoder):
 def test_untrained_it_is_its_decoder_to_the_bit(folder, attention):
     decoder, inputs = open_decoder(folder, attention), decoder_batch()
     expected = decoder(inputs["input_ids"]).logits
-    for readers in ({}, *READERS.values()):
+    for readers in ({}, READING):
         model = untrained_retro(folder, attention, **readers)
         assert torch.equal(model(**inputs).logits, expected)
         assert torch.equal(model(inputs["input_ids"]).logits, expected)
@@ -67,6 +66,7 @@ def test_with_trained_parts_and_no_neighbors_it_is_its_decoder_to_the_bit(folder
     assert (read - expected)[:, CHUNK - 1].abs().amax(-1).min() > 1e-3
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 @torch.no_grad()
 def test_padding_and_generation_without_neighbors_are_the_decoders(folder):
     decoder, model = open_decoder(folder), retro(folder)
@@ -151,10 +151,9 @@ def test_cross_attentions_and_states_are_returned(folder):
         torch.testing.assert_close(weights.sum(-1), reads.float()[:, None].expand_as(weights.sum(-1)))
 
 
-@pytest.mark.parametrize("readers", [COPYING, READING], ids=["copy head", "all"])
-def test_retrofitting_keeps_the_decoder(folder, readers):
+def test_retrofitting_keeps_the_decoder(folder):
     decoder, inputs = open_decoder(folder), decoder_batch()
-    model = retro(folder, **readers)
+    model = retro(folder)
     model.freeze_backbone()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(added_parameters(model))

@@ -8,7 +8,7 @@ from transformers import CompileConfig, pipeline
 from modeling_retro.library import CACHE
 
 from ..support.by_hand import PROMPTS, Grid, HashRetriever, greedy_by_hand, left_padded
-from ..support.decoders import COPYING, FAMILIES, SLIDING, SOME, open_decoder, retrieving_retro
+from ..support.decoders import COPYING, FAMILIES, open_decoder, retrieving_retro
 from ..support.retro_models import CHUNK, VOCAB
 from ..support.small_models import letter_tokenizer
 from .test_generation import beam_search_by_hand
@@ -16,6 +16,7 @@ from .test_generation import beam_search_by_hand
 STEPS = 2 * CHUNK + 1
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 PROMPT = PROMPTS[2]
+TWO = ["gemma3", "gpt_neox"]  # with sliding windows, and with parallel layers
 
 
 @pytest.fixture(params=FAMILIES)
@@ -46,7 +47,7 @@ def test_greedy_search_on_a_left_padded_batch_is_greedy_search_by_hand(model):
         assert [chunk.doc_ids for chunk in read] == HashRetriever().retrieve(queries).doc_ids
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -62,20 +63,19 @@ def test_every_mode_writes_the_same_text(model, mode):
     assert_by_hand(model, sequences, stride=mode.get("retrieval_stride", CHUNK))
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
-def test_copy_head_alone_writes_as_by_hand(family, saved_decoder):
-    model = retrieving_retro(saved_decoder(family), **COPYING, cca_match=False)
+def test_copy_head_alone_writes_as_by_hand(saved_decoder):
+    model = retrieving_retro(saved_decoder("opt"), **COPYING, cca_match=False)
     assert_by_hand(model, model.generate(**left_padded(PROMPTS), **GREEDY))
 
 
-@pytest.mark.parametrize("family", [*SOME, "mistral"], indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 def test_beam_search_is_beam_search_by_hand(model):
     sequences = model.generate(**left_padded(PROMPTS), **GREEDY, num_beams=3)
     for prompt, row in zip(PROMPTS, sequences.tolist(), strict=True):
         assert row[-STEPS - len(prompt) :] == beam_search_by_hand(model, prompt, STEPS, 3)
 
 
-@pytest.mark.parametrize("family", [*SOME, "mistral"], indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 @pytest.mark.parametrize("draft", ["prompt lookup", "decoder"])
 def test_drafted_tokens_change_nothing_in_the_text(model, saved_decoder, draft):
     prompt = PROMPT[:5] * 3
@@ -85,7 +85,7 @@ def test_drafted_tokens_change_nothing_in_the_text(model, saved_decoder, draft):
     assert_by_hand(model, model.generate(torch.tensor([prompt]), **drafts, **GREEDY), [prompt])
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 def test_generation_goes_on_from_a_returned_cache(model):
     prompt = torch.tensor([PROMPTS[0]])
     whole = model.generate(prompt, max_new_tokens=14, do_sample=False)
@@ -94,7 +94,7 @@ def test_generation_goes_on_from_a_returned_cache(model):
     assert torch.equal(model.generate(part.sequences, **settings), whole)
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 def test_the_prompt_may_be_given_as_embeddings(model):
     embeds = model.get_input_embeddings()(torch.tensor([PROMPT]))
     assert_by_hand(model, model.generate(torch.tensor([PROMPT]), inputs_embeds=embeds, **GREEDY), [PROMPT])
@@ -102,22 +102,22 @@ def test_the_prompt_may_be_given_as_embeddings(model):
     assert torch.equal(alone, model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY))
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
-def test_generation_compiles_without_a_graph_break(family, saved_decoder):
-    model = retrieving_retro(saved_decoder(family))
+@pytest.mark.parametrize("family", ["gemma3"], indirect=True)  # which takes a mask for each kind of layer
+def test_generation_compiles_without_a_graph_break(model):
     torch.compiler.reset()
     counters.clear()
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compiled._compile_all_devices = True  # otherwise the library compiles on GPUs only
     settings = {"cache_implementation": "static", "compile_config": compiled}
-    assert_by_hand(model, model.generate(torch.tensor([PROMPT]), **settings, **GREEDY), [PROMPT])
+    written = model.generate(torch.tensor([PROMPT]), **settings, max_new_tokens=CHUNK + 1, do_sample=False)
+    assert written[0].tolist() == greedy_by_hand(model, PROMPT, CHUNK + 1)
     assert counters["stats"]["unique_graphs"] > 0
 
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 
 
-@pytest.mark.parametrize("family", ["llama", *SLIDING], indirect=True)
+@pytest.mark.parametrize("family", ["llama", "gemma3"], indirect=True)
 def test_a_pipeline_answers_chat_messages(model):
     tokenizer = letter_tokenizer(VOCAB)
     tokenizer.chat_template = TEMPLATE

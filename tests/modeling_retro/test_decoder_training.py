@@ -32,6 +32,7 @@ from ..support.retro_models import VOCAB, open_weights
 from .test_placement import dequantized
 from .test_training_features import assert_same, checkpoint, gradients, training_batch
 
+TWO = ["gemma3", "gpt_neox"]  # with sliding windows, and with parallel layers
 STRICT = {"atol": 1e-5, "rtol": 1e-4}
 
 
@@ -45,11 +46,8 @@ def folder(family, saved_decoder):
     return saved_decoder(family)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "retrofit"])
-def test_gradient_checkpointing_changes_no_gradient(folder, frozen):
+def test_gradient_checkpointing_changes_no_gradient(folder):
     model, batch = retro(folder).train(), training_batch()
-    if frozen:
-        model.freeze_backbone()
     expected = gradients(model, batch)
     assert all(gradient.any() for name, gradient in expected[1].items() if "decoder." not in name)
 
@@ -95,9 +93,13 @@ def test_half_precision_stays_finite_and_near_float32(folder):
     half = gradients(copy.deepcopy(model).to(torch.bfloat16), batch)
     for loss, found in (autocast, half):
         assert loss.sub(expected[0]).abs() < error
-        for name, gradient in found.items():
-            distance = (gradient.float() - expected[1][name]).norm() / expected[1][name].norm()
-            assert distance < 2 * error, name
+        assert all(gradient.isfinite().all() for gradient in found.values())
+        differences = {name: gradient.float() - expected[1][name] for name, gradient in found.items()}
+        assert norm(differences) < error * norm(expected[1])
+
+
+def norm(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
 
 
 QUANTIZED = (Linear4bit, Linear8bitLt)
@@ -135,7 +137,7 @@ def test_a_quantized_decoder_gets_parts_in_full_precision(family, tmp_path, sett
     del batch["attention_mask"]
     expected = decoder(batch["input_ids"]).logits
     assert torch.equal(model(**batch).logits, expected)
-    open_weights(model, added_parameters(model).values(), noise=0.3)
+    open_weights(model, added_parameters(model).values(), noise=0.2)
     assert torch.equal(model(**batch, use_retrieval=False).logits, expected)
     model.freeze_backbone()
     _, found = gradients(model.train(), batch)
@@ -157,15 +159,14 @@ def test_a_quantized_decoder_gets_parts_in_full_precision(family, tmp_path, sett
 PARTS = ["transformer.encoder", "transformer.cross_attention", "copy_head"]
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
-@pytest.mark.parametrize("place", ["auto", "cpu", "little memory", "disk"])
+@pytest.mark.parametrize("family", TWO, indirect=True)
+@pytest.mark.parametrize("place", ["auto", "little memory", "disk"])
 @torch.no_grad()
 def test_a_model_placed_by_a_device_map_is_the_same_model(folder, tmp_path, place):
     model = retrieving_retro(folder)
     model.save_pretrained(tmp_path / "model", max_shard_size="5KB")
     placement = {
         "auto": {"device_map": "auto"},
-        "cpu": {"device_map": {"": "cpu"}},
         "little memory": {"device_map": "auto", "max_memory": {"cpu": 25_000}},
         "disk": {"device_map": {"transformer.decoder": "disk", **dict.fromkeys(PARTS, "cpu")}},
     }[place]
@@ -184,7 +185,7 @@ def test_a_model_placed_by_a_device_map_is_the_same_model(folder, tmp_path, plac
         assert row[-4 - len(prompt) :] == greedy_by_hand(model, prompt, 4)
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 @pytest.mark.parametrize("max_memory", [None, {"cpu": 8_000}], ids=["all", "part"])
 @torch.no_grad()
 def test_a_decoder_may_be_placed_while_retro_is_built_on_it(folder, tmp_path, max_memory):
@@ -200,6 +201,7 @@ def test_a_decoder_may_be_placed_while_retro_is_built_on_it(folder, tmp_path, ma
     assert torch.equal(placed(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_threads_do_not_mix_their_neighbors(folder):
     model = retro(folder)
     batches = [training_batch(seed) for seed in range(4)]
@@ -221,6 +223,7 @@ def test_threads_do_not_mix_their_neighbors(folder):
             assert all(torch.equal(logits, wanted) for logits in found)
 
 
+@pytest.mark.parametrize("family", SOME, indirect=True)
 def test_a_failed_call_leaves_nothing_behind(folder):
     model, batch = retro(folder), training_batch()
     with torch.no_grad():
@@ -239,7 +242,7 @@ def fail(*_):
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"], indirect=True)  # sequential and parallel layers
+@pytest.mark.parametrize("family", ["gpt_neox"], indirect=True)
 def test_a_compiled_training_step_is_one_graph(folder):
     model = retro(folder, "sdpa", **NO_DROPOUT).train()
     model.freeze_backbone()
@@ -283,7 +286,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("family", SOME, indirect=True)
+@pytest.mark.parametrize("family", TWO, indirect=True)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_trains_alone_and_loads_to_the_same_logits(folder, tmp_path, name):
     retro(folder).save_pretrained(tmp_path / "base")

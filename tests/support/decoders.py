@@ -50,7 +50,7 @@ COMMON = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
-    "initializer_range": 0.3,  # large, so that every path matters to the logits
+    "initializer_range": 0.2,  # large, so that every path matters to the logits
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": VOCAB - 1,
@@ -94,7 +94,7 @@ READERS = {
     "cross-attention": {"cca_layers": [0, 2], "copy_head": False},
     "all": READING,
 }
-SIZES = {"chunk_size": CHUNK, "num_neighbors": NEIGHBORS, "neighbor_length": LENGTH, "initializer_range": 0.3}
+SIZES = {"chunk_size": CHUNK, "num_neighbors": NEIGHBORS, "neighbor_length": LENGTH, "initializer_range": 0.1}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
@@ -137,7 +137,7 @@ def retro(folder, attention="eager", **settings):
     """Build a RETRO whose own weights are all away from their start. The decoder's are as saved."""
     torch.manual_seed(1)
     model = untrained_retro(folder, attention, **{**READING, **settings})
-    open_weights(model, added_parameters(model).values(), noise=0.3)
+    open_weights(model, added_parameters(model).values(), noise=0.2)
     return model
 
 
