@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import QuantizedLayer
 
 from .retrieval_points import RetrievalPoints
 
@@ -93,6 +94,7 @@ class RetroCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. The number is negative as in every `Cache`: -3 removes three."""
+        self._check_can_change()
         super().crop(tokens_to_remove)
         # Points beyond the end stay: nothing reads them, and they are overwritten when they are
         # reached again.
@@ -102,6 +104,18 @@ class RetroCache(Cache):
         for name in ("tokens", "query_states", "token_embeds"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[:, :length])
+
+    def _check_can_change(self) -> None:
+        """Refuse to move or remove quantized tokens, which the library leaves where they are.
+
+        Raises:
+            ValueError: some layer is quantized.
+        """
+        if any(isinstance(layer, QuantizedLayer) for layer in self.layers):
+            raise ValueError(
+                "A quantized cache only grows: its rows and tokens cannot be reordered, repeated, selected or removed. "
+                "Use another cache_implementation for beam search, assisted generation and prompt lookup."
+            )
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.points is not None and self.points.first is not None:
@@ -115,15 +129,18 @@ class RetroCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace row i by row beam_idx[i]."""
+        self._check_can_change()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it cannot be told from a LongTensor
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
+        self._check_can_change()
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows with these indices."""
+        self._check_can_change()
         super().batch_select_indices(indices)
         self._map_rows(lambda rows: rows[indices.to(rows.device)])

@@ -161,3 +161,6 @@ def test_a_quantized_cache_is_right_and_that_of_a_window_is_refused(family, mode
         return
     written = model.generate(torch.tensor([PROMPT]), **settings)
     assert written[0].tolist() == greedy_by_hand(model, PROMPT, 2 * CHUNK)
+    for mode in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="quantized cache only grows.*cache_implementation"):
+            model.generate(torch.tensor([PROMPT[:5] * 3]), **settings, **mode)
