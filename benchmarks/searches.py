@@ -183,11 +183,7 @@ def main() -> None:
     """Measure what is asked for, and print the tables of all that was measured."""
     arguments = parse_arguments()
     folder: Path = arguments.folder
-    sources: dict[str, Callable[[], Iterable[Document]]] = {
-        "models": corpora.models,
-        "python": corpora.python,
-        "kernel": lambda: corpora.kernel(arguments.kernel_docs),
-    }
+    sources = corpora.by_name(arguments.kernel_docs)
     print(machine(), flush=True)
     size = SplitSize()
     tokenizer, static = BulkTokenizer(load_tokenizer(arguments.decoder)), static_model(folder / "static")
