@@ -158,8 +158,8 @@ class Measurement:
     @torch.no_grad()
     def copier(
         self, arrays: dict[str, np.ndarray], part: str, k: int, first: int
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield batches of the decoder's nats, the copier's probability and where it found something."""
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield batches of the decoder's nats, the copier's probabilities, and its finds."""
         tokens, start = self.bench.read[part].tokens, 0
         for batch in self.bench.batches(arrays, part, k):
             rows = slice(start, start + len(batch.targets))
@@ -182,7 +182,7 @@ class Measurement:
         last = size.chunk_size
 
         def window(tokens: float, fresh: float) -> float:
-            """Return the operations a predicted token if `fresh` tokens of a window are computed."""
+            """Return the operations a predicted token if `fresh` tokens are computed."""
             keys = tokens - fresh / 2  # that a computed token attends to, on average
             return fresh * (2 * body + 4 * layers * width * keys) / last + 2 * vocabulary * width
 

