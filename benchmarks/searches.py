@@ -27,6 +27,7 @@ import torch
 from frozen_decoder import (
     BATCH,
     Batch,
+    ReadSequences,
     fit_copy_head,
     head_config,
     load_decoder,
@@ -80,9 +81,15 @@ class Bench:
         """Return the UTF-8 bytes (N,) of each held-out sequence's measured tokens."""
         return byte_lengths(self.tokenizer.hf_tokenizer).numpy()[self.split.held_out[:, self.first + 1 :]].sum(1)
 
-    def batches(self, arrays: dict[str, np.ndarray], part: str, k: int) -> Iterator[Batch]:
-        """Yield a part's sequences with their neighbors, ready for a copy head."""
-        config, read = head_config(self.model, self.size.chunk_size, k), self.read[part]
+    def batches(
+        self, arrays: dict[str, np.ndarray], part: str, k: int, read: ReadSequences | None = None
+    ) -> Iterator[Batch]:
+        """Yield a part's sequences with their neighbors, ready for a copy head.
+
+        Args:
+            read: the sequences as the decoder read them. Default: without neighbors.
+        """
+        config, read = head_config(self.model, self.size.chunk_size, k), read or self.read[part]
         for start in range(0, len(read), BATCH):
             rows = slice(start, start + BATCH)
             fields = (torch.from_numpy(arrays[f"{part}_{name}"][rows]) for name in ("ids", "mask", "scores"))

@@ -87,7 +87,6 @@ class Cell:
         batches = self.bench.batches(arrays, "training", K)
         return [blind(batch) for batch, _ in zip(batches, range(TRAINING_BATCHES), strict=False)]
 
-    @torch.no_grad()
     def held_out(self, arrays: dict[str, np.ndarray], heads: list[CopyHead], is_blind: bool) -> np.ndarray:
         """Return the nats (1 + 2 · heads, N) of the tokens in reach of neighbors.
 

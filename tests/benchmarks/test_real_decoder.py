@@ -7,7 +7,7 @@ import real_decoder
 import torch
 import torch.nn.functional as F
 from in_context import window
-from real_decoder import Measurement, Nats
+from real_decoder import Measurement
 from wrong_neighbors import shuffle_share
 
 from .conftest import SIZE
@@ -28,36 +28,35 @@ def last_chunk(decoder, tokens):
     return float(F.cross_entropy(logits, torch.tensor(tokens[-CHUNK:]), reduction="sum"))
 
 
-def test_rows_are_the_decoders_and_the_windows(measurement, decoder, tokenizer, tmp_path, monkeypatch):
-    nats = measurement.run(seeds=2)
+def test_rows_are_the_decoders_and_the_windows(measurement, decoder, tokenizer, monkeypatch):
+    rows = measurement.rows(seeds=2, with_in_context=True)
     held_out, arrays = measurement.bench.split.held_out, measurement.bench.neighbors(measurement.row, 4)
     separator = tokenizer.encode_batch(["\n\n"])[0]
     for number, sequence in enumerate(held_out):
         alone = last_chunk(decoder, sequence.tolist())
-        assert nats.rows["decoder"][0][number] == pytest.approx(alone, abs=1e-3)
+        assert rows["decoder"][0][number] == pytest.approx(alone, abs=1e-3)
         ids, mask = arrays["held_out_ids"][number, -1], arrays["held_out_mask"][number, -1]
         read = [token for place in (3, 2, 1, 0) for token in [*ids[place][mask[place]].tolist(), *separator]]
         expected = last_chunk(decoder, read + sequence.tolist())
-        assert nats.rows["in-context, k = 4"][0][number] == pytest.approx(expected, abs=1e-3)
-    assert {name: len(seeds) for name, seeds in nats.rows.items() if len(seeds) > 1} == {
-        "RETRO, k = 2": 2,
-        "RETRO, k = 2, shuffled": 2,
-        "RETRO, k = 4": 2,
-        "RETRO, k = 4, shuffled": 2,
-        "in-context + RETRO, k = 4": 2,
+        assert rows["in-context, k = 4"][0][number] == pytest.approx(expected, abs=1e-3)
+    assert {name for name, seeds in rows.items() if len(seeds) == 2} == {
+        "RETRO, k = 2",
+        "RETRO, k = 2, shuffled",
+        "RETRO, k = 4",
+        "RETRO, k = 4, shuffled",
+        "in-context + RETRO, k = 4",
     }
-    totals = [seeds[0].sum() for seeds in nats.rows.values()]
-    assert len({round(total, 6) for total in totals}) == len(totals)
+    totals = [seeds[0].sum() for seeds in rows.values()]
+    assert len({round(total, 6) for total in totals}) == len(totals) == 10
 
-    nats.save(tmp_path / "nats.json")
-    again = Nats.load(tmp_path / "nats.json")
-    assert again.weights == nats.weights and set(nats.weights) == {2, 4}
-    lines = list(real_decoder.table("a corpus", again, measurement.text_bytes(), measurement.computation()))
-    assert len(lines) == len(nats.rows) and {line.count("|") for line in lines} == {6}
+    lines = list(real_decoder.table("a corpus", rows, measurement.text_bytes(), measurement.computation()))
+    assert len(lines) == len(rows) and {line.count("|") for line in lines} == {6}
 
+    again = Measurement(measurement.bench, measurement.row, steps=3)
     monkeypatch.setattr(type(decoder.base_model), "forward", None)  # no window is read again
-    measurement.in_context(4, [])
-    np.testing.assert_array_equal(measurement.nats.rows["in-context, k = 4"][1], nats.rows["in-context, k = 4"][0])
+    np.testing.assert_array_equal(again.in_context(4, 2)["in-context, k = 4"][0], rows["in-context, k = 4"][0])
+    monkeypatch.setattr(measurement.bench, "batches", None)  # nothing is measured again
+    assert again.rows(seeds=2, with_in_context=True).keys() == rows.keys()
 
 
 def test_a_window_has_the_best_neighbor_last_and_no_padding():
