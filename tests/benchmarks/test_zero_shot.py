@@ -41,6 +41,19 @@ def test_the_head_uses_neither_hidden_states_nor_scores(cell, tmp_path):
     assert row.count("|") == 8 and "of 1 cells" in summary
 
 
+def test_a_stronger_decoder_predicts_targets_better_and_keeps_its_other_odds(cell):
+    batch = zero_shot.blind(next(cell.bench.batches(cell.neighbors(), "training", zero_shot.K)))
+    before, after = (one.logits.log_softmax(-1) for one in (batch, zero_shot.strengthen(batch, seed=0)))
+    targets = batch.targets.unsqueeze(-1)
+    known = (after.gather(-1, targets).exp() - before.gather(-1, targets).exp()) / (
+        1 - before.gather(-1, targets).exp()
+    )
+    assert known.min() >= 0 and known.max() <= zero_shot.MOST_KNOWN and 0.4 < known.mean() < 0.6
+    others = (before - after).scatter(-1, targets, 0.0)[..., :-1]
+    rest = (before - after)[..., -1:]
+    torch.testing.assert_close(others, rest.expand_as(others).scatter(-1, targets, 0.0), atol=1e-3, rtol=1e-3)
+
+
 def test_half_of_the_training_chunks_read_wrong_neighbors(cell):
     ids = zero_shot.shuffle_share(cell.neighbors(), "training", zero_shot.SHUFFLED_SHARE)["training_ids"]
     changed = (ids != cell.neighbors()["training_ids"]).any((2, 3))
