@@ -195,8 +195,8 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def shipped(head: CopyHead) -> dict[str, Any]:
-    """Return a head's numbers and the settings that they depend on."""
-    numbers = {name: getattr(head, name).tolist() for name in SHIPPED}
+    """Return a head's numbers, rounded, and the settings that they depend on."""
+    numbers = {name: [float(f"{number:.4g}") for number in getattr(head, name).tolist()] for name in SHIPPED}
     return numbers | {name: getattr(head.config, name) for name in SETTINGS}
 
 

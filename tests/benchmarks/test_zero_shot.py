@@ -33,10 +33,10 @@ def test_the_head_uses_neither_hidden_states_nor_scores(cell, tmp_path):
     for name in zero_shot.SHIPPED:
         getattr(whole, name).data = torch.tensor(numbers[name])
     (alone, on, blind), (_, shuffled, blind_shuffled) = cell.held_out(whole, head)
-    np.testing.assert_allclose([on, shuffled], [blind, blind_shuffled], atol=1e-3)
+    np.testing.assert_allclose([on, shuffled], [blind, blind_shuffled], rtol=1e-3)  # the numbers are rounded
     gain = (alone - on).sum() / torch.tensor(2.0).log().item() / cell.text_bytes().sum()
-    assert line["gain"][0] == pytest.approx(gain, abs=1e-5)
-    assert line["harm"] == pytest.approx(shuffled.sum() / alone.sum() - 1, abs=1e-5)
+    assert line["gain"][0] == pytest.approx(gain, abs=1e-3)
+    assert line["harm"] == pytest.approx(shuffled.sum() / alone.sum() - 1, abs=1e-3)
 
     *_, row, summary = zero_shot.table([line])
     assert row.count("|") == 8 and "of 1 cells" in summary
