@@ -1,10 +1,10 @@
-"""Read real texts by document: Python's sources, model sources and the kernel's documentation."""
+"""Read real texts by document: sources and documentation that are on the machine."""
 
 import gzip
 import pydoc_data.topics
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import transformers
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from retrieval import BulkTokenizer, Document
 
 KERNEL_DOCS = Path("/usr/share/doc/linux-doc-6.1/Documentation")  # Debian's package linux-doc-6.1
+PERL = Path("/usr/share/perl")
+MANUAL = Path("/usr/share/man")
 TOKENIZER_DOCUMENTS = 1000  # documents that the tokenizer is trained on
 
 
@@ -48,6 +50,25 @@ def kernel(folder: Path = KERNEL_DOCS) -> Iterator[Document]:
         if not {"translations", "devicetree"} & set(name.parts):
             content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
             yield Document(str(name), content.decode(errors="replace"))
+
+
+def perl(folder: Path = PERL) -> Iterator[Document]:
+    """Yield Perl's library and its manual, which Debian installs with perl-modules."""
+    for file in sorted(file for suffix in ("pm", "pl", "pod") for file in folder.rglob(f"*.{suffix}")):
+        yield Document(str(file.relative_to(folder)), file.read_bytes().decode(errors="replace"))
+
+
+def manual(folder: Path = MANUAL) -> Iterator[Document]:
+    """Yield the manual pages of programs, formats and concepts, in English, as they are written."""
+    for file in sorted(folder.glob("man[1578]/*.gz")):
+        if not file.is_symlink() and not file.name.startswith("perl"):
+            yield Document(file.name, gzip.decompress(file.read_bytes()).decode(errors="replace"))
+
+
+def by_name(kernel_docs: Path = KERNEL_DOCS) -> dict[str, Callable[[], Iterator[Document]]]:
+    """Return the functions that make the corpora, by their short names."""
+    sources = {"models": models, "python": python, "kernel": lambda: kernel(kernel_docs)}
+    return sources | {"perl": perl, "manual": manual}
 
 
 def write(documents: Iterator[Document], folder: Path, chunks: int, chunk_size: int) -> PreTrainedTokenizerFast:

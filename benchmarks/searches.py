@@ -35,7 +35,7 @@ from evaluation_retro import byte_lengths
 from evaluation_retro.bits_per_byte import paired_gain
 from modeling_retro.neighbor_inputs import NeighborInputs
 from retrieval import BulkTokenizer, Document
-from training_retro.stored_states import BATCH, Batch, fit_copy_head, prepare, read_sequences
+from training_retro.stored_states import BATCH, Batch, ReadSequences, fit_copy_head, prepare, read_sequences
 
 NEIGHBORS = (2, 4)
 CORPORA = ("models", "python", "kernel")
@@ -72,9 +72,15 @@ class Bench:
         """Return the UTF-8 bytes (N,) of each held-out sequence's measured tokens."""
         return byte_lengths(self.tokenizer.hf_tokenizer).numpy()[self.split.held_out[:, self.first + 1 :]].sum(1)
 
-    def batches(self, arrays: dict[str, np.ndarray], part: str, k: int) -> Iterator[Batch]:
-        """Yield a part's sequences with their neighbors, ready for a copy head."""
-        config, read = head_config(self.model, self.size.chunk_size, k), self.read[part]
+    def batches(
+        self, arrays: dict[str, np.ndarray], part: str, k: int, read: ReadSequences | None = None
+    ) -> Iterator[Batch]:
+        """Yield a part's sequences with their neighbors, ready for a copy head.
+
+        Args:
+            read: the sequences as the decoder read them. Default: without neighbors.
+        """
+        config, read = head_config(self.model, self.size.chunk_size, k), read or self.read[part]
         for start in range(0, len(read), BATCH):
             rows = slice(start, start + BATCH)
             fields = (torch.from_numpy(arrays[f"{part}_{name}"][rows]) for name in ("ids", "mask", "scores"))
@@ -175,11 +181,7 @@ def main() -> None:
     """Measure what is asked for, and print the tables of all that was measured."""
     arguments = parse_arguments()
     folder: Path = arguments.folder
-    sources: dict[str, Callable[[], Iterable[Document]]] = {
-        "models": corpora.models,
-        "python": corpora.python,
-        "kernel": lambda: corpora.kernel(arguments.kernel_docs),
-    }
+    sources = corpora.by_name(arguments.kernel_docs)
     print(machine(), flush=True)
     size = SplitSize()
     tokenizer, static = BulkTokenizer(load_tokenizer(arguments.decoder)), static_model(folder / "static")

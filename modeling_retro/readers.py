@@ -104,8 +104,11 @@ def open_reader(name: str | Path, kwargs: dict[str, Any]) -> Reader:
     """
     if str(name) == ZERO_SHOT:
         stored = json.loads(resources.files(__package__).joinpath("zero_shot.json").read_text(encoding="utf-8"))
-        weights = {f"copy_head.{part}": torch.tensor(numbers) for part, numbers in stored["weights"].items()}
-        return Reader(ZERO_SHOT, {}, stored["settings"], weights)
+        weights = {
+            f"copy_head.{name}": torch.tensor(value) for name, value in stored.items() if isinstance(value, list)
+        }
+        settings = {name: value for name, value in stored.items() if not isinstance(value, list)}
+        return Reader(ZERO_SHOT, {}, {"copy_head": True, "cca_layers": [], **settings}, weights)
     location = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
     try:
         files: list[Any] = [cached_file(str(name), file, **location) for file in (SETTINGS, WEIGHTS)]

@@ -1,6 +1,5 @@
 """The comparison of searches splits by document, and measures each row once."""
 
-import pydoc_data.topics
 from dataclasses import replace
 
 import numpy as np
@@ -9,49 +8,14 @@ import search_timing
 import searches
 import torch
 import torch.nn.functional as F
-from search_rows import REFERENCE, Row
+from search_rows import REFERENCE
 from searches import Bench
-from splits import SplitSize, split_corpus, without_near_duplicates
-from transformers import LlamaConfig, LlamaForCausalLM
+from splits import split_corpus, without_near_duplicates
 
-from retrieval import BulkTokenizer, Document
+from retrieval import Document
 
-from ..support.small_models import save_cross_encoder, save_static_embedding, train_tokenizer
-
-SIZE = SplitSize(chunks=60, chunk_size=8, length=32, training=8, held_out=6)
-
-
-@pytest.fixture(scope="module")
-def documents():
-    return [Document(name, text) for name, text in sorted(pydoc_data.topics.topics.items())[:60]]
-
-
-@pytest.fixture(scope="module")
-def hf_tokenizer(documents):
-    return train_tokenizer([document.text for document in documents], 500)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(hf_tokenizer):
-    return BulkTokenizer(hf_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def decoder(hf_tokenizer):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(hf_tokenizer), **sizes)).eval()
-
-
-@pytest.fixture(scope="module")
-def row(hf_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "static"
-    return Row("dense", "MiniLM", str(save_static_embedding(hf_tokenizer, folder, dim=16, seed=0)))
-
-
-@pytest.fixture
-def bench(tmp_path, documents, decoder, tokenizer):
-    return Bench(tmp_path / "reference", lambda: documents, decoder, tokenizer, SIZE)
+from ..support.small_models import save_cross_encoder
+from .conftest import SIZE
 
 
 def test_no_document_is_in_two_parts(documents, tokenizer):
