@@ -180,7 +180,10 @@ class RetroConfig(GPT2Config):
         self.cca_layers = sorted(self.cca_layers)
         self.encoder_cca_layers = sorted(self.encoder_cca_layers)
         self.initial_match_weights = list(map(float, self.initial_match_weights))
+        experts = None if self.text_config is None else self.text_config._experts_implementation
         super().__post_init__(**kwargs)
+        if self.text_config is not None and experts is not None:  # likewise; RETRO itself has none
+            self.text_config._experts_implementation = experts
 
     def follow_decoder(self) -> None:
         """Set what follows from `text_config`, such as the size of the vocabulary."""
