@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from ..support.by_hand import Grid, HashRetriever, next_token_logits
 from ..support.decoders import (
     FAMILIES,
+    GROUPED,
     READERS,
     READING,
     SOME,
@@ -173,3 +175,13 @@ def test_retrofitting_keeps_the_decoder(folder):
         expected = decoder(inputs["input_ids"]).logits
         assert torch.equal(model(**inputs, use_retrieval=False).logits, expected)
         assert not torch.allclose(model(**inputs).logits[:, CHUNK:], expected[:, CHUNK:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_mixture_of_experts_computes_as_its_decoder_does(tmp_path):
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "head_dim": 8}
+    AutoModelForCausalLM.from_config(GptOssConfig(**GROUPED, **experts)).save_pretrained(tmp_path)
+    decoder, model, inputs = open_decoder(tmp_path), retro(tmp_path), decoder_batch()
+    assert model.transformer.decoder.config._experts_implementation == decoder.config._experts_implementation
+    assert torch.equal(model(**inputs, use_retrieval=False).logits, decoder(inputs["input_ids"]).logits)
