@@ -8,7 +8,7 @@ import pytest
 
 from modeling_retro import RetroForCausalLM
 
-from ..support.decoders import small_decoder
+from ..support.decoders import FAMILIES, small_decoder
 from ..support.retro_models import small_model
 
 
@@ -28,3 +28,14 @@ def saved_decoder(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(params=["eager", "sdpa"])
 def model(request) -> RetroForCausalLM:
     return small_model(attn_implementation=request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(family, saved_decoder) -> Path:
+    """Return the folder of the family's small decoder."""
+    return saved_decoder(family)

@@ -17,11 +17,6 @@ LENGTH = 2 * WINDOW + CHUNK + 3
 PROMPT = random_tokens(3 * CHUNK + 1, seed=3)
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
 @pytest.fixture
 def model(family, saved_decoder):
     return retrieving_retro(saved_decoder(family))
@@ -162,5 +157,5 @@ def test_a_quantized_cache_is_right_and_that_of_a_window_is_refused(family, mode
     written = model.generate(torch.tensor([PROMPT]), **settings)
     assert written[0].tolist() == greedy_by_hand(model, PROMPT, 2 * CHUNK)
     for mode in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(ValueError, match="quantized cache only grows.*cache_implementation"):
+        with pytest.raises(ValueError, match="quantized cache only grows|cache that can be cropped"):
             model.generate(torch.tensor([PROMPT[:5] * 3]), **settings, **mode)

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from ..support.by_hand import Grid, HashRetriever, next_token_logits
 from ..support.decoders import (
-    FAMILIES,
     GROUPED,
     READERS,
     READING,
@@ -31,16 +30,6 @@ from ..support.retro_models import (
 )
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def folder(family, saved_decoder):
-    return saved_decoder(family)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

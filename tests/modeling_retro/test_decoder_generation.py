@@ -8,7 +8,7 @@ from transformers import CompileConfig, pipeline
 from modeling_retro.library import CACHE
 
 from ..support.by_hand import PROMPTS, Grid, HashRetriever, greedy_by_hand, left_padded
-from ..support.decoders import COPYING, FAMILIES, open_decoder, retrieving_retro
+from ..support.decoders import COPYING, open_decoder, retrieving_retro
 from ..support.retro_models import CHUNK, VOCAB
 from ..support.small_models import letter_tokenizer
 from .test_generation import beam_search_by_hand
@@ -17,11 +17,6 @@ STEPS = 2 * CHUNK + 1
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 PROMPT = PROMPTS[2]
 TWO = ["gemma3", "gpt_neox"]  # with sliding windows, and with parallel layers
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
 from ..support.by_hand import HashRetriever, greedy_by_hand
 from ..support.decoders import (
     COPYING,
-    FAMILIES,
     READING,
     SIZES,
     SOME,
@@ -30,16 +29,6 @@ from ..support.decoders import (
 from ..support.retro_models import CHUNK, VOCAB, random_tokens
 from .test_sharing import run_without_the_project
 from .test_training_features import training_batch
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def folder(family, saved_decoder):
-    return saved_decoder(family)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from modeling_retro.neighbor_encoder import RetroEncoderLayer
 from ..support.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded
 from ..support.decoders import (
     COPYING,
-    FAMILIES,
     NO_DROPOUT,
     READING,
     SIZES,
@@ -34,16 +33,6 @@ from .test_training_features import assert_same, checkpoint, gradients, training
 
 TWO = ["gemma3", "gpt_neox"]  # with sliding windows, and with parallel layers
 STRICT = {"atol": 1e-5, "rtol": 1e-4}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def folder(family, saved_decoder):
-    return saved_decoder(family)
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder):
