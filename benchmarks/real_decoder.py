@@ -218,9 +218,7 @@ def table(corpus: str, rows: Rows, text_bytes: np.ndarray, costs: dict[str, floa
         gain, error = paired_gain(alone - np.mean(seeds, 0), text_bytes)
         shown = f"{gain:+.4f} ± {error:.4f}" if name != "decoder" else ""
         spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
-        cost = (
-            f"{costs[name]:.3g}" if name in costs and costs[name] > 2 else f"{costs[name]:.3f}" if name in costs else ""
-        )
+        cost = f"{costs[name]:.3f}" if name in costs else ""
         yield f"| {corpus} | {name} | {np.mean(bits):.4f}{spread} | {shown} | {cost} |"
 
 
