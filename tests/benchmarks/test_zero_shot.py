@@ -8,7 +8,14 @@ import pytest
 import torch
 import zero_shot
 from frozen_decoder import head_config
-from small_decoders import CONFIGURATIONS, VOCABULARIES, is_for_training, others, train_decoder, training_texts
+from small_decoders import (
+    CONFIGURATIONS,
+    VOCABULARIES,
+    is_for_training,
+    measured_documents,
+    train_decoder,
+    training_texts,
+)
 from transformers import AutoModelForCausalLM
 from zero_shot import Cell
 
@@ -64,7 +71,7 @@ def test_most_training_chunks_read_wrong_neighbors(cell):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_small_decoders_are_trained_on_other_documents(name, tmp_path):
     documents = [Document(name, text) for name, text in sorted(pydoc_data.topics.topics.items())]
-    texts, measured = training_texts(documents), others(lambda: documents)
+    texts, measured = training_texts(documents), measured_documents(lambda: documents)
     assert texts and measured and not any(is_for_training(document) for document in measured)
     assert not {document.text for document in measured} & set(texts)
     folder = train_decoder(name, texts, steps=2, folder=tmp_path / name)
