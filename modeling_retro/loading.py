@@ -171,7 +171,8 @@ class LoadingMixin(PreTrainedModel):
         cls, name: Any, model_args: tuple, kwargs: dict[str, Any], stored: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Open a decoder other than GPT-2 and build the model around it."""
-        check_decoder_class(decoder_config(stored))
+        decoder = decoder_config(stored)
+        check_decoder_class(decoder)
         config = kwargs.pop("config", None)
         if "Causal" not in cls.__name__ or model_args:
             raise ValueError(
@@ -179,9 +180,10 @@ class LoadingMixin(PreTrainedModel):
                 "by name."
             )
         if isinstance(config, RetroConfig):
-            model, info = wrap_decoder(cls, name, config, kwargs)
+            model, info = wrap_decoder(cls, name, decoder, config, kwargs)
         else:
-            model, info = wrap_decoder(cls, name, None, kwargs if config is None else kwargs | {"config": config})
+            kwargs = kwargs if config is None else kwargs | {"config": config}
+            model, info = wrap_decoder(cls, name, decoder, None, kwargs)
         model._announce({name for name in info["missing_keys"] if is_added(name)})
         return model, info
 

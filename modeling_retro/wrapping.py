@@ -64,12 +64,13 @@ def check_decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def wrap_decoder(
-    cls: type[PreTrainedModel], name: Any, config: RetroConfig | None, kwargs: dict[str, Any]
+    cls: type[PreTrainedModel], name: Any, stored: PreTrainedConfig, config: RetroConfig | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Open a decoder and build a `RetroForCausalLM` around it.
 
     Args:
         cls: `RetroForCausalLM`, or a class of its own that extends it.
+        stored: the decoder's configuration, as it is stored.
         config: where RETRO's settings are from. Default: their defaults.
         kwargs: RETRO's settings, which win, and arguments of the decoder's `from_pretrained`.
 
@@ -80,6 +81,8 @@ def wrap_decoder(
     settings |= {field: kwargs.pop(field) for field in OWN_SETTINGS & kwargs.keys()}
     if config is not None:
         kwargs["config"] = config.text_config
+    elif "config" not in kwargs:
+        RetroConfig(**settings | {"text_config": stored})  # bad settings fail before the weights load
     decoder, info = open_decoder(name, kwargs)
     if not Path(str(name)).exists():
         settings["base_model"] = str(name)  # record hub names only; local paths are private

@@ -20,7 +20,7 @@ from transformers import (
 from modeling_retro import RetroConfig, RetroForCausalLM
 
 from ..support.by_hand import HashRetriever, greedy_by_hand
-from ..support.decoders import COMMON, COPYING, SIZES, SOME, decoder_batch, open_decoder, retro
+from ..support.decoders import COMMON, COPYING, FAMILIES, SIZES, SOME, decoder_batch, open_decoder, retro
 from ..support.retro_models import CHUNK, VOCAB, open_weights, random_tokens
 
 TINY = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -108,9 +108,10 @@ def test_every_decoder_keeps_the_copy_head(model_type):
 
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 3], [1, 1]], ids=str)
 @pytest.mark.parametrize("family", SOME)
-def test_layers_beyond_the_depth_are_refused(saved_decoder, family, layers):
+def test_layers_beyond_the_depth_are_refused_before_the_weights_load(tmp_path, family, layers):
+    FAMILIES[family]().save_pretrained(tmp_path)  # there are no weights
     with pytest.raises(StrictDataclassError, match="cca_layers=.*(There are 3 layers, 0 to 2|twice)"):
-        RetroForCausalLM.from_pretrained(saved_decoder(family), cca_layers=layers)
+        RetroForCausalLM.from_pretrained(tmp_path, cca_layers=layers)
 
 
 def test_a_decoder_that_reads_in_no_way_is_refused(saved_decoder):
