@@ -174,7 +174,7 @@ class LoadingMixin(PreTrainedModel):
         decoder = decoder_config(stored)
         check_decoder_class(decoder)
         config = kwargs.pop("config", None)
-        if "Causal" not in cls.__name__ or model_args:
+        if not cls.can_generate() or model_args:
             raise ValueError(
                 f"{cls.__name__} cannot be built on {name}. Use RetroForCausalLM.from_pretrained, and give settings "
                 "by name."

@@ -231,3 +231,16 @@ def test_they_open_as_remote_code_where_this_project_is_not_installed(saved_deco
         save_file(given, tmp_path / "saved" / family / "inputs" / "inputs.safetensors")
     ran = run_without_the_project(CLEAN, tmp_path)
     assert ran.returncode == 0 and "opened" in ran.stdout, ran.stderr[-2000:]
+
+
+def test_a_class_that_extends_the_model_opens_decoders_too(saved_decoder, tmp_path):
+    class Extended(RetroForCausalLM):
+        pass
+
+    folder = saved_decoder("llama")
+    model = Extended.from_pretrained(folder)
+    assert type(model) is Extended
+    model.save_pretrained(tmp_path)
+    assert type(Extended.from_pretrained(tmp_path)) is Extended
+    with pytest.raises(ValueError, match="RetroModel cannot be built on .*Use RetroForCausalLM"):
+        RetroModel.from_pretrained(folder)
