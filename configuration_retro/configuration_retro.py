@@ -302,6 +302,11 @@ class RetroConfig(GPT2Config):
         return getattr(self.text_config, "word_embed_proj_dim", self.n_embd)
 
     @property
+    def decoder_type(self) -> str:
+        """The decoder's `model_type`."""
+        return self.text_config.model_type if isinstance(self.text_config, PreTrainedConfig) else "gpt2"
+
+    @property
     def norm(self) -> str:
         """The norm of RETRO's own parts, as in the decoder: "rms" or "layer"."""
         return "rms" if hasattr(self.text_config, "rms_norm_eps") else "layer"

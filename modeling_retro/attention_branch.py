@@ -95,7 +95,7 @@ class _Call:
 
 @dataclass
 class _Trace:
-    """What happened in one layer: its input, its output, and the calls of its modules in order."""
+    """One run of a layer: its input, its output, and the calls of its modules in order."""
 
     given: torch.Tensor | None = None
     returned: torch.Tensor | None = None

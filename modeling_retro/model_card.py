@@ -37,15 +37,14 @@ def model_card(
     sources = facts.pop("sources", None) or []
     if sources:
         facts["sources"] = ", ".join(sources)
-    kind = "gpt2" if config.text_config is None else config.text_config.model_type  # type: ignore[union-attr]
-    base = f"a {kind} decoder"
+    base = f"a {config.decoder_type} decoder"
     if config.base_model:
         base = f"[{config.base_model}](https://huggingface.co/{config.base_model})"
     what = "A reader, without its decoder, for" if is_reader else "A"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, kind],
+        tags=[*TAGS, config.decoder_type],
         base_model=config.base_model,
         base_model_relation="adapter" if is_reader and config.base_model else None,
         datasets=list(sources) or None,

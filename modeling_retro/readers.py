@@ -88,9 +88,8 @@ class Reader:
 
 def describe_decoder(config: RetroConfig) -> dict[str, Any]:
     """Return what tells a model's decoder from others."""
-    model_type = "gpt2" if config.text_config is None else config.text_config.model_type  # type: ignore[union-attr]
     sizes = {name: getattr(config, name) for name in ("n_embd", "n_layer", "vocab_size")}
-    return {"name": config.base_model, "model_type": model_type, **sizes}
+    return {"name": config.base_model, "model_type": config.decoder_type, **sizes}
 
 
 def open_reader(name: str | Path, kwargs: dict[str, Any]) -> Reader:

@@ -1,4 +1,4 @@
-"""What the layers and the copy head of one forward need of the neighbors.
+"""The neighbors of one forward, prepared for the layers and the copy head.
 
 Shapes: B rows, C retrieval points reached in this call, G groups of w queries (see `QueryGroups`),
 k neighbors of a point, r tokens of a neighbor; n tokens that are matched.
@@ -18,7 +18,7 @@ from .neighbor_encoder import UnencodedNeighbors
 
 @dataclass
 class Reading:
-    """What the layers and the copy head of one forward need of the neighbors.
+    """The neighbors of one forward, prepared for the layers and the copy head.
 
     Attributes:
         plan: which tokens attend to which neighbors. None: there are none so far.

@@ -1,4 +1,4 @@
-"""What RETRO adds to one decoder layer: chunked cross-attention behind the attention branch."""
+"""Chunked cross-attention of one decoder layer, behind its attention branch."""
 
 import torch
 from torch import nn
