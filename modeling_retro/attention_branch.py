@@ -58,7 +58,7 @@ def find_attention_branch(decoder: PreTrainedModel, layers: Sequence[int]) -> st
             tokens = tokens.to(embed.weight.device)
         # with gradients: without them, bitsandbytes packs 4-bit weights, and they have none later
         with torch.enable_grad():
-            embeds = embed(tokens).detach().requires_grad_()
+            embeds = embed(tokens).detach().requires_grad_().clone()  # CTRL scales them in place
             decoder(inputs_embeds=embeds, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         decoder.train(was_training)
@@ -134,7 +134,9 @@ class _Trace:
             if _equal(call.given, chain[-1].returned):
                 chain.append(call)
         for call in reversed(chain):
-            if self._is_branch(call, self.calls[self.calls.index(call) + 1 :]):
+            place = self.calls.index(call)
+            # cross-attention follows the first call of a module, so a later one is no place for it
+            if place == names.index(call.name) and self._is_branch(call, self.calls[place + 1 :]):
                 return call.name
         return None
 

@@ -51,6 +51,12 @@ def falcon_layer(layer, h, attend, read):
     return attended + layer.mlp(normed) + read(attended)
 
 
+def phi_layer(layer, h, attend, read):
+    normed = layer.input_layernorm(h)
+    attended = h + attend(layer.self_attn, normed)
+    return attended + layer.mlp(normed) + read(attended)
+
+
 @dataclass(frozen=True)
 class Structure:
     """Where a decoder keeps its parts, and how its layers run.

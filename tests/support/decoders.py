@@ -13,6 +13,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     Qwen3Config,
 )
 
@@ -29,6 +30,7 @@ from .decoder_layers import (
     olmo2_layer,
     opt_layer,
     parallel_gpt_neox_layer,
+    phi_layer,
 )
 from .retro_models import (
     CHUNK,
@@ -70,6 +72,7 @@ FAMILIES = {
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0),
     "falcon": lambda: FalconConfig(**COMMON, alibi=False, parallel_attn=True),
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "phi": lambda: PhiConfig(**{**GROUPED, "num_key_value_heads": 2}),  # one dropout in two places
     "phi3": lambda: Phi3Config(**GROUPED),
 }
 SLIDING = ["gemma3", "mistral"]
@@ -83,6 +86,7 @@ STRUCTURES = {
     "gpt_neox": Structure(parallel_gpt_neox_layer, **_NEOX),
     "gpt_neox_sequential": Structure(gpt_neox_layer, **_NEOX),
     "opt": Structure(opt_layer, "model.decoder", norm="final_layer_norm"),
+    "phi": Structure(phi_layer, norm="final_layernorm"),
     "falcon": Structure(falcon_layer, "transformer", "h", "ln_f", (("alibi", None),)),
 }
 
