@@ -68,6 +68,8 @@ for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
 _CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
 # The reader that is put on the model that is being opened.
 _READER: ContextVar[Reader | None] = ContextVar("_READER", default=None)
+# arguments of `from_pretrained` that the library does not take for settings of the same names
+OF_LOADING = {"dtype", "torch_dtype", "quantization_config"}
 _LOCATION = (
     *("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token"),
     "trust_remote_code",
@@ -187,7 +189,8 @@ class LoadingMixin(PreTrainedModel):
             config = RetroConfig.from_pretrained(config)
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config is a {type(config).__name__}. Give a configuration, or the folder of one.")
-        text_config = decoder_config(stored | {name: kwargs[name] for name in stored.keys() & kwargs.keys()})
+        changed = {name: kwargs[name] for name in (stored.keys() & kwargs.keys()) - OF_LOADING}
+        text_config = decoder_config(stored | changed)
         check_decoder_class(text_config)
         if not hasattr(cls, "generate") or model_args:
             raise ValueError(

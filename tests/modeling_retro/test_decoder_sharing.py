@@ -98,8 +98,11 @@ def test_a_configuration_is_taken_in_every_form(folder, tmp_path, inputs):
         model = RetroForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager", **SIZES)
         assert model.config.cca_layers == [1] and model.config.retrieval_stride == CHUNK
         assert torch.equal(model(**inputs).logits, expected)
+    model = RetroForCausalLM.from_pretrained(folder, dtype="auto", tie_word_embeddings=False)
+    assert not model.config.tie_word_embeddings and model.dtype == torch.float32
     with pytest.raises(ValueError, match="config is a dict. Give a configuration"):
         RetroForCausalLM.from_pretrained(folder, config=given.to_dict())
+    model = retro(folder, cca_layers=[1])
     model.save_pretrained(tmp_path / "saved")
     again = RetroForCausalLM.from_pretrained(tmp_path / "saved", config=model.config, num_neighbors=3)
     assert again.config.num_neighbors == 3 and again.config.cca_layers == [1]
