@@ -160,8 +160,10 @@ class RetroConfig(GPT2Config):
         if self.text_config is not None:
             self.text_config = decoder_config(self.text_config)
             self.follow_decoder()
-            # the library sets this one in `text_config`, too; None would switch off its causal mask
+            # the library sets these in `text_config`, too; None would switch off its causal mask
+            # and its fast experts. RETRO's own parts have no experts.
             kwargs["attn_implementation"] = kwargs.get("attn_implementation") or self.text_config._attn_implementation
+            kwargs["experts_implementation"] = {"": None, "text_config": self.text_config._experts_implementation}
         on_gpt2 = self.text_config is None
         if self.copy_head is None:
             self.copy_head = not on_gpt2

@@ -30,7 +30,8 @@ class DecoderCall:
     Attributes:
         reading: the neighbors that this call reads.
         layers: cross-attention by the number of its decoder layer.
-        layer_input: (B, T, d) the input of the layer with cross-attention that is running.
+        layer_input: (B, T, d) the input of the layer with cross-attention that is running, until it
+            has read.
         encoded: (B, C, k·r, d) the encoded neighbors, from the first of these layers on.
         output_states: (B, T', d) the states that enter the output embeddings.
         weights: (B, heads, T, k·r) attention weights of each layer, if the attention implementation
@@ -57,7 +58,7 @@ class DecoderCall:
         """Return what cross-attention adds to the attention branch (B, T, d) of a layer."""
         is_first = layer_idx == min(self.layers)
         reading = self.reading
-        assert self.layer_input is not None, "a layer keeps its input"
+        assert self.layer_input is not None, "checked by the hook"
         output, self.encoded, weights = self.layers[layer_idx](
             self.layer_input.to(branch.device) + branch,
             self.encoded,
@@ -67,6 +68,7 @@ class DecoderCall:
             memory=reading.memory if is_first else None,
         )
         self.weights.append(weights)
+        self.layer_input = None  # a layer may call the branch's module again for its MLP, as Phi's dropout
         return output
 
 
@@ -108,7 +110,8 @@ def _keep_layer_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 def _add_cross_attention(layer_idx: int, branch: nn.Module, args: tuple, output: Any) -> Any:
     call = getattr(_running, "call", None)
-    if call is None:
+    # another model on the same decoder may have hooks of its own there
+    if call is None or call.layer_input is None or layer_idx not in call.layers:
         return output
     states = output[0] if isinstance(output, tuple) else output
     read = call.read(layer_idx, states)

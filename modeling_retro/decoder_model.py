@@ -157,6 +157,9 @@ class RetroDecoderModel(RetroReadingModel):
                 limits.
         """
         check_arguments("forward", kwargs)
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
         self.hook_layers()  # unless done; the weights may not have been there when the model was built
         use_retrieval = self.config.use_retrieval if use_retrieval is None else use_retrieval
         use_cache = self.config.use_cache if use_cache is None else use_cache

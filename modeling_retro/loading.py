@@ -68,6 +68,8 @@ for _name in ("Dumper", "SafeDumper", "CDumper", "CSafeDumper"):  # model cards
 _CHECKPOINT: ContextVar[dict[str, Any] | None] = ContextVar("_CHECKPOINT", default=None)
 # The reader that is put on the model that is being opened.
 _READER: ContextVar[Reader | None] = ContextVar("_READER", default=None)
+# arguments of `from_pretrained` that the library does not take for settings of the same names
+OF_LOADING = {"dtype", "torch_dtype", "quantization_config"}
 _LOCATION = (
     *("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token"),
     "trust_remote_code",
@@ -146,7 +148,15 @@ class LoadingMixin(PreTrainedModel):
             model, info = cls.from_pretrained(name, output_loading_info=True, **opened.settings | kwargs)
         finally:
             _READER.reset(token)
-        info["missing_keys"] = info["missing_keys"] - opened.put_on(model, model.config)
+        given = opened.put_on(model, model.config)
+        info["missing_keys"] = info["missing_keys"] - given
+        if absent := {name for name in info["missing_keys"] if is_added(name)}:
+            if incomplete := set(map(part_of, absent)) & set(map(part_of, given)):
+                raise ValueError(
+                    f"The reader {opened.name} lacks {', '.join(sorted(absent))}, so its "
+                    f"{_list_parts(set(filter(None, incomplete)))} would be half new. Save or download it again."
+                )
+            model._announce(absent)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -156,6 +166,9 @@ class LoadingMixin(PreTrainedModel):
             decoder, _ = open_decoder(name, {"gguf_file": kwargs.pop("gguf_file")})
             kwargs["state_dict"], kwargs["config"] = decoder.state_dict(), _on_gpt2(decoder, kwargs)
             name = None
+        if isinstance(config := kwargs.get("config"), PreTrainedConfig):
+            own = {setting: kwargs.pop(setting) for setting in OWN_SETTINGS & kwargs.keys()}
+            kwargs["config"] = _with_settings(config, own, stored)
         text_config = (stored or {}).get("text_config")
         if text_config is not None and kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = deepcopy(kwargs["quantization_config"])
@@ -171,19 +184,23 @@ class LoadingMixin(PreTrainedModel):
         cls, name: Any, model_args: tuple, kwargs: dict[str, Any], stored: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Open a decoder other than GPT-2 and build the model around it."""
-        decoder = decoder_config(stored)
-        check_decoder_class(decoder)
         config = kwargs.pop("config", None)
+        if isinstance(config, str | Path):
+            config = RetroConfig.from_pretrained(config)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(config).__name__}. Give a configuration, or the folder of one.")
+        changed = {name: kwargs[name] for name in (stored.keys() & kwargs.keys()) - OF_LOADING}
+        text_config = decoder_config(stored | changed)
+        check_decoder_class(text_config)
         if not cls.can_generate() or model_args:
             raise ValueError(
                 f"{cls.__name__} cannot be built on {name}. Use RetroForCausalLM.from_pretrained, and give settings "
                 "by name."
             )
-        if isinstance(config, RetroConfig):
-            model, info = wrap_decoder(cls, name, decoder, config, kwargs)
-        else:
-            kwargs = kwargs if config is None else kwargs | {"config": config}
-            model, info = wrap_decoder(cls, name, decoder, None, kwargs)
+        settings = config if isinstance(config, RetroConfig) else None
+        if settings is None and config is not None:
+            kwargs["config"] = config
+        model, info = wrap_decoder(cls, name, settings, kwargs, text_config)
         model._announce({name for name in info["missing_keys"] if is_added(name)})
         return model, info
 
@@ -245,6 +262,23 @@ def _on_gpt2(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> RetroConfig:
     """Return RETRO's configuration on a GPT-2, with the settings among the arguments."""
     own = {name: kwargs.pop(name) for name in OWN_SETTINGS & kwargs.keys()}
     return RetroConfig.from_dict({**decoder.config.to_dict(), "model_type": RetroConfig.model_type}, **own)
+
+
+def _with_settings(
+    config: PreTrainedConfig, settings: dict[str, Any], stored: dict[str, Any] | None
+) -> PreTrainedConfig:
+    """Return the configuration that a model is opened with, after changing some settings.
+
+    Raises:
+        ValueError: it is of another kind of model than the checkpoint.
+    """
+    known = {RetroConfig.model_type, (stored or {}).get("model_type", RetroConfig.model_type)}
+    if config.model_type not in known:
+        raise ValueError(f"config is a {type(config).__name__}, but the model is a RETRO. Give a RetroConfig.")
+    if not settings and config.model_type == RetroConfig.model_type:
+        return config
+    values = {**config.to_dict(), "model_type": RetroConfig.model_type}
+    return RetroConfig.from_dict(values, **settings, attn_implementation=config._attn_implementation)
 
 
 def part_of(name: str) -> str | None:

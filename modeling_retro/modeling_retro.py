@@ -329,6 +329,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             use_cache=use_cache,
             past_key_values=past_key_values,
             cache=cache,
+            return_dict=True,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

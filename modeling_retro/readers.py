@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -100,6 +101,7 @@ def open_reader(name: str | Path, kwargs: dict[str, Any]) -> Reader:
 
     Raises:
         OSError: there is no such reader.
+        ValueError: its files are damaged.
     """
     if str(name) == ZERO_SHOT:
         stored = json.loads(resources.files(__package__).joinpath("zero_shot.json").read_text(encoding="utf-8"))
@@ -116,8 +118,13 @@ def open_reader(name: str | Path, kwargs: dict[str, Any]) -> Reader:
             f"{name} is not a reader: it has no {SETTINGS} or no {WEIGHTS}. Give a folder that save_reader() wrote, "
             f'the name of such a repository on the hub, or "{ZERO_SHOT}".'
         ) from error
-    stored = json.loads(Path(files[0]).read_text(encoding="utf-8"))
-    return Reader(str(name), stored["decoder"], stored["settings"], load_file(files[1]))
+    try:
+        stored = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+        return Reader(str(name), stored["decoder"], stored["settings"], load_file(files[1]))
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"The reader {name} is damaged ({type(error).__name__}: {error}). Save or download it again."
+        ) from error
 
 
 def write_reader(folder: str | Path, config: RetroConfig, weights: dict[str, torch.Tensor], card: str) -> None:

@@ -4,6 +4,7 @@
 device maps, renamed weights) is done as for the decoder alone.
 """
 
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,25 +65,29 @@ def check_decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def wrap_decoder(
-    cls: type[PreTrainedModel], name: Any, stored: PreTrainedConfig, config: RetroConfig | None, kwargs: dict[str, Any]
+    cls: type[PreTrainedModel],
+    name: Any,
+    config: RetroConfig | None,
+    kwargs: dict[str, Any],
+    text_config: PreTrainedConfig,
 ) -> tuple[Any, dict[str, Any]]:
     """Open a decoder and build a `RetroForCausalLM` around it.
 
     Args:
         cls: `RetroForCausalLM`, or a class of its own that extends it.
-        stored: the decoder's configuration, as it is stored.
         config: where RETRO's settings are from. Default: their defaults.
         kwargs: RETRO's settings, which win, and arguments of the decoder's `from_pretrained`.
+        text_config: the decoder's own configuration, unless the arguments have another.
 
     Returns:
         the model, and the loading report; RETRO's own parameters are missing keys.
     """
-    settings = {} if config is None else {field: getattr(config, field) for field in OWN_SETTINGS}
+    settings = {} if config is None else {field: v for field, v in config.to_dict().items() if field in OWN_SETTINGS}
     settings |= {field: kwargs.pop(field) for field in OWN_SETTINGS & kwargs.keys()}
     if config is not None:
         kwargs["config"] = config.text_config
-    elif "config" not in kwargs:
-        RetroConfig(**settings | {"text_config": stored})  # bad settings fail before the weights load
+    # refuse settings that do not fit before the weights are read
+    RetroConfig(**settings | {"text_config": deepcopy(kwargs.get("config") or text_config)})
     decoder, info = open_decoder(name, kwargs)
     if not Path(str(name)).exists():
         settings["base_model"] = str(name)  # record hub names only; local paths are private

@@ -114,6 +114,13 @@ def test_layers_beyond_the_depth_are_refused_before_the_weights_load(tmp_path, f
         RetroForCausalLM.from_pretrained(tmp_path, cca_layers=layers)
 
 
+@pytest.mark.parametrize("settings", [{"cca_layers": [3]}, {"num_neighbors": 0}, {"search": "x"}], ids=str)
+def test_settings_are_refused_before_weights_are_read(saved_decoder, tmp_path, settings):
+    AutoConfig.from_pretrained(saved_decoder("llama")).save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=next(iter(settings))):  # not: there are no weights
+        RetroForCausalLM.from_pretrained(tmp_path, **settings)
+
+
 def test_a_decoder_that_reads_in_no_way_is_refused(saved_decoder):
     with pytest.raises(StrictDataclassError, match="cca_layers is empty and copy_head is False"):
         RetroForCausalLM.from_pretrained(saved_decoder("llama"), copy_head=False)

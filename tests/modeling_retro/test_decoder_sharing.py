@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel
 
 from modeling_retro import RetroConfig, RetroForCausalLM, RetroModel
 
 from ..support.by_hand import HashRetriever, greedy_by_hand
 from ..support.decoders import (
     COPYING,
+    GROUPED,
     READING,
     SIZES,
     SOME,
@@ -58,6 +59,70 @@ def test_the_defaults_are_a_copy_head_and_four_neighbors(folder):
     assert not hasattr(model.transformer, "encoder") and hasattr(model, "copy_head")
     numbers = {name for name, _ in model.named_parameters() if "decoder." not in name}
     assert all(name.startswith("copy_head.") for name in numbers)
+
+
+@pytest.mark.parametrize("make", [MixtralConfig, GptOssConfig])
+@torch.no_grad()
+def test_experts_are_computed_as_in_the_decoder(make, tmp_path, inputs):
+    torch.manual_seed(0)
+    config = make(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "decoder")
+    decoder, model = open_decoder(tmp_path / "decoder"), retro(tmp_path / "decoder")
+    assert torch.equal(model(**inputs, use_retrieval=False).logits, decoder(inputs["input_ids"]).logits)
+    model.save_pretrained(tmp_path / "saved")
+    again = RetroForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    for opened in (model, again):
+        kind = opened.transformer.decoder.config._experts_implementation
+        assert kind == decoder.config._experts_implementation
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@torch.no_grad()
+def test_a_configuration_is_taken_in_every_form(folder, tmp_path, inputs):
+    expected = open_decoder(folder)(inputs["input_ids"]).logits
+    given = RetroConfig.from_pretrained(folder, chunk_size=9, cca_layers=[1])
+    given.save_pretrained(tmp_path / "settings")
+    for config in (given, tmp_path / "settings", str(tmp_path / "settings")):
+        model = RetroForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager", **SIZES)
+        assert model.config.cca_layers == [1] and model.config.retrieval_stride == CHUNK
+        assert torch.equal(model(**inputs).logits, expected)
+    model = RetroForCausalLM.from_pretrained(folder, dtype="auto", tie_word_embeddings=False)
+    assert not model.config.tie_word_embeddings and model.dtype == torch.float32
+    with pytest.raises(ValueError, match="config is a dict. Give a configuration"):
+        RetroForCausalLM.from_pretrained(folder, config=given.to_dict())
+    model = retro(folder, cca_layers=[1])
+    model.save_pretrained(tmp_path / "saved")
+    again = RetroForCausalLM.from_pretrained(tmp_path / "saved", config=model.config, num_neighbors=3)
+    assert again.config.num_neighbors == 3 and again.config.cca_layers == [1]
+    with pytest.raises(ValueError, match="config is a LlamaConfig, but the model is a RETRO"):
+        RetroForCausalLM.from_pretrained(tmp_path / "saved", config=AutoConfig.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_class_of_another_name_extends_it(folder, tmp_path, inputs):
+    class Mine(RetroForCausalLM):
+        pass
+
+    model = Mine.from_pretrained(folder, **SIZES, **READING)
+    model.save_pretrained(tmp_path)
+    again = Mine.from_pretrained(tmp_path)
+    assert isinstance(model, Mine) and isinstance(again, Mine)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="RetroModel cannot be built on .*Use RetroForCausalLM"):
+        RetroModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
+@torch.no_grad()
+def test_outputs_are_those_that_the_configuration_asks_for(folder, inputs):
+    model = retro(folder)
+    model.config.output_hidden_states = model.config.output_attentions = True
+    outputs = model(**inputs)
+    assert len(outputs.hidden_states) == 4 and len(outputs.attentions) == 3 and len(outputs.cross_attentions) == 2
+    model.config.output_hidden_states = model.config.output_attentions = model.config.return_dict = False
+    logits, *_ = model(**inputs)
+    assert torch.equal(logits, outputs.logits)
 
 
 @pytest.mark.parametrize("family", SOME, indirect=True)
@@ -231,16 +296,3 @@ def test_they_open_as_remote_code_where_this_project_is_not_installed(saved_deco
         save_file(given, tmp_path / "saved" / family / "inputs" / "inputs.safetensors")
     ran = run_without_the_project(CLEAN, tmp_path)
     assert ran.returncode == 0 and "opened" in ran.stdout, ran.stderr[-2000:]
-
-
-def test_a_class_that_extends_the_model_opens_decoders_too(saved_decoder, tmp_path):
-    class Extended(RetroForCausalLM):
-        pass
-
-    folder = saved_decoder("llama")
-    model = Extended.from_pretrained(folder)
-    assert type(model) is Extended
-    model.save_pretrained(tmp_path)
-    assert type(Extended.from_pretrained(tmp_path)) is Extended
-    with pytest.raises(ValueError, match="RetroModel cannot be built on .*Use RetroForCausalLM"):
-        RetroModel.from_pretrained(folder)

@@ -227,6 +227,21 @@ def test_a_failed_call_leaves_nothing_behind(folder):
         assert torch.equal(model(**batch).logits, expected)
 
 
+@torch.no_grad()
+def test_two_readers_may_share_a_decoder(folder):
+    batch = training_batch()
+    one, two = retro(folder, cca_layers=[1]), retro(folder, cca_layers=[1, 2])
+    expected = [model(**batch).logits for model in (one, two)]
+    decoder = open_decoder(folder)
+    for model, logits in zip((one, two), expected, strict=True):
+        shared = RetroForCausalLM(model.config, decoder=decoder).eval()
+        for name, parameter in added_parameters(model).items():
+            shared.get_parameter(name).copy_(parameter)
+        assert torch.equal(shared(**batch).logits, logits)
+        model.shared = shared
+    assert torch.equal(one.shared(**batch).logits, expected[0])
+
+
 def fail(*_):
     raise ZeroDivisionError
 

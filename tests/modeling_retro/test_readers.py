@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from configuration_retro import RetroConfig
 from modeling_retro import RetroForCausalLM
 
 from ..support.decoders import READING, SIZES, decoder_batch, retro, small_decoder
@@ -95,6 +96,41 @@ def test_a_reader_of_a_decoder_with_another_name_is_refused(llama, tmp_path):
 def test_a_folder_without_a_reader_is_refused(llama):
     with pytest.raises(OSError, match="is not a reader: it has no reader_config.json.*Give a folder"):
         RetroForCausalLM.from_pretrained(llama, reader=llama)
+
+
+def test_a_damaged_reader_is_refused(llama, tmp_path):
+    retro(llama).save_reader(tmp_path)
+    weights = load_file(tmp_path / "reader.safetensors")
+    del weights["copy_head.gate_scale"]
+    save_file(weights, tmp_path / "reader.safetensors")
+    with pytest.raises(ValueError, match="lacks copy_head.gate_scale, so its copy head would be half new. Save or"):
+        RetroForCausalLM.from_pretrained(llama, reader=tmp_path)
+    (tmp_path / "reader.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="is damaged .*Save or download it again"):
+        RetroForCausalLM.from_pretrained(llama, reader=tmp_path)
+    (tmp_path / "reader_config.json").write_text('{"decoder": {')
+    with pytest.raises(ValueError, match="is damaged .*Save or download it again"):
+        RetroForCausalLM.from_pretrained(llama, reader=tmp_path)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gpt2"])
+def test_a_reader_is_put_on_whatever_configuration_is_given(decoder, request, tmp_path):
+    folder = request.getfixturevalue(decoder)
+    model = RetroForCausalLM.from_pretrained(folder, **{**SIZES, **READING}).eval()
+    open_weights(model, [p for name, p in model.named_parameters() if "copy_head" in name or "cca" in name], 0.3)
+    model.save_reader(tmp_path / "reader")
+    model.save_pretrained(tmp_path / "saved")
+    batch = decoder_batch()
+    expected = model(**batch).logits
+    for name, config in [
+        (folder, RetroConfig.from_pretrained(folder)),
+        (folder, AutoConfig.from_pretrained(folder)),
+        (tmp_path / "saved", RetroConfig.from_pretrained(tmp_path / "saved")),
+    ]:
+        again = RetroForCausalLM.from_pretrained(name, reader=tmp_path / "reader", config=config)
+        assert torch.equal(again(**batch).logits, expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", reader=tmp_path / "reader")
+    assert torch.equal(again(**batch).logits, expected)
 
 
 PUSH = """
