@@ -92,7 +92,7 @@ def wrap_decoder(
     if not Path(str(name)).exists():
         settings["base_model"] = str(name)  # record hub names only; local paths are private
     config = RetroConfig(**settings | {"text_config": decoder.config})
-    config.name_or_path = decoder.config.name_or_path
+    config.name_or_path, config.dtype = decoder.config.name_or_path, decoder.config.dtype
     model: Any = cls(config, decoder=decoder)
     if model.generation_config is not None:
         model.generation_config = decoder.generation_config

@@ -74,15 +74,27 @@ def read_sequences(
         model: a decoder, or RETRO around one. It should be in evaluation mode.
         tokens: (B, T) int64. All tokens are real: there is no padding.
         file: keeps the result. If it exists, it is read and nothing is computed.
+
+    Raises:
+        ValueError: the file has the states of other sequences.
     """
     tokens = torch.as_tensor(tokens)
     if file is None or not file.exists():
         states, log_sums = _run(model, tokens)
         if file is None:
             return ReadSequences(tokens, states, log_sums)
-        np.savez(file, states=states.cpu().numpy(), log_sums=log_sums.cpu().numpy())
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as whole:
+            np.savez(whole, states=states.cpu().numpy(), log_sums=log_sums.cpu().numpy())
+        part.replace(file)
     with np.load(file) as stored:
-        return ReadSequences(tokens, *(torch.from_numpy(stored[name]) for name in ("states", "log_sums")))
+        read = ReadSequences(tokens, *(torch.from_numpy(stored[name]) for name in ("states", "log_sums")))
+    if read.log_sums.shape != tokens.shape:
+        raise ValueError(
+            f"{file} has the states of {tuple(read.log_sums.shape)} tokens, but the sequences have "
+            f"{tuple(tokens.shape)}. Give another file, or delete this one."
+        )
+    return read
 
 
 def _run(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +226,8 @@ def store_batch(model: RetroForCausalLM, batch: Mapping[str, torch.Tensor], read
     check_reader(model)
     if "neighbor_ids" not in batch:
         raise ValueError("The batch has no neighbor_ids. Give the collator a retriever.")
-    if "attention_mask" in batch or "first_point" in batch or (batch["labels"] == IGNORED_LABEL).any():
+    labels = batch.get("labels", batch["input_ids"])
+    if "attention_mask" in batch or "first_point" in batch or (labels == IGNORED_LABEL).any():
         raise ValueError(
             f"The batch has {', '.join(batch)}. Stored states need sequences of one length that are predicted whole, "
             "without attention_mask, first_point and ignored labels. Pack the text, or train with Trainer."
@@ -250,8 +263,10 @@ def fit_copy_head(
         progress: goes through the steps: `tqdm`, `rich.progress.track`, or nothing to see.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or no steps.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}. Give at least 1.")
     if not batches:
         raise ValueError("There are no batches to train on. Store at least one.")
     head = CopyHead(config)

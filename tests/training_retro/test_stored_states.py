@@ -144,3 +144,22 @@ def test_batches_that_cannot_be_stored_are_refused():
             store_batch(model, batch | more)
     with pytest.raises(ValueError, match="no batches"):
         fit_reader(model, [], 5)
+
+
+def test_kept_states_are_whole_and_of_the_same_sequences(tmp_path):
+    model, tokens = a_reader(), a_batch()["input_ids"]
+    for name in ("states", "states.npz"):
+        read = read_sequences(model, tokens, tmp_path / name)
+        assert torch.equal(read_sequences(None, tokens, tmp_path / name).states, read.states)
+    assert {file.name for file in tmp_path.iterdir()} == {"states", "states.npz"}
+    with pytest.raises(ValueError, match="but the sequences have .*Give another file, or delete this one"):
+        read_sequences(model, tokens[:, :-1], tmp_path / "states")
+
+
+def test_labels_may_be_left_out_and_no_steps_are_refused():
+    model, batch = a_reader(), a_batch()
+    batch.pop("labels", None)
+    stored = store_batch(model, batch)
+    torch.testing.assert_close(stored.nats(model.copy_head, 0), nats_of_the_model(model, batch), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="steps is 0. Give at least 1"):
+        fit_copy_head(model.config, [stored], 0)
