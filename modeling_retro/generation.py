@@ -230,12 +230,19 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         super()._validate_generated_length(  # type: ignore[misc]
             generation_config, input_ids_length, has_default_max_length
         )
-        most = self.base_model.max_positions
-        if most is not None and generation_config.max_length > most:
+        most, max_length = self.base_model.max_positions, generation_config.max_length
+        if most is not None and max_length > most:
             raise ValueError(
-                f"Prompt and continuation come to {generation_config.max_length} tokens, but the model has "
+                f"Prompt and continuation come to {max_length} tokens, but the model has "
                 f"{most} positions (n_positions). Shorten the prompt ({input_ids_length} tokens) or set a smaller "
                 "max_new_tokens."
+            )
+        switch = _position_switch(self.config)
+        if switch is not None and generation_config.use_cache and input_ids_length <= switch < max_length:
+            raise ValueError(
+                f"Prompt and continuation come to {max_length} tokens, but this decoder counts positions in another "
+                f"way beyond {switch} (longrope), where its cache is no longer right. Set a smaller max_new_tokens or "
+                "use_cache=False."
             )
 
     def _retrieved(
@@ -259,6 +266,15 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             points = log.points.of_row(prompt_row, mask + [True] * end)
             retrieved.append(log.retrieved(text, points, self.config.chunk_size))
         return retrieved
+
+
+def _position_switch(config: RetroConfig) -> int | None:
+    """Return the length of text at which a decoder's rotary positions change, if there is one."""
+    rope = getattr(config.text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    own = getattr(config.text_config, "original_max_position_embeddings", None)
+    return own or rope.get("original_max_position_embeddings")
 
 
 def _record_prompt(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:

@@ -182,3 +182,22 @@ def test_a_knowledge_base_with_another_vocabulary_is_refused(saved_decoder, fami
 def test_sizes_of_the_decoder_cannot_be_set(saved_decoder):
     with pytest.raises(ValueError, match="n_embd, vocab_size cannot be set"):
         RetroConfig.from_pretrained(saved_decoder("llama"), vocab_size=99, n_embd=32)
+
+
+def test_generation_across_a_change_of_positions_is_refused(tmp_path):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "partial_rotary_factor": 1.0,
+    }
+    config = FAMILIES["phi3"]()
+    config.rope_parameters, config.original_max_position_embeddings = rope, 16
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = RetroForCausalLM.from_pretrained(tmp_path, **SIZES)
+    prompt = torch.tensor([random_tokens(12, seed=0)])
+    with pytest.raises(ValueError, match="come to 24 tokens.*beyond 16.*use_cache=False"):
+        model.generate(prompt, max_new_tokens=12, pad_token_id=0)
+    assert model.generate(prompt, max_new_tokens=12, pad_token_id=0, use_cache=False).shape == (1, 24)
+    assert model.generate(prompt, max_new_tokens=4, pad_token_id=0).shape == (1, 16)
