@@ -141,8 +141,7 @@ class LoadingMixin(PreTrainedModel):
     def _open_with_reader(cls, name: Any, reader: str | Path, output_loading_info: bool, kwargs: dict[str, Any]) -> Any:
         """Open a decoder and put a reader on it, as `from_pretrained` does."""
         opened = open_reader(reader, kwargs)
-        location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
-        opened.check_fit(RetroConfig.from_pretrained(name, **location))
+        opened.check_fit(RetroConfig.from_pretrained(name, **_location(kwargs)))
         token = _READER.set(opened)
         try:
             model, info = cls.from_pretrained(name, output_loading_info=True, **opened.settings | kwargs)
@@ -164,7 +163,7 @@ class LoadingMixin(PreTrainedModel):
         """Open a RETRO model, or GPT-2 with RETRO's parts; return it and the loading report."""
         if stored is not None and kwargs.get("gguf_file") is not None:  # GPT-2: the library cannot put it into RETRO
             decoder, _ = open_decoder(name, {"gguf_file": kwargs.pop("gguf_file")})
-            kwargs["state_dict"], kwargs["config"] = decoder.state_dict(), _on_gpt2(decoder, kwargs)
+            kwargs["state_dict"], kwargs["config"] = decoder.state_dict(), decoder.config
             name = None
         if isinstance(config := kwargs.get("config"), PreTrainedConfig):
             own = {setting: kwargs.pop(setting) for setting in OWN_SETTINGS & kwargs.keys()}
@@ -212,9 +211,8 @@ class LoadingMixin(PreTrainedModel):
         """
         if name is None:
             return None
-        location = {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
         try:
-            return PreTrainedConfig.get_config_dict(name, **location)[0] or None
+            return PreTrainedConfig.get_config_dict(name, **_location(kwargs))[0] or None
         except OSError:  # there is no such file; if that is wrong, the library says so
             return None
 
@@ -253,15 +251,14 @@ class LoadingMixin(PreTrainedModel):
         return names
 
 
+def _location(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a configuration is stored."""
+    return {argument: kwargs[argument] for argument in _LOCATION if argument in kwargs}
+
+
 def _is_decoder(stored: dict[str, Any]) -> bool:
     """Return True for the configuration of a decoder that is neither RETRO nor GPT-2."""
     return stored.get("model_type", RetroConfig.model_type) not in (RetroConfig.model_type, "gpt2")
-
-
-def _on_gpt2(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> RetroConfig:
-    """Return RETRO's configuration on a GPT-2, with the settings among the arguments."""
-    own = {name: kwargs.pop(name) for name in OWN_SETTINGS & kwargs.keys()}
-    return RetroConfig.from_dict({**decoder.config.to_dict(), "model_type": RetroConfig.model_type}, **own)
 
 
 def _with_settings(

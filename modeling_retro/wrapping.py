@@ -119,9 +119,15 @@ def leave_parts_unquantized(quantization: Any, config: RetroConfig) -> None:
     """
     with torch.device("meta"):
         names = unquantized_modules(AutoModelForCausalLM.from_config(config.text_config))
+    _leave_unquantized(quantization, names)
+
+
+def _leave_unquantized(quantization: Any, names: list[str], prefix: str = "") -> None:
+    """Add modules to those that a quantization leaves as they are, which get a prefix."""
     for setting in UNQUANTIZED:
         if hasattr(quantization, setting):
-            setattr(quantization, setting, sorted({*names, *(getattr(quantization, setting) or ())}))
+            kept = [f"{prefix}{name}" for name in getattr(quantization, setting) or ()]
+            setattr(quantization, setting, sorted({*names, *kept}))
 
 
 def _place_parts(model: Any, decoder: PreTrainedModel) -> None:
@@ -168,9 +174,6 @@ def _take_over_quantization(model: Any, decoder: PreTrainedModel) -> None:
     for name in QUANTIZER_STATE:
         if hasattr(decoder, name):
             setattr(model, name, getattr(decoder, name))
-    for setting in UNQUANTIZED:
-        if hasattr(quantization, setting):
-            names = [f"{DECODER}.{name}" for name in getattr(quantization, setting) or ()]
-            setattr(quantization, setting, sorted({*unquantized_modules(decoder), *names}))
+    _leave_unquantized(quantization, unquantized_modules(decoder), f"{DECODER}.")
     model.config.quantization_config = quantization
     del decoder.config.quantization_config
