@@ -67,12 +67,11 @@ def replug_nats(
         ValueError: a neighbor leaves no room in the window for the predicted tokens.
     """
     num_slots, k = neighbor_ids.shape[1:3]
-    points = {"first_point": first_point, "retrieval_stride": retrieval_stride}
     weights = replug_weights(neighbor_attention_mask, neighbor_scores)  # (B, C, k)
     alone = torch.full((len(input_ids), 1, k), -torch.inf, device=weights.device)
     alone[..., 0] = 0.0
     weights = torch.cat([weights, alone], dim=1)  # the last slot is for positions that no other one serves
-    slots = slots_read(input_ids, chunk_size, **points)  # (B, T − 1)
+    slots = slots_read(input_ids, chunk_size, first_point, retrieval_stride)  # (B, T − 1)
     slots = torch.where((slots >= 0) & (slots < num_slots), slots, num_slots)
     at = weights[torch.arange(len(slots), device=slots.device)[:, None], slots]  # (B, T − 1, k)
 
