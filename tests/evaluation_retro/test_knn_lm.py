@@ -48,8 +48,9 @@ def slow_state(decoder, tokens):
     return decoder(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, -1].double()
 
 
-def slow_keys(decoder, documents):
-    """Return (document, state, next token) of all keys."""
+@pytest.fixture(scope="module")
+def made(decoder, documents):
+    """All keys by definition: (document, state, next token)."""
     made = []
     for doc_id, tokens in documents:
         for i in range(len(tokens) - 1):
@@ -77,8 +78,7 @@ def slow_nats(decoder, made, tokens, own, knn):
 
 
 @pytest.mark.parametrize("knn", [KnnSettings(1, 0.3, 5.0), KnnSettings(7, 0.6, 20.0)])
-def test_nats_equal_brute_force(decoder, documents, keys, knn):
-    made = slow_keys(decoder, documents)
+def test_nats_equal_brute_force(decoder, documents, keys, made, knn):
     assert keys.count() == len(made) == sum(len(tokens) - 1 for _, tokens in documents)
     texts = [documents[0][1][:12], documents[4][1][:12], documents[6][1][2:14]]
     own = [{"doc 40"}, set(), {"doc 25", "doc 30"}]
