@@ -52,6 +52,9 @@ class LikelihoodChoice:
 
         Returns:
             An instance of each schema, with the most likely answer.
+
+        Raises:
+            ValueError: a prompt lists no answers.
         """
         pairs: list[tuple[str, str]] = []
         choices: list[tuple[list[str], slice]] = []
@@ -63,6 +66,8 @@ class LikelihoodChoice:
                 texts = [(question, f" {options[label]}") for label in labels]
             else:
                 texts = [(prompt.rstrip(), f" {label}") for label in labels]
+            if not texts:
+                raise ValueError(f"The question {prompt[-80:]!r} lists no answers to choose from. Leave its task out.")
             choices.append((labels, slice(len(pairs), len(pairs) + len(texts))))
             pairs += texts
         scores = self.log_likelihoods(pairs)
