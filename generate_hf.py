@@ -7,8 +7,8 @@ Without a knowledge base, the decoder writes alone.
 """
 
 from retrieval import KnowledgeBaseError
+from retrieval.parsing import make_parser
 from retrieval.quiet import quiet_program
-from training_retro.parsing import make_parser
 from training_retro.sampling import GenerateArguments, Likeliest, describe, likeliest_tokens, load, sample
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from training_retro.stored_states import ReadSequences
+from evaluation_retro.decoder_states import ReadSequences
 
 DTYPE = torch.bfloat16
 WINDOWS_IN_FILE = 8  # windows that are lost at most when a run breaks

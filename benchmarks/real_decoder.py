@@ -43,9 +43,10 @@ from wrong_neighbors import TRAINED_SHARE, shuffle_share
 from evaluation_retro import byte_lengths
 from evaluation_retro.bits_per_byte import paired_gain
 from evaluation_retro.copy_baseline import WEIGHTS, best_weight, copied_probability, mixture_nats
+from evaluation_retro.decoder_states import Batch
 from modeling_retro.copy_head import CopyHead
 from retrieval import BulkTokenizer
-from training_retro.stored_states import Batch, fit_copy_head
+from training_retro.stored_states import fit_copy_head
 
 STEPS = 200  # of a copy head
 IN_CONTEXT = (1, 4)  # neighbors of in-context retrieval

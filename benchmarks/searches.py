@@ -33,9 +33,10 @@ from transformers import PreTrainedModel
 
 from evaluation_retro import byte_lengths
 from evaluation_retro.bits_per_byte import paired_gain
+from evaluation_retro.decoder_states import Batch, ReadSequences, prepare, read_sequences
 from modeling_retro.neighbor_inputs import NeighborInputs
 from retrieval import BulkTokenizer, Document
-from training_retro.stored_states import BATCH, Batch, ReadSequences, fit_copy_head, prepare, read_sequences
+from training_retro.stored_states import BATCH, fit_copy_head
 
 NEIGHBORS = (2, 4)
 CORPORA = ("models", "python", "kernel")

@@ -43,9 +43,10 @@ from wrong_neighbors import shuffle_share
 from configuration_retro import RetroConfig
 from evaluation_retro import byte_lengths
 from evaluation_retro.bits_per_byte import paired_gain
+from evaluation_retro.decoder_states import Batch
 from modeling_retro.copy_head import CopyHead
 from retrieval import BulkTokenizer
-from training_retro.stored_states import BATCH, Batch, fit_copy_head
+from training_retro.stored_states import BATCH, fit_copy_head
 
 PRETRAINED = "smollm2"
 K = 4

@@ -10,6 +10,7 @@ from .bits_per_byte import (
     shuffle_neighbors,
 )
 from .copy_baseline import best_weight, weight_nats
+from .decoder_states import read_sequences, store_batch
 from .in_context import Prompt, in_context_nats, in_context_prompts
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "in_context_nats",
     "in_context_prompts",
     "paired_gain",
+    "read_sequences",
     "sequence_nats",
     "shuffle_neighbors",
+    "store_batch",
     "weight_nats",
 ]

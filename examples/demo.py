@@ -45,6 +45,7 @@ from evaluation_retro import (
     shuffle_neighbors,
 )
 from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
+from evaluation_retro.decoder_states import Batch, ReadSequences, read_sequences, store_batch
 from modeling_retro import RetroForCausalLM
 from retrieval import (
     BulkTokenizer,
@@ -56,7 +57,7 @@ from retrieval import (
     ingest,
     load_tokenizer,
 )
-from training_retro.stored_states import Batch, ReadSequences, fit_reader, read_sequences, store_batch
+from training_retro.stored_states import fit_reader
 
 OUTPUT = Path("demo_output")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -3,7 +3,7 @@
 from .assembly import build_trainer
 from .running import run_training, store_neighbors
 from .settings import Arguments, DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
-from .stored_states import fit_reader, read_sequences, store_batch
+from .stored_states import fit_reader
 from .trainer import RetroTrainer
 
 __all__ = [
@@ -15,8 +15,6 @@ __all__ = [
     "build_trainer",
     "fit_reader",
     "parse_arguments",
-    "read_sequences",
     "run_training",
-    "store_batch",
     "store_neighbors",
 ]

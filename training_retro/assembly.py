@@ -17,18 +17,19 @@ from data_retro.mixtures import mix, pack_streams, sample
 from data_retro.own_text import warn_of_own_text
 from data_retro.packing import PackedStream
 from data_retro.precomputed import load_precomputed, requirements_of
+from evaluation_retro.opening import parts_to_open
 from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import ADDED, RENAMED
 from modeling_retro.neighbor_fetching import warn_of_another_search
+from modeling_retro.vocabulary import suppress_padding_ids
 from retrieval import BulkTokenizer, MilvusRetriever
+from retrieval.parsing import as_mapping
 from retrieval.tokenizer_loading import load_tokenizer
 
 from .neighbor_corruption import check_batch_size
 from .parameters import parameter_table
-from .parsing import as_mapping
 from .settings import DataArguments, ModelArguments, RetroTrainingArguments
 from .trainer import RetroTrainer
-from .vocabulary import suppress_padding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +123,6 @@ def load_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(f"config_overrides: {error}") from error
     suppress_padding_ids(model, tokenizer)
     return model, new
-
-
-def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for a GGUF file and a reader; none that is None."""
-    given = {"gguf_file": gguf_file, "reader": reader}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def new_config(tokenizer: PreTrainedTokenizerBase, overrides: dict[str, Any]) -> RetroConfig:

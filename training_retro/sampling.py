@@ -3,35 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from evaluation_retro.opening import ModelSettings, open_model
 from modeling_retro import RetrievedChunk, RetroForCausalLM
-from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.detokenization import token_bytes
-from retrieval.settings import same_setting
 from retrieval.tokenization import added_bos
-from retrieval.tokenizer_loading import load_tokenizer
-
-from .assembly import parts_to_open
-from .settings import ModelArguments
-from .vocabulary import suppress_padding_ids
 
 FILE_PREFIX = "FILE:"  # of a prompt that names a file
 
 
 @dataclass
-class GenerateArguments(KnowledgeBaseArguments):
+class GenerateArguments(ModelSettings):
     """The settings of `generate_hf.py`: the model, its knowledge base, and how to sample."""
 
-    model: str = field(
-        kw_only=True,
-        metadata={"help": "RETRO's weights, or any decoder's, with their tokenizer: a Hub name or a folder."},
-    )
-    gguf_file: str | None = same_setting(ModelArguments, "gguf_file")
-    reader: str | None = same_setting(ModelArguments, "reader")
     prompt: str = field(
         default="", metadata={"help": f"Text to continue, or {FILE_PREFIX}path. Without, a new document begins."}
     )
@@ -49,13 +37,6 @@ class GenerateArguments(KnowledgeBaseArguments):
     )
     top_k: int = field(default=200, metadata={"help": "Draw from this many likeliest tokens. 0: from all."})
     seed: int = field(default=1337, metadata={"help": "Seed of the draws. The same seed gives the same samples."})
-    device: str | None = field(
-        default=None, metadata={"help": "Device such as cpu or cuda:1. By default a GPU if there is one."}
-    )
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Number format of the weights. auto: as they were saved."}
-    )
     compile: bool = field(
         default=False, metadata={"help": "Compile the model with torch.compile. The first tokens then take a minute."}
     )
@@ -87,23 +68,10 @@ def load(arguments: GenerateArguments) -> tuple[RetroForCausalLM, PreTrainedToke
     Returns:
         the model and its tokenizer.
     """
-    device = arguments.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
-    tokenizer = load_tokenizer(arguments.model, arguments.gguf_file)
-    parts = parts_to_open(arguments.gguf_file, arguments.reader)
-    model = RetroForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **parts).eval().to(device)
-    suppress_padding_ids(model, tokenizer)
+    opened = open_model(arguments, needs_neighbors=False)
     if arguments.compile:
-        model.compile()
-    if arguments.knowledge_base is not None:
-        config = model.config
-        retriever = arguments.open_retriever(
-            tokenizer,
-            collection_name=config.collection_name,
-            num_neighbors=config.num_neighbors,
-            neighbor_length=config.neighbor_length,
-        )
-        model.set_retriever(retriever)
-    return model, tokenizer
+        opened.model.compile()
+    return opened.model, opened.tokenizer.hf_tokenizer
 
 
 def sample(model: RetroForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: GenerateArguments) -> Any:

@@ -13,12 +13,13 @@ from configuration_retro import RetroConfig
 from data_retro.first_points import FirstPoints
 from data_retro.mixtures import DocumentStream, check_mixture
 from evaluation_retro.benchmarks import BenchmarkSettings
+from evaluation_retro.opening import ModelSettings
 from retrieval.arguments import KnowledgeBaseArguments
+from retrieval.parsing import as_mapping, parse_settings, unknown_settings
 from retrieval.settings import same_setting
 from retrieval.sources import Source
 
 from .checkpoints import checkpoint_to_resume
-from .parsing import as_mapping, parse_settings, unknown_settings
 
 # An entry of train_data in YAML; metadata_fields is for knowledge bases alone.
 STREAM_FIELDS = tuple(f.name for f in dataclasses.fields(DocumentStream) if f.name != "metadata_fields")
@@ -38,17 +39,8 @@ class ModelArguments:
             "scratch."
         },
     )
-    gguf_file: str | None = field(
-        default=None,
-        metadata={"help": "Name of a GGUF file beside the model. It holds the decoder and its tokenizer."},
-    )
-    reader: str | None = field(
-        default=None,
-        metadata={
-            "help": "RETRO's own weights, saved without their decoder: a Hub name or a folder. They are put on the "
-            "model."
-        },
-    )
+    gguf_file: str | None = same_setting(ModelSettings, "gguf_file")
+    reader: str | None = same_setting(ModelSettings, "reader")
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, a Hub name or folder. By default the one beside the weights."}
     )

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evaluation_retro.decoder_states import prepare, read_sequences, store_batch
 from modeling_retro import RetroConfig
 from modeling_retro.attention_plan import plan_attention
 from modeling_retro.chunk_grid import ChunkGrid
@@ -12,7 +13,7 @@ from modeling_retro.copy_head import CopyHead, find_candidates
 from modeling_retro.matching import match_tokens
 from modeling_retro.neighbor_inputs import NeighborInputs
 from modeling_retro.retrieval_points import RetrievalPoints
-from training_retro.stored_states import fit_copy_head, fit_reader, prepare, read_sequences, store_batch
+from training_retro.stored_states import fit_copy_head, fit_reader
 
 from ..support.retro_models import LONG, rows_that_repeat_their_neighbors, small_model
 

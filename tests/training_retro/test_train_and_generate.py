@@ -14,7 +14,7 @@ import torch
 import generate_hf
 import train_hf
 from modeling_retro import RetroForCausalLM
-from training_retro.parsing import make_parser
+from retrieval.parsing import make_parser
 from training_retro.sampling import GenerateArguments, describe, likeliest_tokens, load, sample
 
 from ..support.hub import Hub

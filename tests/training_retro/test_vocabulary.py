@@ -7,8 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_retro import RetroForCausalLM
+from modeling_retro.vocabulary import suppress_padding_ids
 from training_retro.sampling import GenerateArguments, likeliest_tokens, load, sample
-from training_retro.vocabulary import suppress_padding_ids
 
 from ..support.runs import OVERRIDES, flags, train
 

@@ -1,0 +1,76 @@
+"""Bits per byte, and differences of them with confidence intervals over documents."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from .bits_per_byte import paired_gain
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+SEED = 0  # of the resampling: equal numbers give equal intervals
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference in bits per byte, with its uncertainty over documents.
+
+    Attributes:
+        value: the bits per byte saved.
+        low, high: the 95 % confidence interval, by bootstrapping documents; nan for fewer than two.
+        stderr: the standard error; nan for fewer than two.
+    """
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{round(self.value, 4) + 0.0:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"  # no -0.0000
+
+
+def bits_per_byte(nats: np.ndarray, text_bytes: np.ndarray) -> float:
+    """Return bits per UTF-8 byte; nan if there are no bytes.
+
+    Args:
+        nats: of each document or window.
+        text_bytes: of the same.
+    """
+    total = text_bytes.sum()
+    return float(nats.sum() / math.log(2) / total) if total else math.nan
+
+
+def gain(saved_nats: np.ndarray, text_bytes: np.ndarray, groups: Sequence[str] | None = None) -> Gain:
+    """Return the bits per byte saved, with its interval.
+
+    Args:
+        saved_nats: (N,), the difference between two measurements of the same text.
+        text_bytes: (N,), the bytes of that text.
+        groups: the document of each of the N. Those of one document are resampled together.
+            Default: each is a document of its own.
+    """
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        saved_nats, text_bytes = (np.bincount(group, values) for values in (saved_nats, text_bytes))
+    value, stderr = paired_gain(saved_nats, text_bytes)
+    if math.isnan(stderr):
+        return Gain(value, math.nan, math.nan, stderr)
+
+    def ratio(saved: np.ndarray, size: np.ndarray, axis: int) -> np.ndarray:
+        return saved.sum(axis) / size.sum(axis) / math.log(2)
+
+    interval = stats.bootstrap(
+        (saved_nats, text_bytes),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return Gain(value, float(interval.low), float(interval.high), stderr)
