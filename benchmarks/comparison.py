@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from wrong_neighbors import TRAINED_SHARE, shuffle_share
 
 from evaluation_retro.decoder_states import prepare, read_sequences
-from evaluation_retro.found import Found, find
+from evaluation_retro.found import find
 from evaluation_retro.windows import TextSettings, Windows, draw_windows
 from modeling_retro import RetroForCausalLM
 from modeling_retro.neighbor_inputs import NeighborInputs
@@ -102,7 +102,7 @@ def train_readers(
 
     The seed draws the order, and the chunks that read another window's neighbors.
     """
-    found: Found = find(retriever, windows)
+    found = find(retriever, windows)
     read = read_sequences(model, windows.tokens, folder / "states_training.npz")
     arrays = {f"training_{name}": getattr(found, name).numpy() for name in ("ids", "mask", "scores")}
     starts = range(0, len(read), BATCH)
@@ -134,7 +134,8 @@ def make_materials(folder: Path, model: RetroForCausalLM, tokenizer: BulkTokeniz
     try:
         if not (folder / "retro").exists():
             drawn = TextSettings(texts=[str(folder / "knowledge")], window=WINDOW, windows=TRAINING)
-            train_readers(folder, model, retriever, draw_windows(drawn, tokenizer), steps, seeds)
+            windows = draw_windows(drawn.documents(), tokenizer, drawn)
+            train_readers(folder, model, retriever, windows, steps, seeds)
     finally:
         retriever.close()
 
