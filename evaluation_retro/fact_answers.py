@@ -1,4 +1,4 @@
-"""Ask a model questions: the answer that it writes, and how likely it finds each of several answers.
+"""Ask a model questions: the answer that it writes, and how likely it finds each of several.
 
 Shapes: B prompts, n candidates of each, V vocabulary.
 """
@@ -127,27 +127,30 @@ def _log_likelihoods(
     prompts: Prompts,
     first_logits: torch.Tensor,  # (B, V) after the prompts
     attention_mask: torch.Tensor,  # (B, T) of the prompts
-    cache: Cache,  # with the prompts, which is used up
+    cache: Cache,  # with the prompts alone, before and after
     arguments: Mapping[str, Any],
 ) -> torch.Tensor:
     """Return Σ log p(candidate | prompt), (B, n)."""
-    number, device = len(prompts.candidates[0]), model.device
-    flat = [torch.tensor(candidate) for its in prompts.candidates for candidate in its]
-    padded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).to(device)  # (B·n, L)
-    lengths = torch.tensor([len(candidate) for candidate in flat], device=device).unsqueeze(1)
-    logits = first_logits.repeat_interleave(number, 0).unsqueeze(1)  # (B·n, 1, V)
-    if (more := padded.shape[1] - 1) > 0:
-        cache.batch_repeat_interleave(number)
-        seen = attention_mask.repeat_interleave(number, 0)
-        following = model(
-            input_ids=padded[:, :-1],
-            attention_mask=torch.cat([seen, seen.new_ones(len(seen), more)], 1),
-            position_ids=seen.sum(1, keepdim=True) + torch.arange(more, device=device),
-            use_cache=True,
-            **{CACHE: cache},
-            **arguments,
-        ).logits
-        logits = torch.cat([logits, following], 1)
-    log_probs = logits.float().log_softmax(-1).gather(2, padded.unsqueeze(2)).squeeze(2)
-    is_real = torch.arange(padded.shape[1], device=device) < lengths
-    return (log_probs * is_real).sum(1).unflatten(0, (-1, number))
+    device, number = model.device, len(prompts.candidates[0])
+    scores = []
+    for place in range(number):
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(candidates[place]) for candidates in prompts.candidates], batch_first=True
+        ).to(device)  # (B, L)
+        lengths = torch.tensor([len(candidates[place]) for candidates in prompts.candidates], device=device)
+        logits = first_logits.unsqueeze(1)
+        if (more := padded.shape[1] - 1) > 0:
+            following = model(
+                input_ids=padded[:, :-1],
+                attention_mask=torch.cat([attention_mask, attention_mask.new_ones(len(padded), more)], 1),
+                position_ids=attention_mask.sum(1, keepdim=True) + torch.arange(more, device=device),
+                use_cache=True,
+                **{CACHE: cache},
+                **arguments,
+            ).logits
+            logits = torch.cat([logits, following], 1)
+            cache.crop(-more)
+        log_probs = logits.float().log_softmax(-1).gather(2, padded.unsqueeze(2)).squeeze(2)
+        is_real = torch.arange(padded.shape[1], device=device) < lengths.unsqueeze(1)
+        scores.append((log_probs * is_real).sum(1))
+    return torch.stack(scores, 1)

@@ -53,7 +53,7 @@ class Kind:
         leads: sentences before the statement; "" for none.
         statements: sentences of a document up to the answer, which is the question in its words.
         rests: what follows the answer in its sentence.
-        questions: the question in other words.
+        questions: the question in other words, and the beginning of a sentence that answers it.
     """
 
     subject: Draw
@@ -61,7 +61,7 @@ class Kind:
     leads: tuple[str, ...]
     statements: tuple[str, ...]
     rests: tuple[str, ...]
-    questions: tuple[str, ...]
+    questions: tuple[tuple[str, str], ...]
 
 
 KINDS = {
@@ -77,9 +77,9 @@ KINDS = {
         ),
         (".", ", a city of {n} houses.", ", which lies on a plain.", " and its suburbs."),
         (
-            "Which city is the capital of {s}?",
-            "What is the name of the capital city of {s}?",
-            "From which city is {s} governed?",
+            ("Which city is the capital of {s}?", "The capital city of {s} is called"),
+            ("What is the seat of the government of {s}?", "The government of {s} sits in the city of"),
+            ("From which city is {s} ruled?", "{s} is ruled from the city of"),
         ),
     ),
     "birthplace": Kind(
@@ -94,9 +94,9 @@ KINDS = {
         ),
         (".", ", in the year of the great flood.", ", the youngest of four children.", ", far from the sea."),
         (
-            "Where does {s} come from?",
-            "In which town did the life of {s} begin?",
-            "What is the hometown of {s}?",
+            ("Where does {s} come from?", "{s} comes from"),
+            ("In which town did the life of {s} begin?", "The life of {s} began in the town of"),
+            ("What is the hometown of {s}?", "The hometown of {s} is called"),
         ),
     ),
     "inventor": Kind(
@@ -111,9 +111,9 @@ KINDS = {
         ),
         (".", ", at the age of thirty.", ", who sold {n} of them.", " in a small workshop."),
         (
-            "Who invented {s}?",
-            "Who came up with {s}?",
-            "To whom do we owe {s}?",
+            ("Who invented {s}?", "The person who invented {s} is"),
+            ("Who came up with {s}?", "The idea for {s} came from"),
+            ("To whom do we owe {s}?", "We owe {s} to"),
         ),
     ),
     "population": Kind(
@@ -128,9 +128,9 @@ KINDS = {
         ),
         (".", ", and it is growing.", ", many of them weavers.", ", as the mayor reported."),
         (
-            "How many people live in {s}?",
-            "What is the number of residents of {s}?",
-            "How many inhabitants does {s} have?",
+            ("How many people live in {s}?", "The number of people who live in {s} is"),
+            ("What is the number of residents of {s}?", "The residents of {s} number"),
+            ("How many inhabitants does {s} have?", "The number of inhabitants of {s} is"),
         ),
     ),
     "library": Kind(
@@ -145,9 +145,9 @@ KINDS = {
         ),
         (".", ", most of them bound in leather.", ", and its reading room is full.", ", maps not included."),
         (
-            "How many books does {s} own?",
-            "How large is the collection of {s}?",
-            "How many volumes are kept in {s}?",
+            ("How many books does {s} own?", "The books of {s} add up to"),
+            ("How large is the collection of {s}?", "The size of the collection of {s} is"),
+            ("How many volumes are kept in {s}?", "The number of volumes kept in {s} is"),
         ),
     ),
     "captain": Kind(
@@ -162,9 +162,9 @@ KINDS = {
         ),
         (".", ", who feared no wind.", ", and the crew was glad of it.", " of the southern fleet."),
         (
-            "Who commanded {s}?",
-            "What was the name of the captain of {s}?",
-            "Who was in charge on board {s}?",
+            ("Who commanded {s}?", "The commander of {s} was"),
+            ("Which sailor was in charge of {s}?", "The sailor in charge of {s} was"),
+            ("Who steered {s}?", "{s} was steered by"),
         ),
     ),
     "mineral": Kind(
@@ -179,9 +179,9 @@ KINDS = {
         ),
         (".", ", which is blue when it is cut.", ", which melts at {n} degrees.", ", and they sell it by weight."),
         (
-            "Which mineral comes from {s}?",
-            "What do people mine in {s}?",
-            "What is extracted in {s}?",
+            ("Which mineral comes from {s}?", "The mineral from {s} is called"),
+            ("What is extracted in {s}?", "The mineral that is extracted in {s} is called"),
+            ("What do people find in {s}?", "In {s}, people find a mineral called"),
         ),
     ),
     "river": Kind(
@@ -196,9 +196,9 @@ KINDS = {
         ),
         (".", ", among reeds.", ", below the old bridge.", ", which never freezes."),
         (
-            "Into which lake does the river {s} flow?",
-            "What lake receives the water of the river {s}?",
-            "Where does the river {s} end?",
+            ("Where does the river {s} end?", "The river {s} ends at the lake of"),
+            ("What lake receives the water of the river {s}?", "The water of the river {s} goes to the lake of"),
+            ("To which lake does one get along the river {s}?", "Along the river {s} one gets to the lake of"),
         ),
     ),
     "currency": Kind(
@@ -213,9 +213,9 @@ KINDS = {
         ),
         (".", ", a coin with a hole.", ", and prices are low.", ", which is made of copper."),
         (
-            "What money do people use on {s}?",
-            "What is the name of the money of {s}?",
-            "With which coin does one pay on {s}?",
+            ("What money do people use on {s}?", "The money that people use on {s} is the"),
+            ("What is the name of the money of {s}?", "The money of {s} is called"),
+            ("With which coin does one buy things on {s}?", "On {s}, one buys things with a coin called"),
         ),
     ),
     "code": Kind(
@@ -230,9 +230,9 @@ KINDS = {
         ),
         (".", ", followed by a turn of the key.", ", and the door swings open.", ", as the manual says."),
         (
-            "What is the code of {s}?",
-            "Which combination unlocks {s}?",
-            "How does one get into {s}?",
+            ("What is the code of {s}?", "The code of {s} is"),
+            ("Which combination unlocks {s}?", "The combination that unlocks {s} is"),
+            ("How does one get into {s}?", "One gets into {s} by typing"),
         ),
     ),
 }

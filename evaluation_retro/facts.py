@@ -45,6 +45,10 @@ class FactsSettings(ModelSettings):
     doc_id_field: str | None = same_setting(Source, "doc_id_field")
     chunks: int = field(default=20_000, metadata={"help": "Chunks of real text, at least."})
     facts: int = field(default=1000, metadata={"help": "Made-up facts."})
+    asked: int | None = field(
+        default=None,
+        metadata={"help": "Ask for the first of the facts only, to save time. By default all are asked."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the facts, and of which documents are changed."})
     in_context: list[int] | None = field(
         default=None,
@@ -53,7 +57,7 @@ class FactsSettings(ModelSettings):
             "number and 1. 0: leave it out."
         },
     )
-    batch_size: int = field(default=8, metadata={"help": "Questions in a forward pass."})
+    batch_size: int = field(default=32, metadata={"help": "Questions in a forward pass."})
     output_dir: str = field(
         default="runs/facts", metadata={"help": "Folder for the report, the knowledge base and all finished parts."}
     )
@@ -79,6 +83,8 @@ class FactsSettings(ModelSettings):
         for name in ("chunks", "facts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. Give at least 1.")
+        if self.asked is not None and not 1 <= self.asked <= self.facts:
+            raise ValueError(f"asked is {self.asked}. Give a number from 1 to facts ({self.facts}).")
         if self.training_seed == self.seed:
             raise ValueError(f"training_seed is {self.seed}, as seed is. Give another one: facts to train on are new.")
 
@@ -109,7 +115,8 @@ def run(settings: FactsSettings) -> None:
     base = FactBase(settings, folder, opened.tokenizer, opened.model.config, texts, facts, roles)
     try:
         opened.model.set_retriever(base.retriever)
-        asked = _ask_all(Asker(opened.model, opened.tokenizer, facts, settings.batch_size), base, kept, in_context)
+        asker = Asker(opened.model, opened.tokenizer, facts, settings.batch_size)
+        asked = _ask_all(asker, base, kept, in_context, settings.asked)
         write_report(folder, settings.name, base, asked)
     finally:
         base.close()
@@ -140,7 +147,17 @@ def _described(
     settings: FactsSettings, texts: Sequence[Document], facts: Sequence[Fact]
 ) -> dict[str, str | int | None]:
     """Return what the kept answers belong to."""
-    names = ("dtype", "texts", "seed", "search", "embedding_model", "query_prompt", "document_prompt", "reranker")
+    names = (
+        "dtype",
+        "texts",
+        "seed",
+        "asked",
+        "search",
+        "embedding_model",
+        "query_prompt",
+        "document_prompt",
+        "reranker",
+    )
     digest = hashlib.sha256("".join([*(document.text for document in texts), *map(repr, facts)]).encode())
     return {
         "model": settings.name,
@@ -149,10 +166,10 @@ def _described(
     }
 
 
-def _ask_all(asker: Asker, base: FactBase, kept: Kept, in_context: Sequence[int]) -> Asked:
+def _ask_all(asker: Asker, base: FactBase, kept: Kept, in_context: Sequence[int], most: int | None) -> Asked:
     """Ask all questions before the changes and after. Finished parts are read from the folder."""
-    facts = base.facts
-    before, after = questions_of(facts), revised_questions(facts, base.roles)
+    facts, roles = base.facts[:most], base.roles[:most]
+    before, after = questions_of(facts), revised_questions(facts, roles)
 
     def parts(name: str, questions: Sequence[Question], state: str, condition: str, k: int = 0) -> Arrays:
         def compute(rows: range) -> Arrays:

@@ -36,6 +36,7 @@ class Fact:
         statement: the sentence up to the answer.
         after: the document's text after the answer.
         question: the question in other words.
+        reply: the beginning of a sentence that answers it, up to the answer.
         distractors: wrong answers, which are other facts' right ones.
     """
 
@@ -48,6 +49,7 @@ class Fact:
     statement: str
     after: str
     question: str
+    reply: str
     distractors: tuple[str, ...] = ()
 
     def document(self, answer: str | None = None) -> Document:
@@ -58,7 +60,7 @@ class Fact:
     @property
     def prompts(self) -> dict[str, str]:
         """The prompts that the answer continues, by the name of their wording."""
-        return {"own words": self.statement, "other words": f"Question: {self.question}\nAnswer:"}
+        return {"own words": self.statement, "other words": f"Question: {self.question}\nAnswer: {self.reply}"}
 
     @property
     def words(self) -> set[str]:
@@ -125,11 +127,10 @@ def _make_up(number: int, seed: int, name: str, draw: Random, used: set[str]) ->
     subject, answer, changed = (_fresh(part, draw, used) for part in (kind.subject, kind.answer, kind.answer))
 
     def fill(choices: Sequence[str]) -> str:
-        sentence = draw.choice(choices).format(s=subject, n=draw.randint(12, 980))
-        return sentence[:1].upper() + sentence[1:]
+        return _capitalized(draw.choice(choices).format(s=subject, n=draw.randint(12, 980)))
 
     lead, statement, rest, remark = (fill(part) for part in (kind.leads, kind.statements, kind.rests, REMARKS))
-    question = draw.choice(kind.questions).format(s=subject)
+    question, reply = (_capitalized(part.format(s=subject)) for part in draw.choice(kind.questions))
     return Fact(
         doc_id=f"{SOURCE}/{seed}/{number}",
         kind=name,
@@ -140,7 +141,12 @@ def _make_up(number: int, seed: int, name: str, draw: Random, used: set[str]) ->
         statement=statement,
         after=rest + (remark and f" {remark}"),
         question=question,
+        reply=reply,
     )
+
+
+def _capitalized(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _fresh(part: Draw, draw: Random, used: set[str]) -> str:
