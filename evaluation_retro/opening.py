@@ -1,5 +1,6 @@
 """Open a model, its tokenizer and its knowledge base from the settings that name them."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from modeling_retro.vocabulary import suppress_padding_ids
 from retrieval import BulkTokenizer, MilvusRetriever
 from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.tokenizer_loading import load_tokenizer
+
+NUMBERS_HASHED = 256  # of each parameter
 
 
 @dataclass
@@ -62,10 +65,33 @@ class Opened:
     tokenizer: BulkTokenizer
     retriever: MilvusRetriever | None
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a measurement belongs to: the weights and the state of the knowledge base."""
+        described: dict[str, Any] = {"weights": fingerprint(self.model), "dtype": str(self.model.dtype)}
+        if self.retriever is not None:
+            store = self.retriever.store
+            described |= {
+                "collection": self.retriever.collection_name,
+                "chunks": store.count(),
+                "revision": store.revision(),
+                "search": self.retriever.search,
+                "neighbors": self.retriever.num_neighbors,
+            }
+        return described
+
     def close(self) -> None:
         """Release the knowledge base."""
         if self.retriever is not None:
             self.retriever.close()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of a model's weights: of the first numbers of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        numbers = parameter.detach().flatten()[:NUMBERS_HASHED].float().cpu().numpy()
+        digest.update(name.encode() + numbers.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:

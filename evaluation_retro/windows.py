@@ -1,7 +1,8 @@
 """Cut windows of equal length from documents, one from each."""
 
+import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +19,7 @@ class TextSettings:
     """The documents that are measured; fields for `HfArgumentParser`, to inherit.
 
     Raises:
-        ValueError: there are no texts, or a number is out of its range.
+        ValueError: a number is out of its range.
     """
 
     texts: list[str] = field(
@@ -35,18 +36,25 @@ class TextSettings:
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):  # a single one in YAML, not in a list
             self.texts = [self.texts]
-        if not self.texts:
-            raise ValueError("texts is empty. Name the files, folders or datasets to measure.")
         for name, least in (("window", 2), ("windows", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}. Give at least {least}.")
 
-    def documents(self, names: list[str] | None = None) -> Iterable[Document]:
+    def documents(self, names: list[str] | None = None) -> Iterator[Document]:
         """Read the documents of `texts`, or of other sources with the same fields."""
-        sources = [
-            Source(name, text_field=self.text_field, doc_id_field=self.doc_id_field) for name in names or self.texts
-        ]
-        return read_documents(*sources)
+        return read_texts(names or self.texts, self.text_field, self.doc_id_field)
+
+
+def read_texts(names: list[str], text_field: str, doc_id_field: str | None) -> Iterator[Document]:
+    """Read the documents of files, folders or datasets.
+
+    Raises:
+        ValueError: there are no names.
+        OSError: a source cannot be read.
+    """
+    if not names:
+        raise ValueError("texts is empty. Name the files, folders or datasets to measure.")
+    return read_documents(*(Source(name, text_field=text_field, doc_id_field=doc_id_field) for name in names))
 
 
 @dataclass
@@ -63,6 +71,11 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tokens and of the documents' ids."""
+        content = self.tokens.numpy().tobytes() + "\0".join(self.doc_ids).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def text_bytes(self, tokenizer: BulkTokenizer, first: int) -> np.ndarray:
         """Count the UTF-8 bytes (N,) of each window's tokens from `first` on."""
