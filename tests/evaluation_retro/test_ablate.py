@@ -121,7 +121,7 @@ def test_a_second_run_measures_nothing_again(world, copier, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"only": "neighbours"}, "neighbours"),
+        ({"only": "nearness"}, "nearness"),
         ({"strides": 16}, "the model's chunks have 8 tokens"),
         ({"sizes": 2}, "Give shares above 0, up to 1"),
         ({"neighbors": 0}, "neighbors is 0"),
