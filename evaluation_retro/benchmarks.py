@@ -1,4 +1,7 @@
-"""Run DeepEval's multiple-choice benchmarks on a RETRO model, with and without neighbors."""
+"""Run DeepEval's benchmarks on a RETRO model, with and without neighbors.
+
+Answers are chosen by likelihood (`multiple_choice.py`) or written (`generative_benchmarks.py`).
+"""
 
 import contextlib
 import os
@@ -16,7 +19,17 @@ from transformers import PreTrainedTokenizerBase
 
 from retrieval import BulkTokenizer
 
+from .generative_benchmarks import GENERATIVE, Question, TriviaQA, read_questions
 from .multiple_choice import SCORINGS, LikelihoodChoice
+from .written_answers import AnswerWriter, exact_match, f1
+
+# Benchmarks that are not run, each with the reason.
+REFUSED = {
+    "EquityMedQA": "a judge model behind an API key scores it",
+    "GSM8K": "its answers are worked out over several lines, which only instructed models do in DeepEval's format",
+    "HumanEval": "it runs the code that a model writes",
+    "IFEval": "it asks for instructions to be followed, which base models do not",
+}
 
 
 @dataclass
@@ -29,7 +42,7 @@ class BenchmarkSettings:
     """
 
     names: Sequence[str] = field(
-        metadata={"help": "DeepEval benchmarks to run: HellaSwag MMLU Winogrande ARC TruthfulQA …"}
+        metadata={"help": "Benchmarks to run: HellaSwag MMLU Winogrande ARC TruthfulQA LAMBADA SQuAD DROP TriviaQA …"}
     )
     options: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict,
@@ -41,8 +54,8 @@ class BenchmarkSettings:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with copies of the datasets, named as on the hub (Rowan/hellaswag). "
-            "Datasets that are not there are loaded from the hub."
+            "help": "Folder with copies of the datasets, named as on the hub (Rowan/hellaswag, "
+            "ai2_arc/ARC-Easy). Datasets that are not there are loaded from the hub."
         },
     )
     scoring: str = field(
@@ -75,24 +88,32 @@ class BenchmarkSettings:
             raise ValueError(
                 f"There are options for {sorted(unknown)}, which is not among the benchmarks {self.names}."
             )
-        built = {}
-        for name in self.names:
-            kind = getattr(deepeval.benchmarks, name, None)
-            if kind is None:
-                raise ValueError(
-                    f"DeepEval has no benchmark {name!r}; it has {', '.join(deepeval.benchmarks.__all__)}."
-                )
-            options = dict(self.options.get(name, {}))
-            try:
-                if "tasks" in options:
-                    task_names = getattr(deepeval.benchmarks.tasks, f"{name}Task", None)
-                    if task_names is None:
-                        raise ValueError("it has no tasks. Leave the option out.")
-                    options["tasks"] = [task_names(task) for task in options["tasks"]]
-                built[name] = kind(**options)
-            except (TypeError, ValueError, AssertionError) as error:
-                raise ValueError(f"Benchmark {name}: {error}") from error
-        return built
+        return {name: self._build(deepeval, name) for name in self.names}
+
+    def _build(self, deepeval: Any, name: str) -> Any:
+        """Return one benchmark's object."""
+        kind = TriviaQA if name == "TriviaQA" else getattr(deepeval.benchmarks, name, None)
+        if kind is None:
+            known = [*deepeval.benchmarks.__all__, "TriviaQA"]
+            raise ValueError(
+                f"DeepEval has no benchmark {name!r}; it has {', '.join(sorted(set(known) - REFUSED.keys()))}."
+            )
+        options = dict(self.options.get(name, {}))
+        try:
+            if "tasks" in options:
+                task_names = getattr(deepeval.benchmarks.tasks, f"{name}Task", None)
+                if task_names is None:
+                    raise ValueError("it has no tasks. Leave the option out.")
+                options["tasks"] = [task_names(task) for task in options["tasks"]]
+            if "mode" in options:
+                options["mode"] = getattr(deepeval.benchmarks.modes, f"{name}Mode")(options["mode"])
+            if name in REFUSED:
+                raise ValueError(f"it is not run here: {REFUSED[name]}. Leave it out.")
+            if name == "SQuAD":  # without a judge, DeepEval would want an API key
+                options["evaluation_model"] = _deepeval_model(None)
+            return kind(**options)
+        except (TypeError, ValueError, AssertionError, AttributeError) as error:
+            raise ValueError(f"Benchmark {name}: {error}") from error
 
 
 def _import_deepeval() -> Any:
@@ -101,10 +122,37 @@ def _import_deepeval() -> Any:
     os.environ["DEEPEVAL_DISABLE_DOTENV"] = "1"
     try:
         import deepeval.benchmarks
+        import deepeval.benchmarks.modes
         import deepeval.benchmarks.tasks
     except ImportError as error:
         raise ValueError("Benchmarks need DeepEval: pip install 'transformers-retro[evaluation]'.") from error
     return deepeval
+
+
+@dataclass
+class Answered:
+    """The N questions of a task, as a model answered them.
+
+    Attributes:
+        questions: their texts.
+        predictions: the model's answers.
+        answers: for each question, all right answers.
+        scores: for each measure ("accuracy", or "exact match" and "F1"), each question's, from 0
+            to 1.
+    """
+
+    questions: list[str]
+    predictions: list[str]
+    answers: list[list[str]]
+    scores: dict[str, list[float]]
+
+    @classmethod
+    def written(cls, questions: Sequence[Question], predictions: Sequence[str]) -> "Answered":
+        """Score written answers."""
+        answers = [question.answers for question in questions]
+        pairs = [*zip(predictions, answers, strict=True)]
+        scores = {"exact match": [exact_match(*pair) for pair in pairs], "F1": [f1(*pair) for pair in pairs]}
+        return cls([question.text for question in questions], [*predictions], answers, scores)
 
 
 def run_benchmarks(
@@ -112,7 +160,8 @@ def run_benchmarks(
 ) -> dict[str, float]:
     """Return each benchmark's accuracy with neighbors ("<name>_on") and without ("<name>_off").
 
-    A model without a retriever is measured only without. Random states are left as they were.
+    The accuracy of written answers is the share of exact matches. A model without a retriever is
+    measured only without. Random states are left as they were.
 
     Args:
         model: a RETRO model, also with adapters.
@@ -121,35 +170,92 @@ def run_benchmarks(
         ValueError: see [`BenchmarkSettings.build`].
     """
     bulk_tokenizer = BulkTokenizer(tokenizer)
-    conditions: dict[str, dict[str, Any]] = {"off": {"use_retrieval": False}}
-    if model.retriever is not None:
-        conditions = {"on": {}} | conditions
     was_training = model.training
     model.eval()
     scores = {}
     try:
-        with _preserved_random_states(), _local_datasets(settings.data):
-            benchmarks = settings.build()  # once: each keeps its dataset
-            for condition, arguments in conditions.items():
-                choice = LikelihoodChoice(model, bulk_tokenizer, settings.scoring, settings.batch_size, arguments)
-                llm = _deepeval_model(choice)
+        with open_benchmarks(settings) as benchmarks:  # once: each keeps its dataset
+            for condition, arguments in conditions_of(model).items():
+                answerer = Answerer(model, bulk_tokenizer, settings, arguments)
                 for name, benchmark in benchmarks.items():
-                    has_batches = "batch_size" in signature(benchmark.evaluate).parameters
-                    batches = {"batch_size": settings.batch_size} if has_batches else {}
-                    with contextlib.redirect_stdout(None):  # it prints every task's score
-                        scores[f"{name}_{condition}"] = benchmark.evaluate(llm, **batches).overall_accuracy
+                    scores[f"{name}_{condition}"] = answerer.accuracy(name, benchmark)
     finally:
         model.train(was_training)
     return scores
 
 
-def _deepeval_model(choice: LikelihoodChoice) -> Any:
+def conditions_of(model: Any) -> dict[str, dict[str, Any]]:
+    """Return the arguments of a model's calls by condition: with neighbors, if any, and without."""
+    off: dict[str, dict[str, Any]] = {"off": {"use_retrieval": False}}
+    return off if model.retriever is None else {"on": {}} | off
+
+
+class Answerer:
+    """Answers the questions of benchmarks under one condition.
+
+    Args:
+        model: a RETRO model in evaluation mode, also with adapters.
+        settings: the scoring and the batch size.
+        model_arguments: passed to the model, such as {"use_retrieval": False}.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: BulkTokenizer, settings: BenchmarkSettings, model_arguments: Mapping[str, Any]
+    ) -> None:
+        self.batch_size = settings.batch_size
+        self.choice = LikelihoodChoice(model, tokenizer, settings.scoring, settings.batch_size, model_arguments)
+        self.writer = AnswerWriter(model, tokenizer, settings.batch_size, model_arguments)
+
+    def accuracy(self, name: str, benchmark: Any) -> float:
+        """Return the share of right answers over all tasks."""
+        if name not in GENERATIVE:
+            return self._evaluate(benchmark)
+        questions = [
+            question for task in benchmark.tasks or [None] for question in read_questions(name, benchmark, task)
+        ]
+        if not questions:
+            raise ValueError(f"Benchmark {name}: its data have no questions of these tasks.")
+        return float(np.mean(self.write(questions).scores["exact match"]))
+
+    def write(self, questions: Sequence[Question]) -> Answered:
+        """Write answers to questions of a generative benchmark."""
+        return Answered.written(questions, self.writer.write([question.prompt for question in questions]))
+
+    def choose(self, benchmark: Any, task: Any) -> Answered:
+        """Answer the multiple-choice questions of one task.
+
+        Args:
+            benchmark: DeepEval's object.
+            task: one of `benchmark.tasks`, or None for a benchmark without tasks.
+        """
+        all_tasks = benchmark.tasks
+        try:
+            benchmark.tasks = [] if task is None else [task]
+            self._evaluate(benchmark)
+        except ZeroDivisionError:  # DeepEval's, for a task without questions
+            return Answered([], [], [], {"accuracy": []})
+        finally:
+            benchmark.tasks = all_tasks
+        frame = benchmark.predictions
+        texts = [frame[column].astype(str).tolist() for column in ("Input", "Prediction", "Expected Output")]
+        scores = {"accuracy": frame["Correct"].astype(float).tolist()}
+        return Answered(texts[0], texts[1], [[answer] for answer in texts[2]], scores)
+
+    def _evaluate(self, benchmark: Any) -> float:
+        """Let DeepEval run a benchmark; return its accuracy."""
+        has_batches = "batch_size" in signature(benchmark.evaluate).parameters
+        batches = {"batch_size": self.batch_size} if has_batches else {}
+        with contextlib.redirect_stdout(None):  # it prints every task's score
+            return benchmark.evaluate(_deepeval_model(self.choice), **batches).overall_accuracy
+
+
+def _deepeval_model(choice: LikelihoodChoice | None) -> Any:
     """Wrap the model for DeepEval, whose base class exists only after DeepEval's late import."""
     from deepeval.models import DeepEvalBaseLLM
 
     class RetroLLM(DeepEvalBaseLLM):
         def load_model(self):
-            return choice.model
+            return choice and choice.model
 
         def get_model_name(self):
             return "RETRO"
@@ -164,6 +270,19 @@ def _deepeval_model(choice: LikelihoodChoice) -> Any:
             return choice.choose(prompts, schemas)
 
     return RetroLLM("RETRO")
+
+
+@contextlib.contextmanager
+def open_benchmarks(settings: BenchmarkSettings) -> Iterator[dict[str, Any]]:
+    """Build DeepEval's benchmarks by name, which then read their data from `settings.data` first.
+
+    Random states are left as they were.
+
+    Raises:
+        ValueError: see [`BenchmarkSettings.build`].
+    """
+    with _preserved_random_states(), _local_datasets(settings.data):
+        yield settings.build()
 
 
 @contextlib.contextmanager
@@ -186,9 +305,11 @@ def _local_datasets(folder: str | None) -> Iterator[None]:
     """
     load = datasets.load_dataset
 
-    def load_local(path: str, *args: Any, **kwargs: Any) -> Any:
+    def load_local(path: str, name: str | None = None, **kwargs: Any) -> Any:
         local = Path(folder or "", path)
-        return load(str(local) if local.is_dir() else path, *args, **kwargs)
+        if name is not None and (local / name).is_dir():
+            return load(str(local / name), **kwargs)
+        return load(str(local) if local.is_dir() else path, name, **kwargs)
 
     if folder is not None:
         datasets.load_dataset = load_local

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
-from modeling_retro.retrieval_points import aligned_first_point
 from retrieval import BulkTokenizer
+
+from .continuations import Continuation, score_continuations
 
 SCORINGS = ("likelihood", "one_token")
 # The last question's answers are lines such as "B. text" or "2. text" before "Answer:" or "A:".
@@ -52,6 +52,9 @@ class LikelihoodChoice:
 
         Returns:
             An instance of each schema, with the most likely answer.
+
+        Raises:
+            ValueError: a prompt lists no answers.
         """
         pairs: list[tuple[str, str]] = []
         choices: list[tuple[list[str], slice]] = []
@@ -63,6 +66,8 @@ class LikelihoodChoice:
                 texts = [(question, f" {options[label]}") for label in labels]
             else:
                 texts = [(prompt.rstrip(), f" {label}") for label in labels]
+            if not texts:
+                raise ValueError(f"The question {prompt[-80:]!r} lists no answers to choose from. Leave its task out.")
             choices.append((labels, slice(len(pairs), len(pairs) + len(texts))))
             pairs += texts
         scores = self.log_likelihoods(pairs)
@@ -74,40 +79,22 @@ class LikelihoodChoice:
             answers.append(schema(answer=int(labels[best]) if annotation is int else labels[best]))
         return answers
 
-    @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Return Σ log p(continuation | context) for pairs of context and continuation.
 
         A context that is too long for the model loses its beginning. The end of the context is a
         retrieval point, whatever its length: a short question is searched for, too.
         """
-        config, tokenizer, end = self.model.config, self.tokenizer, self.end
-        most = config.n_positions
-        rows = []  # tokens and the length of the continuation
+        tokenizer, most = self.tokenizer, self.model.config.n_positions
+        rows = []
         for context, continuation in pairs:
             (tokens,), (answer,) = tokenizer.encode_batch([context]), tokenizer.encode_continuations([continuation])
-            rows.append(([self.begin, *tokens, *answer][-most:], min(len(answer), most - 1)))
-        scores = []
+            rows.append(Continuation([self.begin, *tokens, *answer][-most:], min(len(answer), most - 1)))
+        scores: list[tuple[float, bool]] = []
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
-            longest = max(len(tokens) for tokens, _ in batch)
-            ids = torch.tensor([[*tokens, *[end] * (longest - len(tokens))] for tokens, _ in batch])
-            mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in batch])
-            first_points = torch.tensor(
-                [
-                    aligned_first_point(len(tokens) - length, config.chunk_size, config.retrieval_stride)
-                    for tokens, length in batch
-                ]
-            )
-            ids, mask, first_points = (tensor.to(self.model.device) for tensor in (ids, mask, first_points))
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, first_point=first_points, **self.model_arguments
-            ).logits
-            for row, (sequence, length) in enumerate(batch):
-                log_probs = logits[row, len(sequence) - length - 1 : len(sequence) - 1].float().log_softmax(-1)
-                targets = ids[row, len(sequence) - length : len(sequence), None]
-                scores.append(float(log_probs.gather(1, targets).sum()))
-        return scores
+            scores += score_continuations(self.model, batch, self.end, self.model_arguments)
+        return [score for score, _ in scores]
 
 
 def split_question(prompt: str) -> tuple[str, dict[str, str]]:
