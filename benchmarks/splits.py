@@ -78,25 +78,24 @@ def without_near_duplicates(documents: Iterable[Document]) -> Iterator[Document]
             yield document
 
 
-def split_corpus(documents: Iterable[Document], tokenizer: BulkTokenizer, size: SplitSize) -> Split:
-    """Split a corpus by document.
+def separate(
+    documents: Iterable[Document], tokenizer: BulkTokenizer, size: SplitSize, draw: random.Random
+) -> tuple[list[tuple[Document, list[int]]], list[tuple[Document, list[int]]]]:
+    """Return the held-out documents and those of the knowledge base, each with its tokens.
 
     Documents shorter than a sequence are left out, and so are near-duplicates.
+
+    Args:
+        draw: draws the documents' order.
 
     Raises:
         ValueError: there are too few documents.
     """
-    draw = random.Random(0)
     shuffled = list(documents)
     draw.shuffle(shuffled)
     kept = list(without_near_duplicates(shuffled))
     tokens = zip(kept, tokenizer.encode_batch([document.text for document in kept]), strict=True)
     long_enough = [(document, ids) for document, ids in tokens if len(ids) >= size.length]
-
-    def cut(ids: list[int]) -> list[int]:
-        start = draw.randint(0, len(ids) - size.length)
-        return ids[start : start + size.length]
-
     held_out, rest = long_enough[: size.held_out], long_enough[size.held_out :]
     knowledge: list[tuple[Document, list[int]]] = []
     chunks = 0
@@ -108,6 +107,22 @@ def split_corpus(documents: Iterable[Document], tokenizer: BulkTokenizer, size: 
             f"The corpus has {len(long_enough)} different documents of {size.length} tokens or more, too few for "
             f"{size} ({chunks} chunks were left). Ask for fewer."
         )
+    return held_out, knowledge
+
+
+def split_corpus(documents: Iterable[Document], tokenizer: BulkTokenizer, size: SplitSize) -> Split:
+    """Split a corpus by document, as [`separate`] does, and cut sequences from the documents.
+
+    Raises:
+        ValueError: there are too few documents.
+    """
+    draw = random.Random(0)
+    held_out, knowledge = separate(documents, tokenizer, size, draw)
+
+    def cut(ids: list[int]) -> list[int]:
+        start = draw.randint(0, len(ids) - size.length)
+        return ids[start : start + size.length]
+
     read = [knowledge[number % len(knowledge)] for number in range(size.training)]
     return Split(
         [document for document, _ in knowledge],

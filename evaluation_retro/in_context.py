@@ -19,6 +19,8 @@ from .copy_baseline import slots_read
 
 PROMPTS = 2  # that the decoder reads at a time
 
+Progress = Callable[[Sequence[int]], Iterable[int]]  # goes through numbers of batches, and may show a bar
+
 
 @dataclass
 class Prompt:
@@ -28,11 +30,15 @@ class Prompt:
         row: the text's row.
         positions: of the text, whose next tokens are predicted.
         tokens: the neighbors, then the text up to the last of these positions.
+        slot: the slot whose neighbors stand in the prompt; None if it has no neighbors.
+        point: how many of the tokens stand before the retrieval point; None without neighbors.
     """
 
     row: int
     positions: range
     tokens: list[int]
+    slot: int | None = None
+    point: int | None = None
 
     @property
     def columns(self) -> range:
@@ -48,6 +54,8 @@ def in_context_prompts(
     first_point: torch.Tensor | None = None,
     retrieval_stride: int | None = None,
     separator: Sequence[int] = (),
+    max_tokens: int | None = None,
+    first: int = 0,
 ) -> list[Prompt]:
     """Return the prompts in which every token but each row's first is predicted once.
 
@@ -62,20 +70,68 @@ def in_context_prompts(
         first_point: (B,) int64, each row's first point. Default: chunk_size.
         retrieval_stride: tokens between two points. Default: chunk_size.
         separator: tokens after each neighbor.
+        max_tokens: the window. Text at the beginning is cut off so that neighbors and text fit.
+            Default: nothing is cut off.
+        first: the first position whose next token is predicted. Later ones follow to the end.
+
+    Raises:
+        ValueError: the neighbors of a point leave no room in the window for the tokens before the
+            predicted ones.
     """
     prompts, num_slots = [], neighbor_ids.shape[1]
     slots = slots_read(input_ids, chunk_size, first_point, retrieval_stride)
     for row, slots_of_row in enumerate(slots.tolist()):
-        for slot, group in groupby(range(len(slots_of_row)), key=slots_of_row.__getitem__):
+        for slot, group in groupby(range(first, len(slots_of_row)), key=slots_of_row.__getitem__):
             positions = list(group)
             before: list[int] = []
             if 0 <= slot < num_slots:
-                neighbors = zip(neighbor_ids[row, slot], neighbor_attention_mask[row, slot].bool(), strict=True)
-                for ids, mask in reversed([*neighbors]):
-                    before += [*ids[mask].tolist(), *separator] if mask.any() else []
+                before = neighbor_tokens(neighbor_ids[row, slot], neighbor_attention_mask[row, slot], separator)
             text = input_ids[row, : positions[-1] + 1].tolist()
-            prompts.append(Prompt(row, range(positions[0], positions[-1] + 1), before + text))
+            # the token before the point stays, too; it is the first to read the point's neighbors
+            least = len(text) - slots_of_row.index(slot) if before else len(positions)
+            tokens = with_neighbors(before, text, max_tokens, least)
+            prompt = Prompt(row, range(positions[0], positions[-1] + 1), tokens)
+            if before:
+                prompt.slot, prompt.point = slot, len(tokens) - least + 1
+            prompts.append(prompt)
     return prompts
+
+
+def neighbor_tokens(ids: torch.Tensor, mask: torch.Tensor, separator: Sequence[int] = ()) -> list[int]:
+    """Return the tokens of a point's neighbors, the best one last, each followed by the separator.
+
+    Args:
+        ids, mask: (k, r), the best neighbor first. A neighbor that is masked out is left out.
+        separator: tokens after each neighbor.
+    """
+    tokens: list[int] = []
+    for neighbor, is_real in reversed([*zip(ids, mask.bool(), strict=True)]):
+        if is_real.any():
+            tokens += [*neighbor[is_real].tolist(), *separator]
+    return tokens
+
+
+def with_neighbors(before: list[int], text: list[int], max_tokens: int | None, least: int) -> list[int]:
+    """Return neighbors and text, with the text's beginning cut off if they do not fit.
+
+    Args:
+        before: the neighbors' tokens.
+        text: the text's tokens.
+        max_tokens: the window; None cuts nothing off.
+        least: tokens at the text's end that must stay.
+
+    Raises:
+        ValueError: the neighbors leave no room for these.
+    """
+    if max_tokens is None:
+        return before + text
+    room = max_tokens - len(before)
+    if room < least:
+        raise ValueError(
+            f"The neighbors have {len(before)} tokens, and {least} tokens of text must follow them, but the window "
+            f"has {max_tokens}. Set a larger max_tokens, fewer neighbors or a smaller stride."
+        )
+    return before + text[-room:]
 
 
 @torch.no_grad()
@@ -83,7 +139,7 @@ def in_context_nats(
     decoder: Callable[..., Any],
     prompts: Iterable[Prompt],
     input_ids: torch.Tensor,
-    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    progress: Progress = iter,
 ) -> torch.Tensor:
     """Compute the nats of the tokens that follow the prompts' positions.
 
@@ -97,6 +153,26 @@ def in_context_nats(
     Returns:
         (B, T − 1) float32, nan where no prompt predicts.
     """
+
+    def logits_of(batch: list[Prompt], padded: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return decoder(input_ids=padded, logits_to_keep=keep, use_cache=False).logits
+
+    return prompted_nats(logits_of, prompts, input_ids, progress)
+
+
+def prompted_nats(
+    logits_of: Callable[[list[Prompt], torch.Tensor, torch.Tensor], torch.Tensor],
+    prompts: Iterable[Prompt],
+    input_ids: torch.Tensor,
+    progress: Progress = iter,
+) -> torch.Tensor:
+    """Compute the nats of the tokens that follow the prompts' positions, with any model.
+
+    Args:
+        logits_of: returns the logits (n, columns, vocabulary) of n prompts, given the prompts,
+            their tokens (n, length) padded on the right with 0, and the columns to keep.
+        prompts, input_ids, progress: as for [`in_context_nats`], which says what is returned.
+    """
     by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
     nats = torch.full_like(input_ids[:, 1:], torch.nan, dtype=torch.float32)
     for start in progress(range(0, len(by_length), PROMPTS)):
@@ -104,8 +180,7 @@ def in_context_nats(
         # a causal decoder does not see padding on the right
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.tokens) for prompt in batch], batch_first=True)
         kept = sorted({column for prompt in batch for column in prompt.columns})
-        keep = torch.tensor(kept, device=input_ids.device)
-        logits = decoder(input_ids=padded.to(input_ids.device), logits_to_keep=keep, use_cache=False).logits
+        logits = logits_of(batch, padded.to(input_ids.device), torch.tensor(kept, device=input_ids.device))
         for prompt, its_logits in zip(batch, logits, strict=True):
             place = kept.index(prompt.columns.start)
             predicted = its_logits[place : place + len(prompt.positions)].float()

@@ -105,6 +105,7 @@ def open_model(
     num_neighbors: int | None = None,
     needs_neighbors: bool = True,
     config: Mapping[str, Any] | None = None,
+    builds_its_own: bool = False,
 ) -> Opened:
     """Load the model onto its device, with the knowledge base as its retriever if there is one.
 
@@ -113,6 +114,7 @@ def open_model(
         num_neighbors: neighbors that the retriever finds for each chunk. Default: the model's.
         needs_neighbors: refuse to open without a knowledge base, or with a model that cannot read.
         config: settings of `RetroConfig` that are changed.
+        builds_its_own: the caller builds the knowledge base; none need be named.
 
     Raises:
         ValueError: there is no knowledge base, the model has no weights that read neighbors, or the
@@ -120,7 +122,7 @@ def open_model(
         KnowledgeBaseError: the knowledge base cannot be opened, or does not fit the tokenizer.
         OSError: there is no such model.
     """
-    if needs_neighbors and settings.knowledge_base is None:
+    if needs_neighbors and settings.knowledge_base is None and not builds_its_own:
         raise ValueError(
             "knowledge_base is not given, so there are no neighbors to measure. Name a Milvus Lite file or a server."
         )

@@ -30,7 +30,8 @@ class Gain:
     stderr: float
 
     def __str__(self) -> str:
-        return f"{round(self.value, 4) + 0.0:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"  # no -0.0000
+        value = f"{round(self.value, 4) + 0.0:+.4f}"  # no -0.0000
+        return value if math.isnan(self.low) else f"{value} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
 def bits_per_byte(nats: np.ndarray, text_bytes: np.ndarray) -> float:
