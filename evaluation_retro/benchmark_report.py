@@ -142,7 +142,12 @@ def _write_answers(file: Path, measured: dict[str, Measured]) -> None:
             for task, conditions in tasks.items():
                 for condition, its in conditions.items():
                     for number, question in enumerate(its.questions):
-                        line = {"benchmark": name, "task": task, "condition": condition, "question": question}
+                        line: dict[str, Any] = {
+                            "benchmark": name,
+                            "task": task,
+                            "condition": condition,
+                            "question": question,
+                        }
                         line |= {"prediction": its.predictions[number], "answers": its.answers[number]}
                         line |= {measure: values[number] for measure, values in its.scores.items()}
                         lines.write(json.dumps(line, ensure_ascii=False) + "\n")
