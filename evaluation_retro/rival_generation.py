@@ -147,7 +147,7 @@ class _Ensemble(LogitsProcessor):
     def __init__(self, log_weights: torch.Tensor) -> None:
         self.log_weights = log_weights
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities (B k, V), given logits of that shape."""
         rows, k = self.log_weights.shape
         log_probs = scores.float().log_softmax(-1).view(rows, k, -1)
@@ -167,7 +167,7 @@ class _Votes(LogitsProcessor):
     ) -> None:
         self.states, self.keys, self.settings, self.exclude_doc_ids = states, keys, settings, exclude_doc_ids
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities (B, V), given logits of that shape."""
         last = self.states[-1][:, -1].float().cpu().numpy()
         self.states.clear()
