@@ -21,7 +21,7 @@ from retrieval.searches import load_embedder
 from .found import Found, find, kept_find
 from .kept import Kept
 from .measuring import WindowNats
-from .nested_bases import changed_retriever, nested_parts, part_retriever
+from .nested_bases import Part, changed_retriever, nested_parts, part_retriever
 from .opening import ModelSettings, Opened, open_model
 from .report import Report
 from .statistics import Gain, bits_per_byte, gain
@@ -56,9 +56,7 @@ class AblateSettings(TextSettings, ModelSettings):
     )
     strides: list[int] = field(
         default_factory=list,
-        metadata={
-            "help": "Tokens between two points, at most a chunk. Default: 1, 1/2, 1/4 and 1/8 of a chunk."
-        },
+        metadata={"help": "Tokens between two points, at most a chunk. Default: 1, 1/2, 1/4 and 1/8 of a chunk."},
     )
     batch_size: int = field(default=4, metadata={"help": "Windows in a forward pass."})
     output_dir: str = field(default="ablations", metadata={"help": "Folder of the report and of finished parts."})
@@ -127,14 +125,15 @@ class Ablations:
         assert opened.retriever is not None, "open_model refuses to open without one"
         self.settings, self.opened, self.windows, self.kept = settings, opened, windows, kept
         self.retriever, config = opened.retriever, opened.model.config
-        self.chunk_size, self.stride, self.k = config.chunk_size, config.retrieval_stride, config.num_neighbors
+        self.chunk_size, self.k = config.chunk_size, config.num_neighbors
+        self.stride = config.retrieval_stride or config.chunk_size
         self.strides = settings.strides or sorted(
             {max(self.chunk_size // part, 1) for part in (1, 2, 4, 8)}, reverse=True
         )
         if max(self.strides) > self.chunk_size:
             raise ValueError(
-                f"strides has {max(self.strides)}, but the model's chunks have {self.chunk_size} tokens. Give strides up "
-                "to that."
+                f"strides has {max(self.strides)}, but the model's chunks have {self.chunk_size} tokens. Give strides "
+                "up to that."
             )
         self.trained = kept_find(kept, "held_out", self.retriever, windows, self.stride)
         self.measured = WindowNats(opened.model, windows, kept, batch_size=settings.batch_size)
@@ -183,7 +182,7 @@ class Ablations:
                 yield Variant(label, TRAINED, self.trained)
                 continue
 
-            def search(part=part) -> dict[str, np.ndarray]:
+            def search(part: Part = part) -> dict[str, np.ndarray]:
                 with part_retriever(self.retriever, part) as retriever:
                     return find(retriever, self.windows, self.stride).arrays()
 
