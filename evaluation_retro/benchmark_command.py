@@ -84,7 +84,9 @@ def measure(settings: BenchmarkCommandSettings, opened: Opened, name: str, bench
         answerer = Answerer(opened.model, opened.tokenizer, settings.benchmark_settings(), conditions[condition])
         for task in benchmark.tasks or [None]:
             label = WHOLE if task is None else str(task.value)
-            answered = _answer(kept, f"{NOT_IN_NAMES.sub('_', label)}_{condition}", answerer, name, benchmark, task)
+            answered = _answer(
+                kept, f"{name}_{NOT_IN_NAMES.sub('_', label)}_{condition}", answerer, name, benchmark, task
+            )
             if answered.questions:
                 measured.setdefault(label, {})[condition] = answered
     if not measured:

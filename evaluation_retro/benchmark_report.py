@@ -51,10 +51,21 @@ class Score:
 
     @classmethod
     def difference(cls, values: Sequence[float], others: Sequence[float]) -> "Score":
-        """Return the mean difference over the same questions, which are resampled in pairs."""
+        """Return the mean difference over the same questions.
+
+        Its interval is Agresti and Min's (2005) for shares of right answers, which is no point even
+        if all answers stayed the same; else questions are resampled in pairs.
+        """
         numbers = np.asarray(values) - np.asarray(others)
-        low, high = _bootstrapped(numbers) if len(numbers) > 1 else (math.nan, math.nan)
-        return cls(float(numbers.mean()), low, high, len(numbers))
+        low, high = math.nan, math.nan
+        if {*values, *others} <= {0.0, 1.0}:
+            better, worse, total = ((numbers > 0).sum() + 0.5, (numbers < 0).sum() + 0.5, len(numbers) + 2)
+            middle = (better - worse) / total
+            half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((better + worse) / total - middle**2) / total**0.5
+            low, high = middle - half, middle + half
+        elif len(numbers) > 1:
+            low, high = _bootstrapped(numbers)
+        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
 
     def __format__(self, form: str) -> str:
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
@@ -131,7 +142,12 @@ def _write_answers(file: Path, measured: dict[str, Measured]) -> None:
             for task, conditions in tasks.items():
                 for condition, its in conditions.items():
                     for number, question in enumerate(its.questions):
-                        line = {"benchmark": name, "task": task, "condition": condition, "question": question}
+                        line: dict[str, Any] = {
+                            "benchmark": name,
+                            "task": task,
+                            "condition": condition,
+                            "question": question,
+                        }
                         line |= {"prediction": its.predictions[number], "answers": its.answers[number]}
                         line |= {measure: values[number] for measure, values in its.scores.items()}
                         lines.write(json.dumps(line, ensure_ascii=False) + "\n")

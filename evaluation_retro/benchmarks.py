@@ -6,7 +6,7 @@ Answers are chosen by likelihood (`multiple_choice.py`) or written (`generative_
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -101,19 +101,27 @@ class BenchmarkSettings:
         options = dict(self.options.get(name, {}))
         try:
             if "tasks" in options:
-                task_names = getattr(deepeval.benchmarks.tasks, f"{name}Task", None)
-                if task_names is None:
-                    raise ValueError("it has no tasks. Leave the option out.")
-                options["tasks"] = [task_names(task) for task in options["tasks"]]
+                kind_of_task = _names_of(deepeval.benchmarks.tasks, f"{name}Task", "tasks")
+                options["tasks"] = [kind_of_task(task) for task in options["tasks"]]
             if "mode" in options:
-                options["mode"] = getattr(deepeval.benchmarks.modes, f"{name}Mode")(options["mode"])
+                options["mode"] = _names_of(deepeval.benchmarks.modes, f"{name}Mode", "modes")(options["mode"])
+                if options["mode"].name == "MC2":
+                    raise ValueError("mode mc2 wants lists of answers, which are not scored here. Give mc1.")
             if name in REFUSED:
                 raise ValueError(f"it is not run here: {REFUSED[name]}. Leave it out.")
             if name == "SQuAD":  # without a judge, DeepEval would want an API key
-                options["evaluation_model"] = _deepeval_model(None)
+                options["evaluation_model"] = _deepeval_model(lambda prompts, schemas: [])
             return kind(**options)
-        except (TypeError, ValueError, AssertionError, AttributeError) as error:
+        except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"Benchmark {name}: {error}") from error
+
+
+def _names_of(module: Any, kind: str, what: str) -> Any:
+    """Return the names of a benchmark's tasks or modes, an enumeration."""
+    names = getattr(module, kind, None)
+    if names is None:
+        raise ValueError(f"it has no {what}. Leave the option out.")
+    return names
 
 
 def _import_deepeval() -> Any:
@@ -246,28 +254,32 @@ class Answerer:
         has_batches = "batch_size" in signature(benchmark.evaluate).parameters
         batches = {"batch_size": self.batch_size} if has_batches else {}
         with contextlib.redirect_stdout(None):  # it prints every task's score
-            return benchmark.evaluate(_deepeval_model(self.choice), **batches).overall_accuracy
+            return benchmark.evaluate(_deepeval_model(self.choice.choose), **batches).overall_accuracy
 
 
-def _deepeval_model(choice: LikelihoodChoice | None) -> Any:
-    """Wrap the model for DeepEval, whose base class exists only after DeepEval's late import."""
+def _deepeval_model(choose: Callable[[Sequence[str], Sequence[Any]], list[Any]]) -> Any:
+    """Wrap a model for DeepEval, whose base class exists only after DeepEval's late import.
+
+    Args:
+        choose: answers prompts, as [`LikelihoodChoice.choose`] does.
+    """
     from deepeval.models import DeepEvalBaseLLM
 
     class RetroLLM(DeepEvalBaseLLM):
         def load_model(self):
-            return choice and choice.model
+            return None  # it is there already
 
         def get_model_name(self):
             return "RETRO"
 
         def generate(self, prompt, schema):
-            return choice.choose([prompt], [schema])[0]
+            return choose([prompt], [schema])[0]
 
         async def a_generate(self, prompt, schema):
             return self.generate(prompt, schema)
 
         def batch_generate(self, prompts, schemas):
-            return choice.choose(prompts, schemas)
+            return choose(prompts, schemas)
 
     return RetroLLM("RETRO")
 

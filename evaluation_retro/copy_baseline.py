@@ -73,12 +73,25 @@ def copied_probability(
     ids = ids[rows, slots.clamp(0, num_slots - 1)]  # (B, T - 1, k, r)
     last = input_ids[:, :-1, None, None]
     before = F.pad(input_ids[:, :-2], (1, 0), value=-1)[..., None, None]
-    one = (F.pad(ids[..., :-1], (1, 0), value=-1) == last) & (ids >= 0)
-    two = one & (before >= 0) & (F.pad(ids[..., :-2], (2, 0), value=-1) == before)
-    places = torch.where(two.flatten(2).any(-1)[..., None, None], two, one).flatten(2) & in_reach[..., None]
+    places = copied_places(ids, last, before).flatten(2) & in_reach[..., None]
     right = places & (ids == input_ids[:, 1:, None, None]).flatten(2)
     count = places.sum(-1)
     return right.sum(-1) / count.clamp(min=1), count > 0
+
+
+def copied_places(ids: torch.Tensor, last: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Return True for the neighbors' tokens that the copier predicts: they follow the last tokens.
+
+    Args:
+        ids: (..., k, r) the neighbors' tokens, -1 for padding.
+        last, before: (..., 1, 1) a position's token and the one before it, -1 where there is none.
+
+    Returns:
+        (..., k, r) bool.
+    """
+    one = (F.pad(ids[..., :-1], (1, 0), value=-1) == last) & (ids >= 0)
+    two = one & (before >= 0) & (F.pad(ids[..., :-2], (2, 0), value=-1) == before)
+    return torch.where(two.flatten(-2).any(-1)[..., None, None], two, one)
 
 
 def mixture_nats(off_nats: torch.Tensor, copied: torch.Tensor, found: torch.Tensor, weight: float) -> torch.Tensor:

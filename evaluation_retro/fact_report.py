@@ -16,8 +16,6 @@ from .report import Report
 from .statistics import CONFIDENCE, RESAMPLES, SEED
 
 WORDINGS = ("own words", "other words")
-EXAMPLES = 12  # answers in the report
-LONGEST_EXAMPLE = 60  # characters of an answer
 
 
 @dataclass
@@ -124,7 +122,7 @@ def write_report(folder: Path, model: str, base: FactBase, asked: Asked) -> None
     report.plot("answers", lambda axes: _draw(axes, {w: _exact(shares[w]) for w in WORDINGS}, "exact match"))
     _change_table(report, changes)
     report.plot("changes", lambda axes: _draw(axes, changes, "share of questions"))
-    _examples(report, asked)
+    report.text("All questions with all answers: answers.jsonl.")
     numbers: dict[str, Any] = {
         "model": model,
         "facts": len(base.facts),
@@ -167,21 +165,6 @@ def _before_table(report: Report, shares: dict[str, dict[str, dict[str, Share]]]
 def _change_table(report: Report, changes: dict[str, dict[str, Share]]) -> None:
     rows = [[name, *(str(changes[wording][name]) for wording in WORDINGS)] for name in changes[WORDINGS[0]]]
     report.table(["", *WORDINGS], rows, "Half of the documents changed, a quarter deleted, with retrieval")
-
-
-def _examples(report: Report, asked: Asked) -> None:
-    """Show evenly spaced questions with what was written."""
-    step = max(1, len(asked.before) // EXAMPLES) | 1  # odd, so that both wordings are shown
-    rows = []
-    for place in range(0, len(asked.before), step):
-        question = asked.before[place]
-        written = [_one_line(str(answers["written"][place])) for answers in asked.conditions.values()]
-        rows.append([question.prompt.replace("\n", " "), question.candidates[0], *written])
-    report.table(["question", "answer", *asked.conditions], rows[:EXAMPLES], "Some answers")
-
-
-def _one_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:LONGEST_EXAMPLE]
 
 
 def _write_answers(file: Path, asked: Asked, roles: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retrieval import Document, Source, read_documents
+from retrieval import Document
 from retrieval.settings import same_setting
 
 from .fact_base import REVISED, TOLD, FactBase, enough_text, roles_of
@@ -25,6 +25,7 @@ from .fact_report import Asked, write_report
 from .kept import Arrays, Kept
 from .made_up_facts import Fact, make_up_facts, words_of, words_of_facts, write_training
 from .opening import ModelSettings, Opened, open_model
+from .windows import TextSettings, read_texts
 
 QUESTIONS_KEPT = 64  # in one file: a break loses at most so many
 
@@ -41,8 +42,8 @@ class FactsSettings(ModelSettings):
         default_factory=list,
         metadata={"help": "Real text that the facts stand among: files, folders, or names of datasets."},
     )
-    text_field: str = same_setting(Source, "text_field")
-    doc_id_field: str | None = same_setting(Source, "doc_id_field")
+    text_field: str = same_setting(TextSettings, "text_field")
+    doc_id_field: str | None = same_setting(TextSettings, "doc_id_field")
     chunks: int = field(default=20_000, metadata={"help": "Chunks of real text, at least."})
     facts: int = field(default=1000, metadata={"help": "Made-up facts."})
     asked: int | None = field(
@@ -59,7 +60,7 @@ class FactsSettings(ModelSettings):
     )
     batch_size: int = field(default=32, metadata={"help": "Questions in a forward pass."})
     output_dir: str = field(
-        default="runs/facts", metadata={"help": "Folder for the report, the knowledge base and all finished parts."}
+        default="facts", metadata={"help": "Folder for the report, the knowledge base and all finished parts."}
     )
     write_training: str | None = field(
         default=None,
@@ -71,10 +72,6 @@ class FactsSettings(ModelSettings):
     training_seed: int = field(default=1, metadata={"help": "Seed of the facts to train on."})
 
     def __post_init__(self) -> None:
-        if isinstance(self.texts, str):  # a single one in YAML, not in a list
-            self.texts = [self.texts]
-        if not self.texts:
-            raise ValueError("texts is empty. Name files, folders or datasets of real text.")
         if self.knowledge_base is not None or self.collection_name is not None:
             raise ValueError(
                 "facts builds a knowledge base of its own in output_dir, since it changes and deletes documents. Leave "
@@ -101,7 +98,8 @@ def run(settings: FactsSettings) -> None:
     """
     opened = open_model(settings, builds_its_own=True)
     in_context = _numbers_in_context(settings, opened)
-    texts = _read_texts(settings, opened)
+    documents = read_texts(settings.texts, settings.text_field, settings.doc_id_field)
+    texts = enough_text(documents, opened.tokenizer, opened.model.config.chunk_size, settings.chunks)
     taken = words_of(document.text for document in texts)
     facts = make_up_facts(settings.facts, settings.seed, taken)
     if settings.write_training is not None:
@@ -134,13 +132,6 @@ def _numbers_in_context(settings: FactsSettings, opened: Opened) -> list[int]:
     if not all(0 <= number <= most for number in numbers):
         raise ValueError(f"in_context is {numbers}, but the model reads {most} neighbors. Give numbers up to {most}.")
     return sorted({*numbers} - {0}, reverse=True)
-
-
-def _read_texts(settings: FactsSettings, opened: Opened) -> list[Document]:
-    sources = [
-        Source(name, text_field=settings.text_field, doc_id_field=settings.doc_id_field) for name in settings.texts
-    ]
-    return enough_text(read_documents(*sources), opened.tokenizer, opened.model.config.chunk_size, settings.chunks)
 
 
 def _described(

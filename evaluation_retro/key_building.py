@@ -24,9 +24,9 @@ from retrieval.rows import doc_key
 
 from .in_context import Progress
 from .key_store import ROWS_PER_CALL, KeyStore
+from .opening import fingerprint
 
 WINDOWS = 4  # that the decoder reads at a time
-SAMPLED = 1024  # numbers of each parameter that a decoder is recognized by
 DOCUMENTS_PER_CALL = 500
 
 Text = tuple[str, Sequence[int]]  # a document's id and its tokens
@@ -157,7 +157,7 @@ def build_keys(
         raise ValueError(f"The {len(texts)} texts make no keys. Give texts of at least two tokens.")
     total = windows[-1].number + len(windows[-1].values)
     identity = {
-        "decoder": decoder_fingerprint(decoder),
+        "decoder": f"{type(decoder).__name__}, {decoder.dtype}, {fingerprint(decoder)}",
         "texts": texts_fingerprint(texts),
         "window": [settings.key_window, settings.key_context],
         "number of keys": total,
@@ -218,16 +218,6 @@ def output_states(decoder: PreTrainedModel, keep: slice = slice(None)) -> Iterat
         yield states
     finally:
         hook.remove()
-
-
-def decoder_fingerprint(decoder: PreTrainedModel) -> str:
-    """Return a hash of the decoder's type and of numbers from each of its parameters."""
-    digest = hashlib.sha256(f"{type(decoder).__name__} {decoder.dtype}".encode())
-    for name, parameter in decoder.named_parameters():
-        numbers = parameter.detach().flatten()
-        numbers = numbers[:: max(1, len(numbers) // SAMPLED)]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + numbers.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def texts_fingerprint(texts: Iterable[Text]) -> str:

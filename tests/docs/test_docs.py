@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from lm_eval._cli.harness import HarnessCLI
 from transformers import HfArgumentParser
 
 from configuration_retro import RetroConfig
 from data_retro import DocumentStream
+from evaluation_retro.cli import COMMANDS
 from retrieval.cli import build_parser
+from retrieval.parsing import parse_settings
 from training_retro import DataArguments, ModelArguments, RetroTrainingArguments, parse_arguments
 from training_retro.sampling import GenerateArguments
 
@@ -167,6 +170,11 @@ def test_commands_parse(words):
             parse_arguments([*rest, "--bf16", "false"])  # here may be no GPU
         case ["python", "generate_hf.py", *rest] | ["retro-generate", *rest]:
             HfArgumentParser(GenerateArguments, allow_abbrev=False).parse_args_into_dataclasses(rest)
+        case ["python", "-m", "evaluation_retro", command, *rest] | ["retro-eval", command, *rest]:
+            kind = importlib.import_module(COMMANDS[command]).SETTINGS
+            parse_settings((kind,), command, rest, lambda settings: None)
+        case ["retro-lm-eval", *rest]:
+            HarnessCLI()._parser.parse_args(rest)
         case ["python" | "bash", script, *rest]:
             check_script(script, rest)
         case ["make", *rest]:

@@ -126,6 +126,14 @@ def test_a_broken_run_goes_on_and_tasks_can_be_added(saved, local_data, tmp_path
         cli.main([*command(saved, local_data, tmp_path / "out"), "--benchmark_scoring", "one_token"])
 
 
+def test_settings_come_from_a_file(saved, local_data, tmp_path):
+    words = command(saved, local_data, tmp_path / "out", options={"TriviaQA": {"n_shots": 0}})[3:]
+    named = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    (tmp_path / "settings.yaml").write_text(json.dumps(named | {"benchmarks": "TriviaQA"}))  # JSON is YAML
+    cli.main(["benchmarks", str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "other")])
+    assert "| all | exact match | 5 |" in (tmp_path / "other" / "benchmarks.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -154,4 +162,10 @@ def test_intervals_are_those_of_the_books():
     gain = Score.difference(on, off)
     half = 1.96 * (on - off).std() / 20
     assert (gain.low, gain.high) == pytest.approx((gain.value - half, gain.value + half), abs=0.01)
-    assert np.isnan(Score.of([0.5]).low) and np.isnan(Score.difference([1.0], [0.0]).low)
+    on, off = [1.0] * 300 + [0.0] * 200, [1.0] * 200 + [0.0] * 100 + [1.0] * 50 + [0.0] * 150
+    gain = Score.difference(on, off)
+    half = 1.96 * (np.array(on) - off).std() / 500**0.5
+    assert (gain.low, gain.high) == pytest.approx((gain.value - half, gain.value + half), abs=0.002)
+    same = Score.difference([1.0] * 10, [1.0] * 10)
+    assert same.low == pytest.approx(-same.high) and 0.1 < same.high < 0.3
+    assert np.isnan(Score.of([0.5]).low) and np.isnan(Score.difference([0.5], [0.0]).low)

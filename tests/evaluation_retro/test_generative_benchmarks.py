@@ -118,6 +118,8 @@ def test_other_data_are_refused(written_data, tmp_path):
         ("TriviaQA", {"n_shots": -1}, "TriviaQA: n_shots is -1"),
         ("TriviaQA", {"tasks": ["a"]}, "TriviaQA: it has no tasks"),
         ("ARC", {"mode": "Hard"}, "ARC: .*'Hard'"),
+        ("HellaSwag", {"mode": "Hard"}, "HellaSwag: it has no modes"),
+        ("TruthfulQA", {"mode": "mc2"}, "TruthfulQA: mode mc2 wants lists"),
     ],
 )
 def test_what_cannot_run_is_refused(name, options, message):

@@ -1,6 +1,7 @@
 """kNN-LM equals brute force: keys computed one by one, all distances, votes summed by token."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_the_chosen_settings_have_the_fewest_nats_of_the_grid():
 
 
 def test_a_broken_run_is_continued(decoder, documents, settings, keys, tmp_path):
-    again = KeySettings(str(tmp_path / "keys.db"), max_keys=1000, key_window=WINDOW, key_context=CONTEXT)
+    again = replace(settings, key_store=str(tmp_path / "keys.db"))
 
     def breaks(numbers):
         yield from numbers[:2]
@@ -178,7 +179,7 @@ def test_a_broken_run_is_continued(decoder, documents, settings, keys, tmp_path)
 
 def test_finished_windows_are_not_read_again(decoder, documents, settings, monkeypatch, tmp_path):
     monkeypatch.setattr("evaluation_retro.key_building.ROWS_PER_CALL", 0)  # each call has written all of its rows
-    again = KeySettings(str(tmp_path / "keys.db"), max_keys=1000, key_window=WINDOW, key_context=CONTEXT)
+    again = replace(settings, key_store=str(tmp_path / "keys.db"))
 
     def breaks(numbers):
         yield from numbers[:2]
@@ -196,12 +197,9 @@ def test_keys_of_something_else_are_refused(decoder, documents, settings, keys):
     others = {
         "decoder": (small_decoder("llama"), documents, settings),
         "texts": (decoder, [("other", documents[0][1]), *documents[1:]], settings),
-        "window": (decoder, documents, KeySettings(settings.key_store, key_window=WINDOW, key_context=3)),
-        "number of keys": (
-            decoder,
-            documents,
-            KeySettings(settings.key_store, "knn_keys", "FLAT", 50, WINDOW, CONTEXT),
-        ),
+        "window": (decoder, documents, replace(settings, key_context=3)),
+        "number of keys": (decoder, documents, replace(settings, max_keys=50)),
+        "index": (decoder, documents, replace(settings, key_index="HNSW")),
     }
     for name, given in others.items():
         with pytest.raises(KnowledgeBaseError, match=f"has keys of another {name}.*Name another file or collection"):

@@ -1,6 +1,7 @@
 """The demo runs from end to end on a small decoder, and what it prints can be run."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,13 +13,18 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate_hf
+from evaluation_retro.compare_rows import RowSettings
 from modeling_retro import RetroConfig, RetroForCausalLM
 from retrieval import BulkTokenizer
 
 from ..support.small_models import save_static_embedding, train_tokenizer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
-SMALL = {"CHUNKS": 1500, "SEQUENCE": 96, "TRAINING": 8, "HELD_OUT": 6, "BATCH": 2, "STEPS": 40, "NEW_TOKENS": 20}
+SMALL = {
+    **{"CHUNKS": 1500, "SEQUENCE": 96, "TRAINING": 8, "BATCH": 2, "STEPS": 40, "NEW_TOKENS": 20},
+    **{"WINDOW": 160, "HELD_OUT": 6, "CHOICE": 4},
+    "ROWS": RowSettings(neighbors=[4], rounds=1, cost_batches=[1], new_tokens=8),
+}
 
 
 @pytest.fixture
@@ -49,11 +55,16 @@ def demo(tmp_path, monkeypatch):
 def test_the_demo_runs_and_its_model_writes(demo, capsys, monkeypatch):
     console = Console(highlight=False, width=200)
     monkeypatch.setattr(demo, "console", console)
+    monkeypatch.setenv("COLUMNS", "250")  # the report's tables are wide
     demo.main()
     printed = capsys.readouterr().out
-    rows = dict(re.findall(r"│ ([\w, +]+?) +│ +(\d\.\d{4}) │", printed))
-    assert len(rows) == 6 and rows["decoder alone"] == rows["RETRO, neighbors off"]
-    assert float(rows["RETRO, neighbors on"]) < float(rows["decoder alone"])  # it copies, though the decoder is random
+    report = json.loads(Path("demo_output/report/compare.json").read_text())
+    rows = {row["method"]: row for row in report["rows"]}
+    bits = {method: row["bits_per_byte"] for method, row in rows.items()}
+    assert bits["decoder"] == pytest.approx(bits["RETRO, off"], abs=1e-4)
+    assert bits["RETRO"] < bits["decoder"]  # it copies, though the decoder is random
+    assert all(f"{row['name']} " in printed and f"{row['bits_per_byte']:.4f}" in printed for row in rows.values())
+    assert len(rows) == 7 and rows["RETRO"]["milliseconds_a_token"]["1"]["median"] > 0
     command = next(line for line in printed.splitlines() if line.startswith("python generate_hf.py"))
     generate_hf.main([*shlex.split(command)[2:], "--max_new_tokens", "20"])
     written = capsys.readouterr().out

@@ -1,0 +1,67 @@
+"""Comparison: what each row needs for the same tokens, and at what cost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .compare_rows import Method, Row
+from .generation_cost import Cost
+from .statistics import Gain, bits_per_byte, gain
+
+RIVALS = (Method.COPY_BASELINE, Method.IN_CONTEXT, Method.KNN_LM, Method.REPLUG, Method.SHUFFLED)
+
+
+@dataclass
+class Comparison:
+    """The measurement of all rows on N windows, one of each document.
+
+    Attributes:
+        nats: (N,) of the last chunks, by row, the decoder first.
+        text_bytes: (N,) of the last chunks.
+        costs: by row; empty if none were measured.
+        chosen: what rivals chose on training texts, by row.
+        machine: where the costs were measured.
+    """
+
+    nats: dict[Row, np.ndarray]
+    text_bytes: np.ndarray
+    costs: dict[Row, Cost]
+    chosen: dict[Row, dict[str, Any]]
+    machine: str
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the table's order."""
+        return list(self.nats)
+
+    def bits_per_byte(self, row: Row) -> float:
+        """Return the bits per UTF-8 byte that a row needs."""
+        return bits_per_byte(self.nats[row], self.text_bytes)
+
+    def gain(self, row: Row, over: Row | None = None) -> Gain:
+        """Return the bits per byte that a row saves over another one. Default: the decoder."""
+        return gain(self.nats[over or Row(Method.DECODER)] - self.nats[row], self.text_bytes)
+
+    def time_ratio(self, row: Row, over: Row) -> dict[int, float]:
+        """Return a row's milliseconds a new token, divided by another one's, by number of texts.
+
+        It is empty if one of them is not timed.
+        """
+        if row not in self.costs or over not in self.costs:
+            return {}
+        batches = self.costs[row].milliseconds
+        return {batch: self.costs[row].median(batch) / self.costs[over].median(batch) for batch in batches}
+
+    def pairs(self) -> Iterator[tuple[Row, Row]]:
+        """Yield each row with RETRO, and a rival of the same stride, which it should beat."""
+        for row in self.rows:
+            for over in self.rows:
+                is_rival = over.method in RIVALS and over.stride in (None, row.stride)
+                same_neighbors = over.k == row.k or over.method in (Method.IN_CONTEXT, Method.KNN_LM)
+                if row.method is Method.RETRO and is_rival and same_neighbors:
+                    yield row, over
+                same_prompt = (over.k, over.stride, over.long_window) == (row.k, row.stride, row.long_window)
+                if row.method is Method.BOTH and over.method is Method.IN_CONTEXT and same_prompt:
+                    yield row, over
