@@ -1,88 +1,20 @@
 """Report benchmarks: each task's scores with and without neighbors, with 95 % intervals."""
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from .benchmarks import Answered
 from .report import Report
-from .statistics import CONFIDENCE, RESAMPLES, SEED
+from .statistics import Score
 
 Measured = dict[str, dict[str, Answered]]  # by task and condition
 TOTAL = "all tasks"
 COLORS = {"off": "#8c8c8c", "on": "#4c72b0"}
 BAR_WIDTH = 0.4
-RESAMPLES_AT_ONCE = 100  # so that tens of thousands of questions need little memory
-
-
-@dataclass(frozen=True)
-class Score:
-    """A mean over questions.
-
-    Attributes:
-        value: the mean.
-        low, high: its 95 % interval: Wilson's for shares of right answers, else by bootstrapping
-            questions; nan for a single question that is not simply right or wrong.
-        questions: their number.
-    """
-
-    value: float
-    low: float
-    high: float
-    questions: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Score":
-        """Return the mean of the questions' values, at least one."""
-        numbers = np.asarray(values)
-        low, high = math.nan, math.nan
-        if set(values) <= {0.0, 1.0}:
-            right = stats.binomtest(int(numbers.sum()), len(numbers))
-            low, high = right.proportion_ci(CONFIDENCE, method="wilson")
-        elif len(numbers) > 1:
-            low, high = _bootstrapped(numbers)
-        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
-
-    @classmethod
-    def difference(cls, values: Sequence[float], others: Sequence[float]) -> "Score":
-        """Return the mean difference over the same questions.
-
-        Its interval is Agresti and Min's (2005) for shares of right answers, which is no point even
-        if all answers stayed the same; else questions are resampled in pairs.
-        """
-        numbers = np.asarray(values) - np.asarray(others)
-        low, high = math.nan, math.nan
-        if {*values, *others} <= {0.0, 1.0}:
-            better, worse, total = ((numbers > 0).sum() + 0.5, (numbers < 0).sum() + 0.5, len(numbers) + 2)
-            middle = (better - worse) / total
-            half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((better + worse) / total - middle**2) / total**0.5
-            low, high = middle - half, middle + half
-        elif len(numbers) > 1:
-            low, high = _bootstrapped(numbers)
-        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
-
-    def __format__(self, form: str) -> str:
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
-
-
-def _bootstrapped(numbers: np.ndarray) -> tuple[float, float]:
-    """Return the percentile interval of the mean of at least two numbers."""
-    interval = stats.bootstrap(
-        (numbers,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=RESAMPLES_AT_ONCE,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def scores_of(tasks: Sequence[dict[str, Answered]]) -> dict[str, dict[str, Score]]:

@@ -1,4 +1,4 @@
-"""Bits per byte, and differences of them with confidence intervals over documents."""
+"""Bits per byte and scores, and differences of them, with 95 % confidence intervals."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from .bits_per_byte import paired_gain
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 100  # so that tens of thousands of questions need little memory
 SEED = 0  # of the resampling: equal numbers give equal intervals
 
 
@@ -75,3 +76,69 @@ def gain(saved_nats: np.ndarray, text_bytes: np.ndarray, groups: Sequence[str] |
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return Gain(value, float(interval.low), float(interval.high), stderr)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over questions.
+
+    Attributes:
+        value: the mean.
+        low, high: its 95 % interval: Wilson's for shares of right answers, else by bootstrapping
+            questions; nan for a single question that is not simply right or wrong.
+        questions: their number.
+    """
+
+    value: float
+    low: float
+    high: float
+    questions: int
+
+    @classmethod
+    def of(cls, values: Sequence[float] | np.ndarray) -> "Score":
+        """Return the mean of the questions' values; nan if there are none."""
+        numbers = np.asarray(values, dtype=float)
+        low, high = math.nan, math.nan
+        if not len(numbers):
+            return cls(math.nan, low, high, 0)
+        if set(numbers) <= {0.0, 1.0}:
+            right = stats.binomtest(int(numbers.sum()), len(numbers))
+            low, high = right.proportion_ci(CONFIDENCE, method="wilson")
+        elif len(numbers) > 1:
+            low, high = _bootstrapped(numbers)
+        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
+
+    @classmethod
+    def difference(cls, values: Sequence[float], others: Sequence[float]) -> "Score":
+        """Return the mean difference over the same questions.
+
+        Its interval is Agresti and Min's (2005) for shares of right answers, which is no point even
+        if all answers stayed the same; else questions are resampled in pairs.
+        """
+        numbers = np.asarray(values) - np.asarray(others)
+        low, high = math.nan, math.nan
+        if {*values, *others} <= {0.0, 1.0}:
+            better, worse, total = ((numbers > 0).sum() + 0.5, (numbers < 0).sum() + 0.5, len(numbers) + 2)
+            middle = (better - worse) / total
+            half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((better + worse) / total - middle**2) / total**0.5
+            low, high = middle - half, middle + half
+        elif len(numbers) > 1:
+            low, high = _bootstrapped(numbers)
+        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def _bootstrapped(numbers: np.ndarray) -> tuple[float, float]:
+    """Return the percentile interval of the mean of at least two numbers."""
+    interval = stats.bootstrap(
+        (numbers,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=RESAMPLES_AT_ONCE,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

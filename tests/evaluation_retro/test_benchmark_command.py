@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from evaluation_retro import benchmark_command, cli
-from evaluation_retro.benchmark_report import Score
 from evaluation_retro.benchmarks import BenchmarkSettings, run_benchmarks
 from evaluation_retro.opening import open_model
+from evaluation_retro.statistics import Score
 from modeling_retro import RetroForCausalLM
 
 pytest.importorskip("deepeval")
