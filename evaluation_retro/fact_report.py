@@ -74,8 +74,8 @@ def measures(questions: Sequence[Question], answers: Arrays) -> dict[str, Share]
     """
     right = [is_exact_match(str(written), its.candidates[0]) for written, its in _pairs(questions, answers)]
     rank = ranks(answers["log_likelihoods"])
-    found = {name: Share.of(answers[name]) for name in ("found", "shown") if name in answers}
-    return {"exact_match": Share.of(right), "first": Share.of(rank == 1), "mrr": Share.of(1 / rank), **found}
+    means = {"exact_match": Share.of(right), "first": Share.of(rank == 1), "mrr": Share.of(1 / rank)}
+    return means | {name: Share.of(answers[name]) for name in ("found", "shown") if name in answers}
 
 
 def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[str, Share]:

@@ -195,7 +195,8 @@ def test_a_broken_off_run_goes_on_and_ends_with_the_same_numbers(world, reader, 
             raise KeyboardInterrupt
         return answers(self, *given)
 
-    for left in (3, 4):  # of 8 parts; then one is left, of the changed documents
+    for finished in (3, 4):  # of 8 parts; then one is left, of the changed documents
+        left = finished
         with monkeypatch.context() as patched, pytest.raises(SystemExit):
             patched.setattr(Asker, "answers", breaking)
             cli.main(arguments(world, reader, tmp_path / "parts"))
