@@ -38,6 +38,7 @@ BATCH = 16  # questions in a training step
 def features_of(facts: Sequence[Fact], opened: Opened) -> list[dict]:
     """Return questions with answers, as the collator takes them. Only answers are predicted."""
     config, features = opened.model.config, []
+    assert config.retrieval_stride is not None, "set when the configuration is built"
     for fact in facts:
         encoded = Prompts.encode(opened.tokenizer, [*fact.prompts.values()], [[fact.answer]] * len(fact.prompts))
         for tokens, (answer,) in zip(encoded.tokens, encoded.candidates, strict=True):

@@ -13,7 +13,7 @@ from .fact_base import CHANGED, DELETED, UNTOUCHED, FactBase
 from .fact_questions import Question
 from .kept import Arrays
 from .report import Report
-from .statistics import CONFIDENCE, RESAMPLES, SEED
+from .statistics import Score
 
 WORDINGS = ("own words", "other words")
 
@@ -35,37 +35,7 @@ class Asked:
     revised: Arrays
 
 
-@dataclass(frozen=True)
-class Share:
-    """A mean over questions.
-
-    Attributes:
-        value: the mean.
-        low, high: its 95 % confidence interval, by bootstrapping questions.
-        questions: their number.
-    """
-
-    value: float
-    low: float
-    high: float
-    questions: int
-
-    @classmethod
-    def of(cls, values: Sequence[float] | np.ndarray) -> "Share":
-        """Return the mean of some questions' values; nan if there are none."""
-        numbers = np.asarray(values, dtype=float)
-        if not len(numbers):
-            return cls(np.nan, np.nan, np.nan, 0)
-        drawn = np.random.default_rng(SEED).integers(len(numbers), size=(RESAMPLES, len(numbers)))
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(numbers[drawn].mean(1), [tail, 1 - tail])
-        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def measures(questions: Sequence[Question], answers: Arrays) -> dict[str, Share]:
+def measures(questions: Sequence[Question], answers: Arrays) -> dict[str, Score]:
     """Return what is measured of some questions under one condition.
 
     Args:
@@ -74,11 +44,11 @@ def measures(questions: Sequence[Question], answers: Arrays) -> dict[str, Share]
     """
     right = [is_exact_match(str(written), its.candidates[0]) for written, its in _pairs(questions, answers)]
     rank = ranks(answers["log_likelihoods"])
-    means = {"exact_match": Share.of(right), "first": Share.of(rank == 1), "mrr": Share.of(1 / rank)}
-    return means | {name: Share.of(answers[name]) for name in ("found", "shown") if name in answers}
+    means = {"exact_match": Score.of(right), "first": Score.of(rank == 1), "mrr": Score.of(1 / rank)}
+    return means | {name: Score.of(answers[name]) for name in ("found", "shown") if name in answers}
 
 
-def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[str, Share]:
+def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[str, Score]:
     """Return how the answers of one wording follow the changes, with retrieval."""
     rows = {
         role: [row for row, its in enumerate(asked.after) if roles[its.fact] == role and its.wording == wording]
@@ -86,8 +56,8 @@ def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[st
     }
     told = asked.conditions["on"]
 
-    def matches(answers: Arrays, role: str, questions: Sequence[Question]) -> Share:
-        return Share.of([is_exact_match(str(answers["written"][i]), questions[i].candidates[0]) for i in rows[role]])
+    def matches(answers: Arrays, role: str, questions: Sequence[Question]) -> Score:
+        return Score.of([is_exact_match(str(answers["written"][i]), questions[i].candidates[0]) for i in rows[role]])
 
     rank = ranks(asked.revised["log_likelihoods"])
     same = told["written"] == asked.revised["written"]
@@ -95,13 +65,13 @@ def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[st
         "changed: old answer before": matches(told, CHANGED, asked.before),
         "changed: new answer after": matches(asked.revised, CHANGED, asked.after),
         "changed: old answer after": matches(asked.revised, CHANGED, asked.before),
-        "changed: new answer ranked first": Share.of(rank[rows[CHANGED]] == 1),
+        "changed: new answer ranked first": Score.of(rank[rows[CHANGED]] == 1),
         "deleted: old answer before": matches(told, DELETED, asked.before),
         "deleted: old answer after": matches(asked.revised, DELETED, asked.before),
-        "deleted: document found after": Share.of(asked.revised["found"][rows[DELETED]]),
+        "deleted: document found after": Score.of(asked.revised["found"][rows[DELETED]]),
         "untouched: right before": matches(told, UNTOUCHED, asked.before),
         "untouched: right after": matches(asked.revised, UNTOUCHED, asked.after),
-        "untouched: the same words written": Share.of(same[rows[UNTOUCHED]]),
+        "untouched: the same words written": Score.of(same[rows[UNTOUCHED]]),
     }
 
 
@@ -148,11 +118,11 @@ def _worded(asked: Asked, wording: str, answers: Arrays) -> tuple[list[Question]
     return [asked.before[row] for row in rows], {name: values[rows] for name, values in answers.items()}
 
 
-def _exact(conditions: dict[str, dict[str, Share]]) -> dict[str, Share]:
+def _exact(conditions: dict[str, dict[str, Score]]) -> dict[str, Score]:
     return {name: shares["exact_match"] for name, shares in conditions.items()}
 
 
-def _before_table(report: Report, shares: dict[str, dict[str, dict[str, Share]]]) -> None:
+def _before_table(report: Report, shares: dict[str, dict[str, dict[str, Score]]]) -> None:
     columns = ["asked in", "", "exact match", "right one ranked first", "mean reciprocal rank", "document found"]
     rows = [
         [wording, name, *(str(its.get(key, "")) for key in ("exact_match", "first", "mrr", "found"))]
@@ -162,7 +132,7 @@ def _before_table(report: Report, shares: dict[str, dict[str, dict[str, Share]]]
     report.table(columns, rows, "Before the changes: 10 candidates, so guessing ranks 0.100 first")
 
 
-def _change_table(report: Report, changes: dict[str, dict[str, Share]]) -> None:
+def _change_table(report: Report, changes: dict[str, dict[str, Score]]) -> None:
     rows = [[name, *(str(changes[wording][name]) for wording in WORDINGS)] for name in changes[WORDINGS[0]]]
     report.table(["", *WORDINGS], rows, "Half of the documents changed, a quarter deleted, with retrieval")
 
@@ -190,7 +160,7 @@ def _write_answers(file: Path, asked: Asked, roles: Sequence[str]) -> None:
     file.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def _draw(axes: Any, shares: dict[str, dict[str, Share]], label: str) -> None:
+def _draw(axes: Any, shares: dict[str, dict[str, Score]], label: str) -> None:
     """Draw horizontal bars with intervals: one group for each name, one bar for each wording."""
     names = list(shares[WORDINGS[0]])
     height = 0.8 / len(WORDINGS)

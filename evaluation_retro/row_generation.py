@@ -9,6 +9,7 @@ Shapes: B prompts of T tokens, n new tokens, k neighbors of r tokens, V vocabula
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
@@ -100,14 +101,14 @@ def generate_retro_in_context(
         neighbors = NeighborInputs(*(part[:, None] for part in (found.ids, found.attention_mask, found.scores)))
         first_points, read = one_point_each(prompts, neighbors, size)
         ids, mask = left_padded(cut, model.device)
+        given: dict[str, Any] = {**read.to(model.device).as_arguments(), **GREEDY}
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
             first_point=first_points.to(model.device),
             retrieval_stride=size,  # the next point would lie behind the last new token
             max_new_tokens=count,
-            **read.to(model.device).as_arguments(),
-            **GREEDY,
+            **given,
         )
         return output[:, ids.shape[1] :]
 
@@ -151,7 +152,7 @@ class _Copier(LogitsProcessor):
         self.retriever, self.weight, self.prompt, self.stride = retriever, weight, prompt, stride
         self.ids = torch.empty(0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities (B, V), given logits of that shape."""
         if (input_ids.shape[1] - self.prompt) % self.stride == 0:
             found = self.retriever.retrieve(input_ids[:, -self.retriever.chunk_size :].tolist())

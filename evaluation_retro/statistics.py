@@ -129,6 +129,9 @@ class Score:
     def __format__(self, form: str) -> str:
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
+    def __str__(self) -> str:
+        return format(self, ".3f")
+
 
 def _bootstrapped(numbers: np.ndarray) -> tuple[float, float]:
     """Return the percentile interval of the mean of at least two numbers."""

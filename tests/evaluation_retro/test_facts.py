@@ -10,10 +10,10 @@ from evaluation_retro import cli, facts
 from evaluation_retro.fact_answers import Prompts, ask, is_exact_match, normalized, ranks
 from evaluation_retro.fact_base import CHANGED, DELETED, REVISED, TOLD, UNTOUCHED, FactBase, roles_of
 from evaluation_retro.fact_questions import Asker, questions_of, revised_questions
-from evaluation_retro.fact_report import Share
 from evaluation_retro.facts import FactsSettings
 from evaluation_retro.made_up_facts import make_up_facts
 from evaluation_retro.opening import ModelSettings, open_model
+from evaluation_retro.statistics import Score
 from modeling_retro.retrieval_points import aligned_first_point
 from retrieval import read_documents
 
@@ -241,7 +241,7 @@ def test_training_files_are_written_and_nothing_is_measured(world, reader, tmp_p
 
 
 def test_shares_have_intervals_over_questions():
-    share = Share.of([1, 0, 1, 1] * 25)
+    share = Score.of([1, 0, 1, 1] * 25)
     assert share.value == 0.75 and share.questions == 100
     assert 0.65 < share.low < 0.69 and 0.81 < share.high < 0.85
-    assert np.isnan(Share.of([]).value)
+    assert np.isnan(Score.of([]).value)

@@ -27,7 +27,7 @@ class SparseRetriever(HashRetriever):
 
 
 class EchoRetriever(SparseRetriever):
-    """A fake knowledge base whose second neighbor repeats the query and goes on, for most queries."""
+    """A fake knowledge base whose second neighbor mostly repeats the query and goes on."""
 
     def retrieve(self, chunks, exclude_doc_ids=None):
         found = super().retrieve(chunks)
