@@ -13,7 +13,7 @@ ONSETS = (
     *("p", "pr", "qu", "r", "s", "sk", "st", "t", "th", "tr", "v", "w", "y", "z"),
 )
 VOWELS = "aeiou"
-CODAS = ("", "l", "n", "r", "s", "m", "x", "th", "nd", "rn", "sh")
+CODAS = ("", "l", "n", "r", "s", "m", "x", "th", "nd", "rn", "sh")  # codespell:ignore nd
 Draw = Callable[[Random], str]
 
 
@@ -140,7 +140,7 @@ KINDS = {
         (
             "The number of books in {s} is",
             "The collection of {s} has grown to a total of",
-            "The catalogue of {s} ends with volume",
+            "The catalog of {s} ends with volume",
             "When the shelves of {s} were last inspected, the count was",
         ),
         (".", ", most of them bound in leather.", ", and its reading room is full.", ", maps not included."),

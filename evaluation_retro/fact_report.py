@@ -66,6 +66,7 @@ def change_measures(asked: Asked, roles: Sequence[str], wording: str) -> dict[st
         "changed: new answer after": matches(asked.revised, CHANGED, asked.after),
         "changed: old answer after": matches(asked.revised, CHANGED, asked.before),
         "changed: new answer ranked first": Score.of(rank[rows[CHANGED]] == 1),
+        "changed: document found after": Score.of(asked.revised["found"][rows[CHANGED]]),
         "deleted: old answer before": matches(told, DELETED, asked.before),
         "deleted: old answer after": matches(asked.revised, DELETED, asked.before),
         "deleted: document found after": Score.of(asked.revised["found"][rows[DELETED]]),
