@@ -2,7 +2,7 @@
 // Every text is put in with textContent, so nothing in it becomes an element.
 const FULL_COLOR = 3; // nats: from here on, a token has the scale's full color
 const shown = JSON.parse(document.getElementById("data").textContent);
-const onText = document.querySelector("#on .text");
+const readText = document.querySelector("#on .text");
 const status = document.getElementById("token");
 let chosen = -1;
 
@@ -31,7 +31,7 @@ function tokenElement(index) {
 
 function say(index) {
   document.querySelectorAll(".token.active").forEach((token) => token.classList.remove("active"));
-  onText.querySelector(`[data-index="${index}"]`).classList.add("active");
+  readText.querySelector(`[data-index="${index}"]`).classList.add("active");
   status.replaceChildren("Token ", element("code", "", JSON.stringify(shown.tokens[index])));
   if (shown.on[index] === null) {
     status.append(" begins the text.");
@@ -64,7 +64,7 @@ function neighborElement(neighbor) {
 function choose(number) {
   if (number === chosen) return;
   chosen = number;
-  onText.querySelectorAll(".chunk").forEach((made, place) => made.classList.toggle("chosen", place === number));
+  readText.querySelectorAll(".chunk").forEach((made, place) => made.classList.toggle("chosen", place === number));
   const chunk = shown.chunks[number];
   const panel = document.getElementById("neighbors");
   const title = element("h2", "", `Neighbors of chunk ${number + 1} of ${shown.chunks.length}`);
@@ -81,7 +81,7 @@ function fill() {
   const first = shown.chunks.length ? shown.chunks[0].start : shown.tokens.length;
   const plain = element("div", "plain");
   for (let index = 0; index < first; index++) plain.append(tokenElement(index));
-  onText.append(plain);
+  readText.append(plain);
   shown.chunks.forEach((chunk, number) => {
     const made = element("div", "chunk");
     made.tabIndex = 0;
@@ -92,9 +92,9 @@ function fill() {
     made.addEventListener("pointerenter", () => choose(number));
     made.addEventListener("focus", () => choose(number));
     made.addEventListener("keydown", (event) => move(event, number));
-    onText.append(made);
+    readText.append(made);
   });
-  onText.addEventListener("pointerover", (event) => {
+  readText.addEventListener("pointerover", (event) => {
     const token = event.target.closest(".token");
     if (token) say(Number(token.dataset.index));
   });
@@ -106,13 +106,13 @@ function fill() {
 }
 
 function move(event, number) {
-  const chunks = onText.querySelectorAll(".chunk");
+  const chunks = readText.querySelectorAll(".chunk");
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (step && chunks[number + step]) chunks[number + step].focus();
   const along = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   const { start, end } = shown.chunks[number];
   if (along) {
-    const active = onText.querySelector(".token.active");
+    const active = readText.querySelector(".token.active");
     const at = active ? Number(active.dataset.index) : -1;
     say(at < start || at >= end ? start : Math.min(Math.max(at + along, start), end - 1));
   }

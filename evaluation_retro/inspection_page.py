@@ -13,7 +13,10 @@ from .inspection import Inspection, inspect_generation
 from .opening import Opened
 
 EMPTY = "Write a prompt and choose Generate."
-CSS = "footer {display: none !important} .gradio-container {max-width: 84rem !important; margin: 0 auto !important}"
+CSS = """
+footer { display: none !important }
+.gradio-container { width: 100%; max-width: 84rem !important; margin: 0 auto !important }
+"""
 
 
 def static_page(inspection: Inspection) -> str:
@@ -107,13 +110,13 @@ def build_page(opened: Opened, new_tokens: int, temperature: float, prompt: str 
 
     inspector = Inspector(opened)
     with gr.Blocks(title="RETRO inspector", analytics_enabled=False) as page:
-        prompted = gr.Textbox(prompt, label="Prompt", lines=4, elem_id="prompt")
+        prompted = gr.Textbox(prompt, label="Prompt", lines=4, max_lines=8, elem_id="prompt")
         with gr.Row():
             count = gr.Number(new_tokens, label="New tokens", precision=0, minimum=1, elem_id="new_tokens")
             heat = gr.Number(temperature, label="Temperature", minimum=0, step=0.1, elem_id="temperature")
             generate = gr.Button("Generate", variant="primary", elem_id="generate")
         said = gr.Textbox(EMPTY, show_label=False, interactive=False, container=False, elem_id="said")
-        view = gr.HTML(elem_id="view")
+        view = gr.HTML(elem_id="view", padding=False)
         with gr.Accordion("Knowledge base", open=False, elem_id="knowledge_base"):
             doc_id = gr.Textbox(label="Document id", elem_id="doc_id")
             text = gr.Textbox(label="Text", lines=5, elem_id="doc_text")
