@@ -108,7 +108,7 @@ def run(settings: FactsSettings) -> None:
         print(f"Wrote {len(new)} facts to {settings.write_training}: documents.jsonl and questions.jsonl.")
         return
     folder = Path(settings.output_dir)
-    kept = Kept(folder / "answers", _described(settings, texts, facts))
+    kept = Kept(folder / "answers", {**opened.describe(), **_described(settings, texts, facts)})
     roles = roles_of(len(facts), settings.seed)
     base = FactBase(settings, folder, opened.tokenizer, opened.model.config, texts, facts, roles)
     try:
@@ -139,7 +139,6 @@ def _described(
 ) -> dict[str, str | int | None]:
     """Return what the kept answers belong to."""
     names = (
-        "dtype",
         "texts",
         "seed",
         "asked",
@@ -151,7 +150,6 @@ def _described(
     )
     digest = hashlib.sha256("".join([*(document.text for document in texts), *map(repr, facts)]).encode())
     return {
-        "model": settings.name,
         **{name: getattr(settings, name) for name in names},
         "facts and texts": digest.hexdigest()[:16],
     }
