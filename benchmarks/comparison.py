@@ -25,6 +25,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import corpora
 import numpy as np
@@ -176,7 +177,7 @@ def main() -> None:
     arguments = parse_arguments()
     print(machine(), flush=True)
     decoder: Path = arguments.decoder
-    gguf = {"gguf_file": decoder.name} if decoder.suffix == ".gguf" else {}
+    gguf: dict[str, Any] = {"gguf_file": decoder.name} if decoder.suffix == ".gguf" else {}
     place = decoder.parent if gguf else decoder
     tokenizer = BulkTokenizer(load_tokenizer(place, **gguf))
     sources = corpora.by_name(arguments.kernel_docs)
