@@ -26,6 +26,7 @@ from .compare_nats import RowNats
 from .compare_report import write_report
 from .compare_rows import SEPARATOR, Row, RowSettings, Sizes, plan_rows
 from .comparison import Comparison
+from .found import ONE_WINDOW
 from .generation_cost import RowCosts
 from .kept import Kept
 from .opening import ModelSettings, Opened, open_model, plain_decoder
@@ -122,6 +123,8 @@ def check(opened: Opened, windows: Windows, settings: RowSettings) -> list[Row]:
             f"key_window is {settings.key_window}, but the decoder has {config.n_positions} positions. Set a smaller "
             "--key_window."
         )
+    if len(windows) < 2:
+        raise ValueError(ONE_WINDOW)
     return rows
 
 

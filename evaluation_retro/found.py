@@ -17,6 +17,10 @@ from .kept import Kept
 from .windows import Windows
 
 FIELDS = ("ids", "mask", "scores", "doc_ids", "chunk_indices")
+ONE_WINDOW = (
+    "Shuffled neighbors come from another window, but there is only one: one document is as long as a window. Give "
+    "more texts, or a smaller --window."
+)
 WINDOWS = 16  # whose neighbors are searched for at once
 
 
@@ -60,7 +64,13 @@ class Found:
         return self._take(lambda array: array[:, :, :k])
 
     def shuffled(self, seed: int = 0) -> "Found":
-        """Give every point the neighbors of a point in another window."""
+        """Give every point the neighbors of a point in another window.
+
+        Raises:
+            ValueError: there is only one window.
+        """
+        if len(self.ids) < 2:
+            raise ValueError(ONE_WINDOW)
         places = np.arange(self.doc_ids.size).reshape(self.doc_ids.shape)
         moved = shuffle_neighbors(
             {

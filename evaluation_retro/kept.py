@@ -17,7 +17,8 @@ class Kept:
     """A folder of finished parts.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing. It belongs to nothing until a part is kept, so that bad input
+            that ends a measurement early leaves the folder free.
         of: what the parts belong to, in values that JSON can hold: the model, the texts, the
             knowledge base, the sizes. A folder of something else is refused.
 
@@ -28,11 +29,11 @@ class Kept:
     def __init__(self, folder: Path, of: Mapping[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        described = json.loads(json.dumps(of))
-        file = folder / DESCRIPTION
-        if not file.exists():
-            _write_whole(file, lambda part: part.write_text(json.dumps(described, indent=1), encoding="utf-8"))
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        self._description = json.dumps(of, indent=1)
+        if not (folder / DESCRIPTION).exists():
+            return
+        described = json.loads(self._description)
+        stored = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         names = stored.keys() | described.keys()
         changed = {name: (stored.get(name), described.get(name)) for name in names}
         changed = {name: values for name, values in changed.items() if values[0] != values[1]}
@@ -50,6 +51,8 @@ class Kept:
         file = self.folder / f"{name}.npz"
         if not file.exists():
             computed = compute()
+            if not (self.folder / DESCRIPTION).exists():
+                self.claim()
             _write_whole(file, lambda part: _save(part, computed))
         with np.load(file, allow_pickle=False) as stored:
             return dict(stored)
@@ -67,6 +70,11 @@ class Kept:
         bar = tqdm(ranges, desc=name, leave=False)
         done = [self.arrays(f"{name}_{rows.start}", partial(compute, rows)) for rows in bar]
         return {key: np.concatenate([part[key] for part in done]) for key in done[0]} if done else {}
+
+    def claim(self) -> None:
+        """Write what the folder's parts belong to, as the first part does, too."""
+        text = self._description
+        _write_whole(self.folder / DESCRIPTION, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _save(part: Path, arrays: Arrays) -> None:

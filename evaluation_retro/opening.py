@@ -1,12 +1,13 @@
 """Open a model, its tokenizer and its knowledge base from the settings that name them."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from modeling_retro import RetroForCausalLM
 from modeling_retro.loading import is_added
@@ -16,6 +17,8 @@ from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.tokenizer_loading import load_tokenizer
 
 NUMBERS_HASHED = 256  # of each parameter
+# parts of a configuration that change no number: names, places and versions
+NAMES = ("_name_or_path", "architectures", "auto_map", "base_model", "collection_name", "embedding_model")
 
 
 @dataclass
@@ -66,18 +69,13 @@ class Opened:
     retriever: MilvusRetriever | None
 
     def describe(self) -> dict[str, Any]:
-        """Return what a measurement belongs to: the weights and the state of the knowledge base."""
-        described: dict[str, Any] = {"weights": fingerprint(self.model), "dtype": str(self.model.dtype)}
-        if self.retriever is not None:
-            store = self.retriever.store
-            described |= {
-                "collection": self.retriever.collection_name,
-                "chunks": store.count(),
-                "revision": store.revision(),
-                "search": self.retriever.search,
-                "neighbors": self.retriever.num_neighbors,
-            }
-        return described
+        """Return what a measurement belongs to: the model, and its knowledge base if any."""
+        described: dict[str, Any] = {
+            "weights": fingerprint(self.model),
+            "configuration": config_fingerprint(self.model.config),
+            "dtype": str(self.model.dtype),
+        }
+        return described | ({} if self.retriever is None else describe_retriever(self.retriever))
 
     def close(self) -> None:
         """Release the knowledge base."""
@@ -92,6 +90,31 @@ def fingerprint(model: PreTrainedModel) -> str:
         numbers = parameter.detach().flatten()[:NUMBERS_HASHED].float().cpu().numpy()
         digest.update(name.encode() + numbers.tobytes())
     return digest.hexdigest()[:16]
+
+
+def config_fingerprint(config: PreTrainedConfig) -> str:
+    """Return a hash of a configuration, but for names, places and versions."""
+    settings = config.to_dict()
+    for part in (settings, settings.get("text_config") or {}):
+        for name in (*NAMES, "transformers_version"):
+            part.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def describe_retriever(retriever: MilvusRetriever) -> dict[str, Any]:
+    """Return what decides which neighbors are found: the knowledge base, and how it is searched.
+
+    The embedding model and its prompts are the collection's own, or it would not have been opened.
+    """
+    store, reranker = retriever.store, retriever.reranker
+    return {
+        "collection": retriever.collection_name,
+        "chunks": store.count(),
+        "revision": store.revision(),
+        "search": retriever.search,
+        "neighbors": retriever.num_neighbors,
+        "reranker": None if reranker is None else [reranker.label, retriever._rows_wanted],
+    }
 
 
 def parts_to_open(gguf_file: str | None, reader: str | None) -> dict[str, Any]:
@@ -117,8 +140,8 @@ def open_model(
         builds_its_own: the caller builds the knowledge base; none need be named.
 
     Raises:
-        ValueError: there is no knowledge base, the model has no weights that read neighbors, or the
-            knowledge base is another model's.
+        ValueError: there is no knowledge base or no such device, the model has no weights that read
+            neighbors, or the knowledge base is another model's.
         KnowledgeBaseError: the knowledge base cannot be opened, or does not fit the tokenizer.
         OSError: there is no such model.
     """
@@ -126,7 +149,7 @@ def open_model(
         raise ValueError(
             "knowledge_base is not given, so there are no neighbors to measure. Name a Milvus Lite file or a server."
         )
-    device = settings.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
+    device = find_device(settings.device)
     hf_tokenizer = load_tokenizer(settings.model, settings.gguf_file)
     parts = parts_to_open(settings.gguf_file, settings.reader)
     model, loading = RetroForCausalLM.from_pretrained(
@@ -151,6 +174,23 @@ def open_model(
         retriever.close()
         raise
     return Opened(model, tokenizer, retriever)
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return a device by name. Default: a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"device is {name!r}: {reason}. Give cpu, or the name of a GPU that is there.") from error
+    return device
 
 
 def check_reads(model: RetroForCausalLM, new: set[str], name: str) -> None:

@@ -29,7 +29,7 @@ from retrieval.settings import same_setting
 
 from .bits_per_byte import byte_lengths, shuffle_neighbors
 from .kept import Arrays, Kept
-from .opening import ModelSettings, Opened, open_model
+from .opening import ModelSettings, Opened, describe_retriever, open_model
 from .report import Report
 from .statistics import Gain, bits_per_byte, gain
 from .windows import TextSettings, read_texts
@@ -164,7 +164,12 @@ class WindowMeasurement:
 
     @torch.no_grad()
     def measure(self, windows: list[Window]) -> Arrays:
-        """Return `nats` (n, conditions), `sizes` (n, 2) and `document` (n,) of n windows."""
+        """Return what was measured of n windows.
+
+        Returns:
+            nats (n, conditions), sizes (n, 2) and document (n,); with a knowledge base also
+            has_neighbors (n,), True where any were found.
+        """
         size = self.model.config.chunk_size
         features = [
             {
@@ -186,7 +191,10 @@ class WindowMeasurement:
             conditions[SHUFFLED] = shuffle_neighbors(conditions[ON], self.seed)
         nats = [self._nats(batch | conditions[name], labels) for name in self.conditions]
         document = np.array([window.document for window in windows])
-        return {"nats": torch.stack(nats, 1).numpy(), "sizes": torch.stack(sizes, 1).numpy(), "document": document}
+        measured = {"nats": torch.stack(nats, 1).numpy(), "sizes": torch.stack(sizes, 1).numpy(), "document": document}
+        if ON in conditions:
+            measured["has_neighbors"] = conditions[ON]["neighbor_attention_mask"].flatten(1).any(1).numpy()
+        return measured
 
     def _nats(self, arguments: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
         """Return the nats (n,) of the labels that are predicted."""
@@ -198,17 +206,25 @@ class WindowMeasurement:
         return F.cross_entropy(logits.transpose(1, 2), labels.to(device), reduction="none").double().sum(1).cpu()
 
 
-def measure(settings: PerplexitySettings, opened: Opened, documents: list[Document], kept: Kept) -> Measured:
+def measure(
+    settings: PerplexitySettings,
+    opened: Opened,
+    documents: list[Document],
+    kept: Kept,
+    second: MilvusRetriever | None = None,
+) -> Measured:
     """Measure documents under all conditions.
 
     Args:
-        settings: the windows, and the second knowledge base.
+        settings: the windows.
         opened: the model and its knowledge base.
         documents: the documents.
         kept: the folder of finished parts.
+        second: the second knowledge base, if there is one.
 
     Raises:
-        ValueError: no document has two tokens, or the window is longer than the model's positions.
+        ValueError: no document has two tokens, or more than a chunk if there is a knowledge base;
+            no neighbors are found; or the window is longer than the model's positions.
     """
     positions = opened.model.config.n_positions
     if settings.window > positions:
@@ -225,11 +241,17 @@ def measure(settings: PerplexitySettings, opened: Opened, documents: list[Docume
     ]
     if not windows:
         raise ValueError(f"There is nothing to predict: {len(documents)} documents have fewer than two tokens each.")
+    size, longest = opened.model.config.chunk_size, max(len(window.tokens) for window in windows)
+    if opened.retriever is not None and longest <= size:
+        raise ValueError(
+            f"The longest text or window has {longest} tokens, but neighbors are found for a chunk of {size} and "
+            "predict what follows it. Give longer texts and a longer --window, or leave out knowledge_base."
+        )
     # batches mix documents, so that shuffled neighbors are those of another one
     order = np.random.default_rng(settings.seed).permutation(len(windows))
     retrievers = {} if opened.retriever is None else {ON: opened.retriever}
-    if settings.second_knowledge_base is not None:
-        retrievers[OTHER] = open_second(settings, opened)
+    if second is not None:
+        retrievers[OTHER] = second
     doc_ids = [document.id for document in documents]
     measurement = WindowMeasurement(opened.model, opened.tokenizer, doc_ids, retrievers, settings.seed)
 
@@ -239,6 +261,11 @@ def measure(settings: PerplexitySettings, opened: Opened, documents: list[Docume
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
     parts = kept.parts("perplexity", len(windows), settings.batch_size * BATCHES_KEPT, measure_part)
+    if opened.retriever is not None and not parts["has_neighbors"].any():
+        raise ValueError(
+            "No neighbors were found for any chunk: the knowledge base holds only the measured documents themselves, "
+            "or nothing that the search matches. Ingest other documents."
+        )
     places = np.unique(parts["document"], return_inverse=True)[1]
     nats, sizes = (np.zeros((places.max() + 1, parts[name].shape[1])) for name in ("nats", "sizes"))
     np.add.at(nats, places, parts["nats"])
@@ -311,7 +338,10 @@ def run(settings: PerplexitySettings) -> None:
     """Measure, and write the report."""
     documents = settings.read()
     opened = open_model(settings, needs_neighbors=settings.knowledge_base is not None)
+    second = None
     try:
+        if settings.second_knowledge_base is not None:
+            second = open_second(settings, opened)
         content = hashlib.sha256("\0".join(f"{document.id}\0{document.text}" for document in documents).encode())
         of = opened.describe() | {
             "text": content.hexdigest()[:16],
@@ -319,9 +349,11 @@ def run(settings: PerplexitySettings) -> None:
             "window_stride": settings.window_stride,
             "batch_size": settings.batch_size,
             "seed": settings.seed,
-            "second_knowledge_base": settings.second_knowledge_base,
+            "second knowledge base": None if second is None else describe_retriever(second),
         }
-        measured = measure(settings, opened, documents, Kept(Path(settings.output_dir) / "parts", of))
+        measured = measure(settings, opened, documents, Kept(Path(settings.output_dir) / "parts", of), second)
     finally:
+        if second is not None:
+            second.close()
         opened.close()
     write_report(settings, measured)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_retro import cli, facts
+from evaluation_retro import cli, facts, opening
 from evaluation_retro.fact_answers import Prompts, ask, is_exact_match, normalized, ranks
 from evaluation_retro.fact_base import CHANGED, DELETED, REVISED, TOLD, UNTOUCHED, FactBase, roles_of
 from evaluation_retro.fact_questions import Asker, questions_of, revised_questions
@@ -204,6 +204,10 @@ def test_a_broken_off_run_goes_on_and_ends_with_the_same_numbers(world, reader, 
     resumed = json.loads((tmp_path / "parts" / "facts.json").read_text())
     assert resumed == whole
     capsys.readouterr()
+
+    with pytest.raises(SystemExit, match="weights was .* Name another folder"):  # trained on, under the same name
+        monkeypatch.setattr(opening, "fingerprint", lambda model: "others")
+        cli.main(arguments(world, reader, tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(

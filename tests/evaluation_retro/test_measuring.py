@@ -85,6 +85,12 @@ def test_shuffled_neighbors_keep_their_documents(opened, windows):
             assert shuffled.doc_ids[row, slot].tolist() == found.doc_ids[from_row, from_slot].tolist()
 
 
+def test_one_window_has_no_other_one_to_take_neighbors_from(opened, windows):
+    found = find(opened.retriever, windows).rows(slice(0, 1))
+    with pytest.raises(ValueError, match="there is only one"):
+        found.shuffled()
+
+
 def test_windows_too_short_to_predict_after_a_chunk_are_refused(opened):
     with pytest.raises(ValueError, match="Set --window to 9 or more"):
         find(opened.retriever, Windows(torch.zeros(1, CHUNK, dtype=torch.long), ["a"]))
@@ -145,7 +151,9 @@ def test_a_measurement_that_broke_off_goes_on_where_it_was(opened, tmp_path, mon
 
 
 def test_parts_of_another_measurement_are_refused_by_name(tmp_path):
-    Kept(tmp_path, {"window": 64, "seed": 0})
+    Kept(tmp_path, {"window": 32, "seed": 0})  # it keeps nothing, so the folder stays free
+    kept = Kept(tmp_path, {"window": 64, "seed": 0})
+    kept.arrays("squares", lambda: {"squares": np.arange(3) ** 2})
     Kept(tmp_path, {"window": 64, "seed": 0})
     with pytest.raises(ValueError, match=r"window was 64 and is 128.*Name another folder"):
         Kept(tmp_path, {"window": 128, "seed": 0})

@@ -1,12 +1,21 @@
 """A model and its knowledge base open together, or a sentence says why not."""
 
+from copy import copy
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from evaluation_retro.opening import ModelSettings, fingerprint, open_model, plain_decoder
+from evaluation_retro.opening import (
+    ModelSettings,
+    config_fingerprint,
+    describe_retriever,
+    fingerprint,
+    open_model,
+    plain_decoder,
+)
 from modeling_retro import RetroConfig, RetroForCausalLM
-from retrieval import KnowledgeBaseError
+from retrieval import KnowledgeBaseError, Reranker
 
 from ..support.decoders import retro, small_decoder
 from ..support.evaluated import place_of
@@ -62,3 +71,27 @@ def test_a_knowledge_base_of_another_tokenizer_is_refused(world, config, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(KnowledgeBaseError, match="tokenizer"):
         open_model(ModelSettings(model=str(tmp_path), **place_of(world)))
+
+
+def test_a_device_that_is_not_there_is_refused(copier):
+    with pytest.raises(ValueError, match="device is 'gpu'.*Give cpu"):
+        open_model(ModelSettings(model=str(copier), device="gpu"), needs_neighbors=False)
+
+
+@pytest.mark.parametrize("changes", [{"retrieval_stride": 4}, {"gate_log_prob_scale": 5.0}, {"search": "bm25"}])
+def test_a_measurement_belongs_to_a_configuration(opened, changes, tmp_path):
+    before = opened.describe()
+    opened.model.save_pretrained(tmp_path)
+    again = RetroForCausalLM.from_pretrained(tmp_path)
+    assert config_fingerprint(again.config) == before["configuration"]
+    assert config_fingerprint(RetroForCausalLM.from_pretrained(tmp_path, **changes).config) != before["configuration"]
+
+
+def test_a_measurement_belongs_to_a_way_of_searching(world, copier, opened):
+    before = opened.describe()
+    fewer = opened.retriever.with_neighbors(1)
+    assert describe_retriever(fewer)["neighbors"] != before["neighbors"]
+    reranked = copy(opened.retriever)
+    reranked.reranker = Reranker(type("Longest", (), {"predict": lambda pairs: [len(text) for _, text in pairs]}))
+    assert describe_retriever(reranked)["reranker"] == ["type", opened.retriever._rows_wanted]
+    assert {**describe_retriever(reranked), "reranker": None}.items() <= before.items()

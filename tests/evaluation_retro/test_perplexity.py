@@ -112,6 +112,12 @@ def test_a_second_knowledge_base_is_a_condition_of_its_own(world, opened, copier
     difference = report["gain_of_on_over"]["second knowledge base"]["value"]
     assert difference == pytest.approx(gains["on"]["value"] - gains["second knowledge base"]["value"], abs=1e-9)
 
+    store = MilvusStore.open(str(other), "texts")  # the same file, with one document less
+    store.delete_documents([next(iter(read_documents(str(world / "held_out")))).id])
+    store.close()
+    with pytest.raises(SystemExit, match="second knowledge base was .* Name another folder"):
+        run(tmp_path / "report", world, copier, second_knowledge_base=other, documents=2)
+
 
 def test_every_token_is_predicted_once_however_windows_overlap():
     for length in range(2, 60):
@@ -156,6 +162,26 @@ def test_bad_settings_end_with_a_sentence(changes, message, world, copier, tmp_p
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, world, copier, **changes)
     assert message in str(ended.value) + capsys.readouterr().err
+
+
+def test_bad_input_leaves_the_folder_free(world, copier, tmp_path):
+    with pytest.raises(SystemExit, match="the model has 128 positions"):
+        run(tmp_path, world, copier, documents=2, window=500, window_stride=10)
+    assert run(tmp_path, world, copier, documents=2)["documents"] == 2
+
+
+def test_texts_without_any_neighbors_are_refused(world, copier, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("Short.")
+    with pytest.raises(SystemExit, match=f"neighbors are found for a chunk of {CHUNK}"):
+        run(tmp_path / "short", world, copier, texts=tmp_path / "short.txt")
+    store = MilvusStore(str(tmp_path / "own.db"), "texts")
+    documents = read_documents(str(world / "held_out" / "0.txt"))
+    embedder = Embedder(str(world / "embedding"), device="cpu")
+    ingest(documents, store, BulkTokenizer(tokenizer), embedder, chunk_size=CHUNK)
+    store.close()
+    own = {"texts": world / "held_out" / "0.txt", "knowledge_base": tmp_path / "own.db"}
+    with pytest.raises(SystemExit, match="No neighbors were found for any chunk"):
+        run(tmp_path / "own", world, copier, **own)
 
 
 def test_unknown_commands_and_settings_are_named(capsys):
