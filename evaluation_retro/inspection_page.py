@@ -12,6 +12,7 @@ from retrieval import Document, KnowledgeBaseError, ingest
 from .inspection import Inspection, inspect_generation
 from .opening import Opened
 
+FRAME_STYLE = "width: 100%; height: 85vh; min-height: 30rem; border: 0"
 EMPTY = "Write a prompt and choose Generate."
 CSS = """
 footer { display: none !important }
@@ -31,7 +32,7 @@ def static_page(inspection: Inspection) -> str:
 
 def framed(page: str) -> str:
     """Return a page as a frame of another one; the frame runs the page's own script."""
-    return f'<iframe title="What the model read" srcdoc="{html.escape(page)}" style="width: 100%; border: 0"></iframe>'
+    return f'<iframe title="What the model read" srcdoc="{html.escape(page)}" style="{FRAME_STYLE}"></iframe>'
 
 
 def _file(name: str) -> str:
