@@ -59,8 +59,9 @@ SIZE = SplitSize(length=WINDOW, held_out=104)
 TRAINING = 64  # windows that the copy head is trained on, at most; one a document
 NEIGHBORS = 4
 WHOLE = 8  # documents whose perplexity is measured, from beginning to end
-MORE_ROWS = ["--strides", "64", "16", "--long_window", "--replug", "--knn_lm"]  # of the comparison
 MORE_ROWS_ON = "models"  # one corpus: these rows take the longest
+MORE_ROWS = ["--long_window", "--replug", "--knn_lm"]
+OFTEN = ["--strides", "16", "--neighbors", str(NEIGHBORS)]
 
 
 def write_texts(
@@ -150,14 +151,19 @@ def commands(folder: Path) -> Iterator[list[str]]:
     shared += ["--embedding_model", str(MINILM), "--dtype", "bfloat16", "--texts", str(folder / "held_out")]
     shared += ["--window", str(WINDOW)]
     windows, training = ["--windows", str(SIZE.held_out)], ["--training_texts", str(folder / "knowledge")]
-    more = MORE_ROWS if folder.name == MORE_ROWS_ON else []
-    for command, own in (
-        ("compare", [*windows, *training, *more]),
-        ("leakage", [*windows, *training]),
-        ("ablate", windows),
-        ("perplexity", ["--documents", str(WHOLE)]),
-    ):
-        yield ["retro-eval", command, *shared, *own, "--output_dir", str(folder / command)]
+    named = [
+        ("compare", "compare", [*windows, *training]),
+        ("leakage", "leakage", [*windows, *training]),
+        ("ablate", "ablate", windows),
+        ("perplexity", "perplexity", ["--documents", str(WHOLE)]),
+    ]
+    if folder.name == MORE_ROWS_ON:
+        named += [
+            ("compare", output, [*windows, *training, *rows])
+            for output, rows in (("compare_more", MORE_ROWS), ("compare_often", OFTEN))
+        ]
+    for command, output, own in named:
+        yield ["retro-eval", command, *shared, *own, "--output_dir", str(folder / output)]
 
 
 def parse_arguments() -> argparse.Namespace:

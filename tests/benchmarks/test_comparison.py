@@ -1,11 +1,15 @@
 """The comparison's materials: texts split by document, a knowledge base, and trained copy heads."""
 
+from importlib import import_module
+
 import comparison
 import pytest
 import torch
 
+from evaluation_retro.cli import COMMANDS
 from modeling_retro import RetroForCausalLM
 from retrieval import load_tokenizer
+from retrieval.parsing import parse_settings
 
 from ..support.small_models import save_static_embedding
 from .conftest import SIZE
@@ -61,3 +65,13 @@ def test_training_windows_do_not_read_their_own_documents(folder, tokenizer, hf_
     assert {*found.doc_ids.flatten()} - {""} <= {f"knowledge/{name}" for name in texts_below(folder / "knowledge")}
     for doc_id, neighbors in zip(windows.doc_ids, found.doc_ids, strict=True):
         assert doc_id not in neighbors
+
+
+def test_the_printed_commands_are_understood(tmp_path):
+    outputs = set()
+    for corpus in comparison.CORPORA:
+        for program, command, *arguments in comparison.commands(tmp_path / corpus):
+            kind = import_module(COMMANDS[command]).SETTINGS
+            (settings,) = parse_settings((kind,), f"{program} {command}", arguments, lambda settings: None)
+            outputs.add(settings.output_dir)
+    assert len(outputs) == 4 * 3 + 2
