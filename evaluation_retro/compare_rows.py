@@ -119,7 +119,13 @@ class RowSettings:
     key_context: int = same_setting(KeySettings, "key_context")
     batch_size: int = field(default=4, metadata={"help": "Windows in a forward pass of RETRO and of the decoder."})
     no_costs: bool = field(default=False, metadata={"help": "Measure no time and no memory."})
-    new_tokens: int = field(default=64, metadata={"help": "Tokens that are generated to measure time."})
+    new_tokens: int = field(
+        default=256,
+        metadata={
+            "help": "Tokens that are generated to measure time. After each chunk of them, rows with neighbors in the "
+            "prompt read it again."
+        },
+    )
     rounds: int = field(default=3, metadata={"help": "Rounds in which all rows are timed in turns."})
     cost_batches: list[int] = field(
         default_factory=lambda: [1, 8], metadata={"help": "Numbers of texts that are generated at a time."}

@@ -90,13 +90,13 @@ def generate_retro_in_context(
     size = model.config.chunk_size
 
     def write(texts: Texts, found: Neighbors, count: int) -> torch.Tensor:
-        befores = [
+        in_front = [
             neighbor_tokens(ids, mask, separator) for ids, mask in zip(found.ids, found.attention_mask, strict=True)
         ]
-        cut = [cut_prompt(before, text, count, max_tokens) for before, text in zip(befores, texts, strict=True)]
+        cut = [cut_prompt(before, text, count, max_tokens) for before, text in zip(in_front, texts, strict=True)]
         prompts = [
             Prompt(row, range(0), tokens, 0 if before else None, len(tokens) if before else None)
-            for row, (tokens, before) in enumerate(zip(cut, befores, strict=True))
+            for row, (tokens, before) in enumerate(zip(cut, in_front, strict=True))
         ]
         neighbors = NeighborInputs(*(part[:, None] for part in (found.ids, found.attention_mask, found.scores)))
         first_points, read = one_point_each(prompts, neighbors, size)

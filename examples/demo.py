@@ -39,6 +39,8 @@ from evaluation_retro.compare_report import write_report
 from evaluation_retro.compare_rows import Method, RowSettings
 from evaluation_retro.comparison import Comparison
 from evaluation_retro.decoder_states import Batch, store_batch
+from evaluation_retro.inspection import inspect_generation
+from evaluation_retro.inspection_page import static_page
 from evaluation_retro.kept import Kept
 from evaluation_retro.opening import Opened
 from evaluation_retro.report import Report
@@ -65,8 +67,9 @@ CHUNKS = 3000  # of the knowledge base, at least
 SEQUENCE, TRAINING = 256, 64  # tokens of a sequence to train on, and their number
 BATCH, STEPS = 4, 300
 WINDOW, HELD_OUT, CHOICE = 768, 32, 16  # tokens of a window, windows to measure, windows that rivals choose on
-ROWS = RowSettings(neighbors=[1, 4], rounds=1, cost_batches=[1])
+ROWS = RowSettings(neighbors=[1, 4], rounds=1, cost_batches=[1], new_tokens=128)
 NEW_TOKENS, LONGEST_REPEAT = 128, 11  # tokens of the sample, and of a passage that it may say twice
+PAGE, SHOWN = "reading.html", 192  # the inspector's page in the report, and tokens of its prompt
 HARD = 1.0  # nats a token that the decoder needs, or more, for the text that the sample continues
 
 console = Console(highlight=False)
@@ -234,11 +237,15 @@ def run() -> None:
     opened = Opened(model, tokenizer, retriever)
     comparison = compare(opened, texts.held_out, texts.choice, ROWS, Kept(OUTPUT / "parts", opened.describe()))
     say("compared with its rivals: the last chunk of each held-out window, in bits per byte")
-    report = Report(OUTPUT / "report", "compare", "The demo: RETRO on SmolLM2-135M-Instruct and its rivals")
-    write_report(report, comparison)
     best = hard_and_well_read(comparison, model.config.chunk_size)
-    name = texts.held_out.doc_ids[best]
-    print_sample(model, tokenizer, name, texts.held_out.tokens[best].tolist())
+    name, window = texts.held_out.doc_ids[best], texts.held_out.tokens[best].tolist()
+    report = Report(OUTPUT / "report", "compare", "The demo: RETRO on SmolLM2-135M-Instruct and its rivals")
+    report.text(f"What RETRO read to continue {name}: [{PAGE}]({PAGE}).")
+    shown_text = tokenizer.decode(window[-SHOWN - model.config.chunk_size : -model.config.chunk_size])
+    page = static_page(inspect_generation(opened, shown_text, model.config.chunk_size))
+    (OUTPUT / "report" / PAGE).write_text(page, encoding="utf-8")
+    write_report(report, comparison)
+    print_sample(model, tokenizer, name, window)
     retriever.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     say(f"done; peak memory {peak:.1f} GiB. Next:")

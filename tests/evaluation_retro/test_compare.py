@@ -273,7 +273,7 @@ def test_retro_reads_alone_and_together_with_the_prompt(which, world, request, t
 
 
 def test_table_json_and_pairs_agree(report, folder):
-    lines = (folder / "compare.md").read_text().splitlines()
+    lines = (folder / "compare.md").read_text().partition("**RETRO against")[0].splitlines()
     cells = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in lines if " | " in line}
     names = [row["name"] for row in report["rows"]]
     assert len(set(names)) == len(names) == 23
@@ -341,7 +341,7 @@ def test_a_comparison_that_broke_off_goes_on_and_gets_new_rows(slow, tmp_path, s
 
     whole = measure("whole", settings)
     parts, remember = len(saved), kept._save
-    assert parts > 20
+    assert parts >= 20
     for broken_at in (parts + 5, 2 * parts - 3):
 
         def break_off(part, arrays, broken_at=broken_at):
@@ -371,7 +371,7 @@ def test_a_comparison_that_broke_off_goes_on_and_gets_new_rows(slow, tmp_path, s
         ({"neighbors": 3}, "too short for in-context, k = 3"),
         ({"training_texts": None}, "training_texts is empty"),
         ({"knowledge_base": None}, "knowledge_base is not given"),
-        ({"texts": "nowhere"}, "no such file or folder"),
+        ({"texts": "nowhere"}, "'nowhere'"),
         ({"neighbors": 0}, "neighbors has 0"),
     ],
 )

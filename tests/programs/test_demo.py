@@ -22,7 +22,7 @@ from ..support.small_models import save_static_embedding, train_tokenizer
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 SMALL = {
     **{"CHUNKS": 1500, "SEQUENCE": 96, "TRAINING": 8, "BATCH": 2, "STEPS": 40, "NEW_TOKENS": 20},
-    **{"WINDOW": 160, "HELD_OUT": 6, "CHOICE": 4},
+    **{"WINDOW": 160, "HELD_OUT": 6, "CHOICE": 4, "SHOWN": 48},
     "ROWS": RowSettings(neighbors=[4], rounds=1, cost_batches=[1], new_tokens=8),
 }
 
@@ -65,6 +65,8 @@ def test_the_demo_runs_and_its_model_writes(demo, capsys, monkeypatch):
     assert bits["RETRO"] < bits["decoder"]  # it copies, though the decoder is random
     assert all(f"{row['name']} " in printed and f"{row['bits_per_byte']:.4f}" in printed for row in rows.values())
     assert len(rows) == 7 and rows["RETRO"]["milliseconds_a_token"]["1"]["median"] > 0
+    page = Path("demo_output/report/reading.html").read_text()
+    assert "modeling_" in page and "reading.html" in Path("demo_output/report/compare.md").read_text()
     command = next(line for line in printed.splitlines() if line.startswith("python generate_hf.py"))
     generate_hf.main([*shlex.split(command)[2:], "--max_new_tokens", "20"])
     written = capsys.readouterr().out
