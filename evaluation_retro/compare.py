@@ -96,6 +96,7 @@ def compare(
             {} if settings.no_costs else costs.measure(rows),
             {row: chosen for row in rows if (chosen := measured.chosen(row)) is not None},
             costs.where,
+            measured.repeated(),
         )
     finally:
         measured.close()

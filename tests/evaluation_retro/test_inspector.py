@@ -54,6 +54,7 @@ def test_tokens_joined_are_the_text(tokenizer):
 def test_copied_spans_are_shared_runs():
     assert copied_spans([9, 1, 2, 3, 4, 5, 9, 2, 3, 4], [1, 2, 3, 4, 5, 8], least=3) == [(1, 6), (7, 10)]
     assert copied_spans([1, 2], [1, 2], least=3) == []
+    assert copied_spans([1, 2, 3, 4, 5], [1, 2, 3, 9, 3, 4, 5], least=3) == [(0, 5)]  # no token twice
 
 
 @torch.no_grad()
