@@ -121,7 +121,7 @@ def test_static_file(file, tab):
 @pytest.fixture
 @torch.no_grad()
 def copying(opened):
-    """The copier with its gate opened by hand: it continues the longest match, whatever the decoder says."""
+    """The copier with its gate opened by hand: it continues the longest match."""
     head = opened.model.copy_head
     for parameter in (head.similarity, head.gate_hidden, head.gate_features):
         parameter.zero_()
