@@ -18,7 +18,6 @@ CSS = """
 footer { display: none !important }
 .gradio-container { width: 100%; max-width: 84rem !important; margin: 0 auto !important }
 #view .html-container { padding: 0 }
-@media (max-width: 760px) { .gradio-container .fillable { padding: .75rem !important } }
 """
 
 
