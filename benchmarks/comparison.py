@@ -25,6 +25,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import corpora
 import numpy as np
@@ -57,6 +58,9 @@ WINDOW = 768  # tokens of a window: four neighbors of 128 tokens, and 256 tokens
 SIZE = SplitSize(length=WINDOW, held_out=104)
 TRAINING = 64  # windows that the copy head is trained on, at most; one a document
 NEIGHBORS = 4
+WHOLE = 8  # documents whose perplexity is measured, from beginning to end
+MORE_ROWS = ["--strides", "64", "16", "--long_window", "--replug", "--knn_lm"]  # of the comparison
+MORE_ROWS_ON = "models"  # one corpus: these rows take the longest
 
 
 def write_texts(
@@ -142,12 +146,18 @@ def make_materials(folder: Path, model: RetroForCausalLM, tokenizer: BulkTokeniz
 
 def commands(folder: Path) -> Iterator[list[str]]:
     """Yield the commands of a corpus' comparison, as a user types them."""
-    model = ["--model", str(folder / "retro"), "--knowledge_base", str(folder / "kb.db")]
-    model += ["--embedding_model", str(MINILM), "--dtype", "bfloat16"]
-    held_out = ["--texts", str(folder / "held_out"), "--window", str(WINDOW), "--windows", str(SIZE.held_out)]
-    training = ["--training_texts", str(folder / "knowledge")]
-    for command, more in (("perplexity", []), ("compare", training), ("leakage", training), ("ablate", [])):
-        yield ["retro-eval", command, *model, *held_out, *more, "--output", str(folder / command)]
+    shared = ["--model", str(folder / "retro"), "--knowledge_base", str(folder / "kb.db")]
+    shared += ["--embedding_model", str(MINILM), "--dtype", "bfloat16", "--texts", str(folder / "held_out")]
+    shared += ["--window", str(WINDOW)]
+    windows, training = ["--windows", str(SIZE.held_out)], ["--training_texts", str(folder / "knowledge")]
+    more = MORE_ROWS if folder.name == MORE_ROWS_ON else []
+    for command, own in (
+        ("compare", [*windows, *training, *more]),
+        ("leakage", [*windows, *training]),
+        ("ablate", windows),
+        ("perplexity", ["--documents", str(WHOLE)]),
+    ):
+        yield ["retro-eval", command, *shared, *own, "--output_dir", str(folder / command)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -167,7 +177,7 @@ def main() -> None:
     arguments = parse_arguments()
     print(machine(), flush=True)
     decoder: Path = arguments.decoder
-    gguf = {"gguf_file": decoder.name} if decoder.suffix == ".gguf" else {}
+    gguf: dict[str, Any] = {"gguf_file": decoder.name} if decoder.suffix == ".gguf" else {}
     place = decoder.parent if gguf else decoder
     tokenizer = BulkTokenizer(load_tokenizer(place, **gguf))
     sources = corpora.by_name(arguments.kernel_docs)

@@ -162,6 +162,7 @@ class RowSettings:
 def plan_rows(settings: RowSettings, config: RetroConfig) -> list[Row]:
     """Return all rows that the settings ask for, in the table's order."""
     strides = sorted(settings.strides, reverse=True) or [config.chunk_size]
+    assert config.num_neighbors is not None, "set when the configuration is built"
     read = settings.retro_neighbors or [config.num_neighbors]
     windows = (False, True) if settings.long_window else (False,)
 

@@ -12,9 +12,10 @@ and RETRO is asked again.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from retrieval import Document
 from retrieval.settings import same_setting
@@ -108,7 +109,7 @@ def run(settings: FactsSettings) -> None:
         print(f"Wrote {len(new)} facts to {settings.write_training}: documents.jsonl and questions.jsonl.")
         return
     folder = Path(settings.output_dir)
-    kept = Kept(folder / "answers", {**opened.describe(), **_described(settings, texts, facts)})
+    kept = Kept(folder / "answers", _described(settings, opened, texts, facts))
     kept.claim()  # the knowledge base that is built next to the answers belongs to them
     roles = roles_of(len(facts), settings.seed)
     base = FactBase(settings, folder, opened.tokenizer, opened.model.config, texts, facts, roles)
@@ -136,23 +137,16 @@ def _numbers_in_context(settings: FactsSettings, opened: Opened) -> list[int]:
 
 
 def _described(
-    settings: FactsSettings, texts: Sequence[Document], facts: Sequence[Fact]
-) -> dict[str, str | int | None]:
+    settings: FactsSettings, opened: Opened, texts: Sequence[Document], facts: Sequence[Fact]
+) -> Mapping[str, Any]:
     """Return what the kept answers belong to."""
     names = (
-        "texts",
-        "seed",
-        "asked",
-        "search",
-        "embedding_model",
-        "query_prompt",
-        "document_prompt",
-        "truncate_dim",
-        "reranker",
-        "rerank_candidates",
+        *("texts", "seed", "asked", "search", "embedding_model"),
+        *("query_prompt", "document_prompt", "truncate_dim", "reranker", "rerank_candidates"),
     )
     digest = hashlib.sha256("".join([*(document.text for document in texts), *map(repr, facts)]).encode())
-    return {
+    return opened.describe() | {
+        "model": settings.name,
         **{name: getattr(settings, name) for name in names},
         "facts and texts": digest.hexdigest()[:16],
     }

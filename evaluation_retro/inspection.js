@@ -1,6 +1,7 @@
 "use strict";
 // Every text is put in with textContent, so nothing in it becomes an element.
 const FULL_COLOR = 3; // nats: from here on, a token has the scale's full color
+const OPACITY = 0.45; // of the full color
 const shown = JSON.parse(document.getElementById("data").textContent);
 const readText = document.querySelector("#on .text");
 const status = document.getElementById("token");
@@ -23,7 +24,7 @@ function tokenElement(index) {
   made.dataset.index = index;
   if (shown.on[index] !== null) {
     const change = shown.on[index] - shown.off[index];
-    const strength = (Math.min(Math.abs(change) / FULL_COLOR, 1) * 0.6).toFixed(3);
+    const strength = (Math.min(Math.abs(change) / FULL_COLOR, 1) * OPACITY).toFixed(3);
     if (strength > 0.01) made.style.background = `rgb(${change > 0 ? "43 120 200" : "230 97 1"} / ${strength})`;
   }
   return made;
@@ -47,9 +48,6 @@ function neighborElement(neighbor) {
   title.append(element("span", "", `chunk ${neighbor.chunk_index}`));
   title.append(element("span", "", `similarity ${neighbor.similarity.toFixed(3)}`));
   const text = element("p");
-  text.tabIndex = 0;
-  text.setAttribute("aria-label", `Text of ${neighbor.doc_id}, chunk ${neighbor.chunk_index}`);
-  text.setAttribute("role", "group");
   let done = 0;
   for (const [start, end] of neighbor.copied) {
     text.append(neighbor.tokens.slice(done, start).join(""));
@@ -64,7 +62,10 @@ function neighborElement(neighbor) {
 function choose(number) {
   if (number === chosen) return;
   chosen = number;
-  readText.querySelectorAll(".chunk").forEach((made, place) => made.classList.toggle("chosen", place === number));
+  readText.querySelectorAll(".chunk").forEach((made, place) => {
+    made.classList.toggle("chosen", place === number);
+    made.tabIndex = place === number ? 0 : -1; // the next Tab leads to the neighbors
+  });
   const chunk = shown.chunks[number];
   const panel = document.getElementById("neighbors");
   const title = element("h2", "", `Neighbors of chunk ${number + 1} of ${shown.chunks.length}`);
@@ -72,9 +73,10 @@ function choose(number) {
   const copied = chunk.neighbors.some((neighbor) => neighbor.copied.length);
   const note = !chunk.neighbors.length
     ? "No neighbors were found."
-    : copied ? `Marked: runs of ${shown.copied_run} tokens or more that stand in this chunk, too.`
+    : copied ? `Marked: ${shown.copied_run} tokens or more in a row that this chunk repeats.`
     : `This chunk repeats no ${shown.copied_run} tokens in a row from these neighbors.`;
   panel.replaceChildren(title, element("p", "note", note), ...chunk.neighbors.map(neighborElement));
+  panel.scrollTop = 0;
 }
 
 function fill() {
@@ -84,7 +86,7 @@ function fill() {
   readText.append(plain);
   shown.chunks.forEach((chunk, number) => {
     const made = element("div", "chunk");
-    made.tabIndex = 0;
+    if (chunk.start === shown.prompt_length) label(made, "Written with neighbors");
     made.setAttribute("role", "group");
     made.setAttribute("aria-label", `Chunk ${number + 1} of ${shown.chunks.length}, ${chunk.neighbors.length} ` +
       "neighbors. Arrow keys: up and down for chunks, left and right for tokens.");
@@ -98,11 +100,20 @@ function fill() {
     const token = event.target.closest(".token");
     if (token) say(Number(token.dataset.index));
   });
-  const off = document.querySelector("#off .text");
-  const given = element("span", "prompt", shown.tokens.slice(0, shown.prompt_length).join(""));
   const alone = element("div", "plain");
-  alone.append(given, shown.off_tokens.join(""));
-  off.append(alone);
+  alone.append(element("span", "prompt", shown.tokens.slice(0, shown.prompt_length).join("")));
+  if (shown.off_tokens.length) {
+    alone.firstChild.classList.add("given"); // on a phone, it is shown once
+    alone.append(label(element("div", ""), "Written without neighbors"));
+    alone.lastChild.append(shown.off_tokens.join(""));
+  }
+  document.querySelector("#off .text").append(alone);
+}
+
+function label(made, text) {
+  made.classList.add("written");
+  made.dataset.label = text;
+  return made;
 }
 
 function move(event, number) {
@@ -115,22 +126,31 @@ function move(event, number) {
     const active = readText.querySelector(".token.active");
     const at = active ? Number(active.dataset.index) : -1;
     say(at < start || at >= end ? start : Math.min(Math.max(at + along, start), end - 1));
+    readText.querySelector(".token.active").scrollIntoView({ block: "nearest" });
   }
   if (step || along) event.preventDefault();
 }
 
-function fitFrame() {
-  // Inside another page, the frame is as high as its content and follows that page's theme.
+function followTheme() {
+  // Inside another page, the frame has that page's theme and background.
   let frame = null;
   try { frame = window.frameElement; } catch (error) { return; }
   if (!frame) return;
-  const dark = frame.ownerDocument.body.classList.contains("dark");
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-  new ResizeObserver(() => { frame.style.height = `${document.body.offsetHeight + 8}px`; }).observe(document.body);
+  const [root, outer] = [document.documentElement, frame.ownerDocument.body];
+  root.classList.add("framed");
+  root.dataset.theme = outer.classList.contains("dark") ? "dark" : "light";
+  let around = frame;
+  const background = () => getComputedStyle(around).backgroundColor;
+  while (around.parentElement && background() === "rgba(0, 0, 0, 0)") around = around.parentElement;
+  root.style.setProperty("--page", background());
 }
 
 function view(value) {
   document.body.dataset.view = value;
+  // begin with what was written: the pane alone moves, not the page around it
+  const [written] = [...document.querySelectorAll(".written")].filter((made) => made.offsetParent);
+  const pane = document.getElementById("texts");
+  if (written) pane.scrollTop = written.offsetTop - pane.clientHeight / 3;
 }
 
 document.querySelectorAll("#view input").forEach((input) => {
@@ -145,5 +165,5 @@ if (shown.chunks.length) {
   title.id = "neighbors-title";
   document.getElementById("neighbors").append(title);
 }
-status.textContent = "Point at a token, or focus a chunk and press the arrow keys, to read its numbers.";
-fitFrame();
+status.textContent = "Point at a token or press the arrow keys to read its numbers.";
+followTheme();

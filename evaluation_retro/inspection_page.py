@@ -12,10 +12,12 @@ from retrieval import Document, KnowledgeBaseError, ingest
 from .inspection import Inspection, inspect_generation
 from .opening import Opened
 
+FRAME_STYLE = "width: 100%; height: 85vh; min-height: 30rem; border: 0"
 EMPTY = "Write a prompt and choose Generate."
 CSS = """
 footer { display: none !important }
 .gradio-container { width: 100%; max-width: 84rem !important; margin: 0 auto !important }
+#view .html-container { padding: 0 }
 """
 
 
@@ -31,7 +33,7 @@ def static_page(inspection: Inspection) -> str:
 
 def framed(page: str) -> str:
     """Return a page as a frame of another one; the frame runs the page's own script."""
-    return f'<iframe title="What the model read" srcdoc="{html.escape(page)}" style="width: 100%; border: 0"></iframe>'
+    return f'<iframe title="What the model read" srcdoc="{html.escape(page)}" style="{FRAME_STYLE}"></iframe>'
 
 
 def _file(name: str) -> str:
@@ -111,7 +113,7 @@ def build_page(opened: Opened, new_tokens: int, temperature: float, prompt: str 
     inspector = Inspector(opened)
     with gr.Blocks(title="RETRO inspector", analytics_enabled=False) as page:
         prompted = gr.Textbox(prompt, label="Prompt", lines=4, max_lines=8, elem_id="prompt")
-        with gr.Row():
+        with gr.Row(equal_height=True):
             count = gr.Number(new_tokens, label="New tokens", precision=0, minimum=1, elem_id="new_tokens")
             heat = gr.Number(temperature, label="Temperature", minimum=0, step=0.1, elem_id="temperature")
             generate = gr.Button("Generate", variant="primary", elem_id="generate")
