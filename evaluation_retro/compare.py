@@ -141,7 +141,7 @@ def run(settings: CompareSettings) -> None:
     try:
         windows = draw_windows(documents, opened.tokenizer, settings)
         of_training = replace(settings, windows=settings.training_windows)
-        training = draw_windows(training_documents, opened.tokenizer, of_training)
+        training = draw_windows(training_documents, opened.tokenizer, of_training, "training_texts")
         check(opened, windows, settings)
         of = opened.describe() | {
             "windows": windows.fingerprint(),
