@@ -31,8 +31,10 @@ class Gain:
     stderr: float
 
     def __str__(self) -> str:
-        value = f"{round(self.value, 4) + 0.0:+.4f}"  # no -0.0000
-        return value if math.isnan(self.low) else f"{value} [{self.low:+.4f}, {self.high:+.4f}]"
+        value, low, high = (
+            f"{round(number, 4) + 0.0:+.4f}" for number in (self.value, self.low, self.high)
+        )  # no -0.0000
+        return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
 
 
 def bits_per_byte(nats: np.ndarray, text_bytes: np.ndarray) -> float:
