@@ -96,6 +96,7 @@ def compare(
             {} if settings.no_costs else costs.measure(rows),
             {row: chosen for row in rows if (chosen := measured.chosen(row)) is not None},
             costs.where,
+            measured.repeated(),
         )
     finally:
         measured.close()
@@ -140,7 +141,7 @@ def run(settings: CompareSettings) -> None:
     try:
         windows = draw_windows(documents, opened.tokenizer, settings)
         of_training = replace(settings, windows=settings.training_windows)
-        training = draw_windows(training_documents, opened.tokenizer, of_training)
+        training = draw_windows(training_documents, opened.tokenizer, of_training, "training_texts")
         check(opened, windows, settings)
         of = opened.describe() | {
             "windows": windows.fingerprint(),

@@ -28,6 +28,7 @@ from .key_store import KeyStore
 from .knn_lm import KeysFound, KnnSettings, choose_knn, find_keys
 from .measuring import WindowNats, configured
 from .opening import Opened
+from .overlap import shared_runs
 from .replug import replug_nats
 from .retro_in_context import retro_in_context_nats
 from .windows import Windows
@@ -96,6 +97,18 @@ class RowNats:
             assert row.k is not None and row.stride is not None, "the copier has neighbors"
             return {"weight": self.copy_weight(row.k, row.stride)}
         return None
+
+    def repeated(self) -> dict[str, float]:
+        """Return the share of windows whose neighbors hold a chunk's length of their own text.
+
+        A few are quotations. Many are a sign that the windows' documents are in the knowledge base
+        under other ids, and so were not left out.
+        """
+        shares = {}
+        for name, windows in self.windows.items():
+            runs = shared_runs(windows.tokens, self.found(name, self.chunk), self.chunk, with_query=True)
+            shares[name] = float((runs[:, -1] >= self.chunk).mean())
+        return shares
 
     def close(self) -> None:
         """Close the keys of kNN-LM."""

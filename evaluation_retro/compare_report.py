@@ -17,6 +17,11 @@ COUNTED = (
     "and values with RETRO's memory of its neighbors. Embedding models and Milvus' memory are not counted. The store "
     "is the knowledge base on disk, or kNN-LM's keys."
 )
+REPEATED = (
+    "The neighbors of {shares} hold a whole chunk's length of the windows' own text, which is easy to copy. If these "
+    "documents are in the knowledge base under other ids, they were not left out: name the texts as they were "
+    "ingested, since a folder's name stands in the ids of its files."
+)
 
 
 def write_report(report: Report, comparison: Comparison) -> None:
@@ -35,6 +40,9 @@ def write_report(report: Report, comparison: Comparison) -> None:
             "the machine was busy. Compare them with care, or measure again in another folder."
         )
     write_pairs(report, comparison, batches)
+    if any(comparison.repeated.values()):
+        shares = " and ".join(f"{share:.1%} of the {name} windows" for name, share in comparison.repeated.items())
+        report.text(REPEATED.format(shares=shares.replace("_", "-")))
     report.plot("gain", lambda axes: draw_gains(axes, comparison))
     for batch in batches:
         report.plot(f"gain_against_time_{batch}", partial(draw_times, comparison=comparison, batch=batch))
@@ -74,6 +82,7 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
     return {
         "documents": len(comparison.text_bytes),
         "bytes": int(comparison.text_bytes.sum()),
+        "windows_with_own_text_among_neighbors": comparison.repeated,
         "machine": comparison.machine if comparison.costs else None,
         "rows": [row_numbers(comparison, row) for row in comparison.rows],
         "pairs": [

@@ -1,7 +1,7 @@
 """Comparison: what each row needs for the same tokens, and at what cost."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ class Comparison:
         costs: by row; empty if none were measured.
         chosen: what rivals chose on training texts, by row.
         machine: where the costs were measured.
+        repeated: for the measured and for the training windows, the share whose neighbors hold as
+            many tokens in a row of the last chunk and its query as a chunk has.
     """
 
     nats: dict[Row, np.ndarray]
@@ -30,6 +32,7 @@ class Comparison:
     costs: dict[Row, Cost]
     chosen: dict[Row, dict[str, Any]]
     machine: str
+    repeated: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:

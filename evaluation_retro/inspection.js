@@ -132,12 +132,17 @@ function move(event, number) {
 }
 
 function followTheme() {
-  // Inside another page, the frame has that page's theme.
+  // Inside another page, the frame has that page's theme and background.
   let frame = null;
   try { frame = window.frameElement; } catch (error) { return; }
   if (!frame) return;
-  const dark = frame.ownerDocument.body.classList.contains("dark");
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  const [root, outer] = [document.documentElement, frame.ownerDocument.body];
+  root.classList.add("framed");
+  root.dataset.theme = outer.classList.contains("dark") ? "dark" : "light";
+  let around = frame;
+  const background = () => getComputedStyle(around).backgroundColor;
+  while (around.parentElement && background() === "rgba(0, 0, 0, 0)") around = around.parentElement;
+  root.style.setProperty("--page", background());
 }
 
 function view(value) {
@@ -160,5 +165,5 @@ if (shown.chunks.length) {
   title.id = "neighbors-title";
   document.getElementById("neighbors").append(title);
 }
-status.textContent = "Point at a token, or focus a chunk and press the arrow keys, to read its numbers.";
+status.textContent = "Point at a token or press the arrow keys to read its numbers.";
 followTheme();

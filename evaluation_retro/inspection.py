@@ -105,7 +105,7 @@ def copied_spans(neighbor: Sequence[int], text: Sequence[int], least: int = COPI
     for start in range(len(neighbor) - least + 1):
         if tuple(neighbor[start : start + least]) not in shared:
             continue
-        if spans and start <= spans[-1][1] - least + 1:
+        if spans and start < spans[-1][1]:  # the runs overlap
             spans[-1] = (spans[-1][0], start + least)
         else:
             spans.append((start, start + least))

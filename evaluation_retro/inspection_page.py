@@ -17,6 +17,7 @@ EMPTY = "Write a prompt and choose Generate."
 CSS = """
 footer { display: none !important }
 .gradio-container { width: 100%; max-width: 84rem !important; margin: 0 auto !important }
+#view .html-container { padding: 0 }
 """
 
 
@@ -112,7 +113,7 @@ def build_page(opened: Opened, new_tokens: int, temperature: float, prompt: str 
     inspector = Inspector(opened)
     with gr.Blocks(title="RETRO inspector", analytics_enabled=False) as page:
         prompted = gr.Textbox(prompt, label="Prompt", lines=4, max_lines=8, elem_id="prompt")
-        with gr.Row():
+        with gr.Row(equal_height=True):
             count = gr.Number(new_tokens, label="New tokens", precision=0, minimum=1, elem_id="new_tokens")
             heat = gr.Number(temperature, label="Temperature", minimum=0, step=0.1, elem_id="temperature")
             generate = gr.Button("Generate", variant="primary", elem_id="generate")

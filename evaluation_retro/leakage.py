@@ -86,8 +86,8 @@ class Line:
     Attributes:
         label: which ones.
         chunks: how many.
-        bits_per_byte: under each condition; empty without chunks.
-        gains: what the neighbors save over each other condition; empty without chunks.
+        bits_per_byte: under each condition; empty without text.
+        gains: what the neighbors save over each other condition; empty without text.
     """
 
     label: str
@@ -107,7 +107,7 @@ class Line:
 
     def cells(self, conditions: Sequence[str]) -> list[str]:
         """Return the line of a table."""
-        bits = [f"{self.bits_per_byte[name]:.4f}" if self.chunks else "–" for name in conditions]
+        bits = [f"{self.bits_per_byte[name]:.4f}" if self.bits_per_byte else "–" for name in conditions]
         gains = [str(self.gains.get(name, "–")) for name in conditions if name != ON]
         return [self.label, f"{self.chunks:,}", *bits, *gains]
 
@@ -187,7 +187,7 @@ class LeakageMeasurement:
             ValueError: they are too short, or no neighbors are found.
         """
         documents = self.settings.documents(self.settings.training_texts)
-        windows = draw_windows(documents, self.opened.tokenizer, self.settings)
+        windows = draw_windows(documents, self.opened.tokenizer, self.settings, "training_texts")
         name = f"training_{windows.fingerprint()}"
         found = kept_find(self.kept, name, self.retriever, windows, self.stride)
         off = WindowNats(self.opened.model, windows, self.kept, name, self.settings.batch_size).off()

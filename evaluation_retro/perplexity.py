@@ -144,7 +144,7 @@ class WindowMeasurement:
         tokenizer: the model's.
         doc_ids: the documents' ids; neighbors never come from a window's own document.
         retrievers: by condition, "on" first; none for the decoder alone.
-        seed: of the shuffled neighbors.
+        seed: of the shuffled neighbors; None without that condition.
     """
 
     def __init__(
@@ -153,14 +153,15 @@ class WindowMeasurement:
         tokenizer: BulkTokenizer,
         doc_ids: list[str],
         retrievers: dict[str, MilvusRetriever],
-        seed: int,
+        seed: int | None,
     ) -> None:
         self.model, self.doc_ids, self.seed = model, doc_ids, seed
         self.collators = {
             name: RetroDataCollator(retriever, model.config.retrieval_stride) for name, retriever in retrievers.items()
         }
         self.bytes = byte_lengths(tokenizer.hf_tokenizer)
-        self.conditions = [OFF, *self.collators, *([SHUFFLED] if ON in self.collators else [])]
+        shuffles = ON in self.collators and seed is not None
+        self.conditions = [OFF, *self.collators, *([SHUFFLED] if shuffles else [])]
 
     @torch.no_grad()
     def measure(self, windows: list[Window]) -> Arrays:
@@ -187,7 +188,8 @@ class WindowMeasurement:
         for name, collator in self.collators.items():
             with_neighbors = collator(features)
             conditions[name] = {field: with_neighbors[field] for field in NEIGHBOR_FIELDS}
-        if ON in conditions:
+        if SHUFFLED in self.conditions:
+            assert self.seed is not None, "it is given with that condition"
             conditions[SHUFFLED] = shuffle_neighbors(conditions[ON], self.seed)
         nats = [self._nats(batch | conditions[name], labels) for name in self.conditions]
         document = np.array([window.document for window in windows])
@@ -253,14 +255,18 @@ def measure(
     if second is not None:
         retrievers[OTHER] = second
     doc_ids = [document.id for document in documents]
-    measurement = WindowMeasurement(opened.model, opened.tokenizer, doc_ids, retrievers, settings.seed)
+    seed = settings.seed if len(windows) > 1 else None  # a single window has no other one's neighbors
+    measurement = WindowMeasurement(opened.model, opened.tokenizer, doc_ids, retrievers, seed)
+    part = settings.batch_size * BATCHES_KEPT
+    while len(windows) > 1 and len(windows) % part == 1:  # nor has one that is left over
+        part += 1
 
     def measure_part(rows: range) -> Arrays:
         batches = np.array_split(order[rows.start : rows.stop], max(1, len(rows) // settings.batch_size))
         done = [measurement.measure([windows[place] for place in batch]) for batch in batches]
         return {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
-    parts = kept.parts("perplexity", len(windows), settings.batch_size * BATCHES_KEPT, measure_part)
+    parts = kept.parts("perplexity", len(windows), part, measure_part)
     if opened.retriever is not None and not parts["has_neighbors"].any():
         raise ValueError(
             "No neighbors were found for any chunk: the knowledge base holds only the measured documents themselves, "

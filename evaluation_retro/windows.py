@@ -82,10 +82,18 @@ class Windows:
         return byte_lengths(tokenizer.hf_tokenizer)[self.tokens[:, first:]].sum(1).numpy()
 
 
-def draw_windows(documents: Iterable[Document], tokenizer: BulkTokenizer, settings: TextSettings) -> Windows:
+def draw_windows(
+    documents: Iterable[Document], tokenizer: BulkTokenizer, settings: TextSettings, name: str = "texts"
+) -> Windows:
     """Draw documents, and a window at a random place of each.
 
     Equal documents and settings give equal windows.
+
+    Args:
+        documents: to draw from.
+        tokenizer: the model's.
+        settings: how many windows, and how long.
+        name: the setting that names the documents, for messages.
 
     Raises:
         ValueError: every document is shorter than a window, or there is none.
@@ -98,8 +106,8 @@ def draw_windows(documents: Iterable[Document], tokenizer: BulkTokenizer, settin
     if not long_enough:
         longest = max(map(len, encoded), default=0)
         raise ValueError(
-            f"No text is as long as a window of {settings.window} tokens: there are {len(kept)} documents, and the "
-            f"longest has {longest} tokens. Give longer texts, or a smaller --window."
+            f"None of {name} is as long as a window of {settings.window} tokens: there are {len(kept)} documents, and "
+            f"the longest has {longest} tokens. Give longer texts, or a smaller --window."
         )
     rows = []
     for place in long_enough:

@@ -24,7 +24,7 @@ from ..support.evaluated import place_of
 from ..support.training_world import CHUNK, NEIGHBOR
 
 WINDOW, STRIDE, K, N = 6 * CHUNK, 4, 2, 2
-LISTS = ("neighbors", "retro_neighbors", "strides", "cost_batches")
+LISTS = ("texts", "neighbors", "retro_neighbors", "strides", "cost_batches")
 EVERY = {"replug": True, "knn_lm": True, "long_window": True}
 QUICK = {"strides": CHUNK, "no_costs": True}
 
@@ -363,6 +363,16 @@ def test_a_comparison_that_broke_off_goes_on_and_gets_new_rows(slow, tmp_path, s
     assert len(saved) > before and all("replug" in name for name in saved[before:])
     assert {row.method for row in more.rows} - {row.method for row in whole.rows} == {Method.REPLUG}
     assert [more.costs[row].milliseconds for row in again.costs] == [c.milliseconds for c in again.costs.values()]
+
+
+def test_texts_that_are_there_under_other_ids_are_told(world, copier, report, tmp_path, capsys):
+    shares = "windows_with_own_text_among_neighbors"
+    assert report[shares]["held_out"] == 0
+    texts = f"{world}/train/0.txt {world}/train/1.txt"  # there as train/0.txt and train/1.txt
+    told = run(tmp_path, world, copier, texts=texts, **QUICK)
+    assert told[shares]["held_out"] == 1
+    assert "100.0% of the held-out windows" in (tmp_path / "compare.md").read_text()
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

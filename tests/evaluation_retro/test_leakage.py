@@ -131,7 +131,7 @@ def test_chunks_that_all_share_a_run_have_no_verdict():
     ("changes", "message"),
     [
         ({"window": CHUNK}, "Set --window to 9 or more"),
-        ({"window": 5000}, "No text is as long as a window of 5000 tokens"),
+        ({"window": 5000}, "None of texts is as long as a window of 5000 tokens"),
         ({"windows": 1}, "shuffled neighbors come from another window"),
         ({"texts": "nowhere"}, "'nowhere'"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from evaluation_retro import perplexity
 from evaluation_retro.cli import INTERRUPTED, main
 from evaluation_retro.kept import Kept
 from evaluation_retro.opening import Opened, plain_decoder
@@ -117,6 +118,25 @@ def test_a_second_knowledge_base_is_a_condition_of_its_own(world, opened, copier
     store.close()
     with pytest.raises(SystemExit, match="second knowledge base was .* Name another folder"):
         run(tmp_path / "report", world, copier, second_knowledge_base=other, documents=2)
+
+
+def test_no_window_is_shuffled_with_itself(world, opened, retriever, tmp_path, monkeypatch):
+    rotated, shuffle = [], perplexity.shuffle_neighbors
+
+    def counted(fields, seed):
+        rotated.append(len(fields["neighbor_ids"]))
+        return shuffle(fields, seed)
+
+    monkeypatch.setattr(perplexity, "shuffle_neighbors", counted)
+    text = next(iter(read_documents(str(world / "held_out")))).text
+    settings = PerplexitySettings(model="m", window=16, window_stride=15, batch_size=2, **place_of(world))
+    with_arithmetic = Opened(opened.model, opened.tokenizer, retriever)
+    for count, name in ((9, "nine"), (1, "one")):
+        tokens = opened.tokenizer.encode_batch([text])[0][: 15 * count + 1]
+        documents = [Document("a", opened.tokenizer.decode(tokens))]
+        measured = measure(settings, with_arithmetic, documents, Kept(tmp_path / name, {}))
+        assert ("shuffled" in measured.conditions) == (count > 1)
+    assert rotated and min(rotated) > 1
 
 
 def test_every_token_is_predicted_once_however_windows_overlap():

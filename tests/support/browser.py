@@ -47,8 +47,8 @@ def install() -> None:
                 return
         as_root = () if os.geteuid() == 0 else ("sudo", "-n") if shutil.which("sudo") else None
         if as_root is not None and shutil.which("apt-get"):
-            updated = subprocess.run([*as_root, *APT, "update"]).returncode
-            if not updated and not subprocess.run([*as_root, *APT, "install", "-y", "chromium"]).returncode:
+            steps = (["update"], ["install", "-y", "chromium"])
+            if all(subprocess.run([*as_root, *APT, *step]).returncode == 0 for step in steps):
                 return
         subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
 
