@@ -248,7 +248,7 @@ def run() -> None:
     print_sample(model, tokenizer, name, window)
     retriever.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    say(f"done; peak memory {peak:.1f} GiB. Next:")
+    say(f"done; peak memory {peak:.1f} GiB. The report is in {OUTPUT / 'report'}: compare.md, plots and {PAGE}. Next:")
     console.print(f"python examples/draw_reading.py --file {OUTPUT / 'held_out' / name}", soft_wrap=True)
     console.print(
         f"python generate_hf.py --model {OUTPUT}/retro --knowledge_base {OUTPUT}/kb.db --embedding_model {MINILM} "
