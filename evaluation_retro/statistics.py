@@ -1,8 +1,9 @@
 """Bits per byte and scores, and differences of them, with 95 % confidence intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -67,17 +68,7 @@ def gain(saved_nats: np.ndarray, text_bytes: np.ndarray, groups: Sequence[str] |
     def ratio(saved: np.ndarray, size: np.ndarray, axis: int) -> np.ndarray:
         return saved.sum(axis) / size.sum(axis) / math.log(2)
 
-    interval = stats.bootstrap(
-        (saved_nats, text_bytes),
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return Gain(value, float(interval.low), float(interval.high), stderr)
+    return Gain(value, *_bootstrapped((saved_nats, text_bytes), ratio, paired=True), stderr)
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class Score:
             right = stats.binomtest(int(numbers.sum()), len(numbers))
             low, high = right.proportion_ci(CONFIDENCE, method="wilson")
         elif len(numbers) > 1:
-            low, high = _bootstrapped(numbers)
+            low, high = _bootstrapped((numbers,), np.mean, batch=RESAMPLES_AT_ONCE)
         return cls(float(numbers.mean()), float(low), float(high), len(numbers))
 
     @classmethod
@@ -125,7 +116,7 @@ class Score:
             half = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt((better + worse) / total - middle**2) / total**0.5
             low, high = middle - half, middle + half
         elif len(numbers) > 1:
-            low, high = _bootstrapped(numbers)
+            low, high = _bootstrapped((numbers,), np.mean, batch=RESAMPLES_AT_ONCE)
         return cls(float(numbers.mean()), float(low), float(high), len(numbers))
 
     def __format__(self, form: str) -> str:
@@ -135,15 +126,20 @@ class Score:
         return format(self, ".3f")
 
 
-def _bootstrapped(numbers: np.ndarray) -> tuple[float, float]:
-    """Return the percentile interval of the mean of at least two numbers."""
+def _bootstrapped(samples: Sequence[np.ndarray], statistic: Callable, **settings: Any) -> tuple[float, float]:
+    """Return the percentile interval of a statistic of at least two numbers.
+
+    Args:
+        samples, statistic, settings: as for `scipy.stats.bootstrap`.
+    """
     interval = stats.bootstrap(
-        (numbers,),
-        np.mean,
+        samples,
+        statistic,
+        vectorized=True,
         n_resamples=RESAMPLES,
-        batch=RESAMPLES_AT_ONCE,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(SEED),
+        **settings,
     ).confidence_interval
     return float(interval.low), float(interval.high)
