@@ -169,9 +169,7 @@ class Ablations:
 
     def _neighbors(self) -> Iterator[Variant]:
         most = max(self.settings.neighbors)
-        found = kept_find(
-            self.kept, "held_out", changed_retriever(self.retriever, num_neighbors=most), self.windows, self.stride
-        )
+        found = kept_find(self.kept, "held_out", self.retriever.with_neighbors(most), self.windows, self.stride)
         for k in sorted(set(self.settings.neighbors)):
             yield Variant(str(k), TRAINED, self.trained) if k == self.k else Variant(str(k), f"k_{k}", found.best(k))
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_retro.loading import is_added
-from retrieval import MilvusStore
 
 from .compare_nats import HELD_OUT, RowNats
 from .compare_rows import Method, Row
@@ -176,19 +174,7 @@ class RowCosts:
             return 0
         if row.method is Method.KNN_LM:
             return self.nats.keys.num_bytes()
-        return bytes_on_disk(self.retriever.store)
-
-
-def bytes_on_disk(store: MilvusStore) -> int | None:
-    """Return the bytes of a knowledge base's Milvus Lite file; None for one on a server.
-
-    Other collections in the file count, too.
-    """
-    path = store.connection.address.path
-    if path is None:
-        return None
-    files = [Path(path), *Path(path).rglob("*")]
-    return sum(file.stat().st_size for file in files if file.is_file())
+        return self.retriever.store.connection.address.bytes_on_disk()
 
 
 @contextmanager

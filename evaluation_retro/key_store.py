@@ -11,7 +11,6 @@ Shapes: n queries, k keys found for each, d hidden size.
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,16 +181,15 @@ class KeyStore:
 
     def num_bytes(self) -> int:
         """Return the bytes of a Milvus Lite file on disk; on a server, those of the rows."""
-        path = self.connection.address.path
-        if path is None:
-            dimension = next(
-                int(field["params"]["dim"])
-                for field in self.connection.describe_collection(self.collection_name)["fields"]
-                if field["name"] == STATES
-            )
-            return self.count() * (4 * dimension + 8 * NUMBERS_OF_A_ROW)
-        files = [Path(path), *Path(path).rglob("*")]
-        return sum(file.stat().st_size for file in files if file.is_file())
+        on_disk = self.connection.address.bytes_on_disk()
+        if on_disk is not None:
+            return on_disk
+        dimension = next(
+            int(field["params"]["dim"])
+            for field in self.connection.describe_collection(self.collection_name)["fields"]
+            if field["name"] == STATES
+        )
+        return self.count() * (4 * dimension + 8 * NUMBERS_OF_A_ROW)
 
     def flush(self) -> None:
         """Flush pending writes to disk."""

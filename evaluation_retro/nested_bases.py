@@ -91,7 +91,6 @@ def changed_retriever(
     store: MilvusStore | None = None,
     search: str | None = None,
     embedder: Embedder | None = None,
-    num_neighbors: int | None = None,
 ) -> MilvusRetriever:
     """Return a retriever with other settings; what is not given stays.
 
@@ -99,16 +98,15 @@ def changed_retriever(
         KnowledgeBaseError: the collection was not built for this search.
     """
     search = search or retriever.search
-    k = num_neighbors or retriever.num_neighbors
     reranking: dict[str, Any] = {}
     if retriever.reranker is not None:
-        reranking = {"reranker": retriever.reranker, "rerank_candidates": max(retriever._rows_wanted, k)}
+        reranking = {"reranker": retriever.reranker, "rerank_candidates": retriever._rows_wanted}
     return MilvusRetriever(
         store or retriever.store,
         retriever.tokenizer,
         None if search == "bm25" else embedder or retriever.embedder,
         search=search,
-        num_neighbors=k,
+        num_neighbors=retriever.num_neighbors,
         neighbor_length=retriever.neighbor_length,
         **reranking,
     )

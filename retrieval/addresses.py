@@ -100,6 +100,13 @@ class MilvusAddress:
         for name, value in resolved.items():
             object.__setattr__(self, name, value)  # the fields are frozen from here on
 
+    def bytes_on_disk(self) -> int | None:
+        """Return the bytes of the Milvus Lite file with all its collections; None for a server."""
+        if self.path is None:
+            return None
+        files = [Path(self.path), *Path(self.path).rglob("*")]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     @classmethod
     def of(cls, uri: "str | os.PathLike[str] | MilvusAddress | None") -> "MilvusAddress":
         """Return the address itself, or the one that a URI names."""

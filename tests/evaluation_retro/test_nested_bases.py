@@ -105,6 +105,6 @@ def test_neighbors_are_those_of_a_knowledge_base_of_only_these_documents(built, 
 
 def test_a_changed_retriever_keeps_the_other_settings(built):
     retriever = built.retriever(num_neighbors=2, neighbor_length=SIZE)
-    more = changed_retriever(retriever, num_neighbors=5)
+    more = changed_retriever(retriever).with_neighbors(5)
     assert (more.num_neighbors, more.neighbor_length, more.search) == (5, SIZE, built.search)
     assert more.retrieve([[5, 6, 7]]).ids.shape == (1, 5, SIZE)
