@@ -1,10 +1,11 @@
 """Measure time and memory of RETRO's forward pass and training step beside GPT-2 and retro-pytorch.
 
-    pip install transformers retro-pytorch==0.3.9 'pyarrow<20'
+    pip install --no-deps retro-pytorch==0.3.9 && pip install einops
     python benchmarks/model_speed.py
 
-retro-pytorch needs numpy 1, so install it in an environment of its own, or leave it out with
-`--sides`. All models have the sizes of gpt2-small, random weights, float32 and no dropout.
+retro-pytorch is installed without its dependencies, which want an older numpy: its model needs
+only torch and einops. Leave it out with `--sides`. All models have the sizes of gpt2-small, random
+weights, float32 and no dropout.
 
 Each side runs in its own process, so that its memory can be told apart. The sides take turns;
 median, least and most over the rounds are printed. A step is forward and backward with the loss.
@@ -12,18 +13,26 @@ Memory is the peak of the process, or of the GPU, over the measured steps.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpt2_small import (
+    GPT2_SMALL,
+    Loss,
+    build_gpt2,
+    build_retro,
+    build_retro_pytorch,
+    gpt2_loss,
+    retro_loss,
+    retro_pytorch_loss,
+)
+from workers import Worker, serve
 
 SIDES = (
     "GPT2LMHeadModel",
@@ -33,62 +42,19 @@ SIDES = (
     "RETRO, neighbors on, copy head, matches",
     "retro-pytorch, neighbors on",
 )
-LAYERS, WIDTH, HEADS, VOCABULARY, CCA_LAYERS = 12, 768, 12, 50257, (5, 8, 11)
-CHUNK, NEIGHBORS, NEIGHBOR_LENGTH = 64, 2, 128
-
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of tokens and neighbor ids
 
 
 def build(side: str, length: int) -> tuple[torch.nn.Module, Loss]:
     """Return a side's model and its loss function."""
     if side.startswith("retro-pytorch"):
-        from retro_pytorch import RETRO
-
-        model = RETRO(
-            num_tokens=VOCABULARY,
-            max_seq_len=length,
-            chunk_size=CHUNK,
-            enc_dim=WIDTH,
-            enc_depth=2,
-            enc_cross_attn_layers=(1,),
-            dec_dim=WIDTH,
-            dec_depth=LAYERS,
-            dec_cross_attn_layers=tuple(layer + 1 for layer in CCA_LAYERS),
-            dim_head=WIDTH // 8,  # 0.3.9 ignores `heads` and always has 8
-        )
-        # it predicts all of its tokens but the first, so it gets one more
-        return model, lambda tokens, ids: model(torch.cat([tokens, tokens[:, :1]], 1), retrieved=ids, return_loss=True)
-
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from modeling_retro import RetroConfig, RetroForCausalLM
-
-    sizes: dict[str, Any] = {
-        "n_layer": LAYERS,
-        "n_embd": WIDTH,
-        "n_head": HEADS,
-        "vocab_size": VOCABULARY,
-        "n_positions": length,
-    }
-    sizes |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": False}
+        theirs = build_retro_pytorch(GPT2_SMALL, length)
+        return theirs, retro_pytorch_loss(theirs)
     if side == "GPT2LMHeadModel":
-        gpt2 = GPT2LMHeadModel(GPT2Config(**sizes))
-        return gpt2, lambda tokens, ids: gpt2(tokens, labels=tokens).loss
-    retro = RetroForCausalLM(
-        RetroConfig(
-            **sizes,
-            cca_layers=CCA_LAYERS,
-            chunk_size=CHUNK,
-            num_neighbors=NEIGHBORS,
-            neighbor_length=NEIGHBOR_LENGTH,
-            copy_head="copy head" in side,
-            cca_match="matches" in side,
-        )
-    )
-    if side.endswith("off"):
-        return retro, lambda tokens, ids: retro(tokens, labels=tokens, use_retrieval=False).loss
-    return retro, lambda tokens, ids: retro(tokens, labels=tokens, neighbor_ids=ids).loss
+        gpt2 = build_gpt2(GPT2_SMALL, length)
+        return gpt2, gpt2_loss(gpt2)
+    retro = build_retro(GPT2_SMALL, length, copy_head="copy head" in side, cca_match="matches" in side)
+    retro.config.use_retrieval = not side.endswith("off")
+    return retro, retro_loss(retro)
 
 
 class Memory:
@@ -112,44 +78,49 @@ class Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def serve(side: str, batch_size: int, length: int, device: torch.device) -> None:
-    """Run one side: read lines of "forward" or "step", run them, answer with [seconds, GiB]."""
+def serve_side(side: str, batch_size: int, length: int, device: torch.device) -> None:
+    """Run one side: a task names "forward" or "step", and the answer has "seconds" and "gib"."""
     torch.manual_seed(0)
     model, loss_of = build(side, length)
     model.to(device).train()
-    tokens = torch.randint(1, VOCABULARY, (batch_size, length), device=device)
-    neighbors = (batch_size, length // CHUNK, NEIGHBORS, NEIGHBOR_LENGTH)
-    ids = torch.randint(1, VOCABULARY, neighbors, device=device)  # 0 is padding to retro-pytorch
+    tokens = GPT2_SMALL.random_tokens(batch_size, length, device=device)
+    ids = GPT2_SMALL.random_neighbors(batch_size, length // GPT2_SMALL.chunk, device)
     memory = Memory(device)
-    for line in sys.stdin:
+
+    def measure(task: dict[str, Any]) -> dict[str, float]:
+        is_step = task["what"] == "step"
         model.zero_grad(set_to_none=True)
         memory.reset()
         start = time.perf_counter()
-        with torch.set_grad_enabled(line.strip() == "step"):
+        with torch.set_grad_enabled(is_step):
             loss = loss_of(tokens, ids)
-            if line.strip() == "step":
+            if is_step:
                 loss.backward()
         loss.item()  # waits for the device
-        print(json.dumps([time.perf_counter() - start, memory.peak()]), flush=True)
+        return {"seconds": time.perf_counter() - start, "gib": memory.peak()}
+
+    serve(measure)
 
 
 class Side:
     """The process that runs one side, and what it measured."""
 
     def __init__(self, name: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
         self.name = name
         self.results: dict[str, list[tuple[float, float]]] = {"forward": [], "step": []}  # seconds and GiB
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-        )
+        self.worker = Worker(name, [__file__, *sys.argv[1:], "--serve", name])
 
     def measure(self, what: str) -> None:
-        """Run a forward pass or a step and keep its result."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(what, file=self.process.stdin, flush=True)
-        self.results[what].append(json.loads(self.process.stdout.readline()))
+        """Run a forward pass or a step and keep its result.
+
+        Raises:
+            RuntimeError: the side failed.
+        """
+        self.worker.ask(what=what)
+        answer = self.worker.answer()
+        if "error" in answer:
+            raise RuntimeError(f"{self.name} failed: {answer['error']}. Leave it out with --sides.")
+        self.results[what].append((answer["seconds"], answer["gib"]))
 
     def row(self, tokens: int) -> str:
         """Return the side's row of the table, without the warm-up; a batch has `tokens` tokens."""
@@ -172,7 +143,7 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.batch_size, options.length, options.device)
+        return serve_side(options.serve, options.batch_size, options.length, options.device)
 
     sides = [Side(name) for name in options.sides]
     for _ in range(options.rounds + 1):
@@ -180,7 +151,7 @@ def main() -> None:
             for what in side.results:
                 side.measure(what)
     for side in sides:
-        side.process.communicate()
+        side.worker.close()
 
     is_gpu = options.device.type == "cuda"
     device = torch.cuda.get_device_name(options.device) if is_gpu else f"{os.cpu_count()} CPU cores"

@@ -1,0 +1,161 @@
+"""The checks of gpu.py: a device computes what the CPU computes.
+
+Models have random weights, all away from their start, and neighbors that partly repeat the text, so
+that cross-attention and the copy head matter. Errors are relative: ‖device − CPU‖ / ‖CPU‖.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpt2_small import GPT2_SMALL, TINY, Sizes, build_retro
+from transformers import CompileConfig
+
+from modeling_retro import RetroForCausalLM
+
+FLOAT32, BFLOAT16 = 1e-4, 5e-2  # the greatest relative errors
+GRADIENT = 1e-3  # of the parameter that is furthest off
+NOISE = 0.05  # added to each parameter
+GATE = 0.5
+REPEATED = 12  # tokens of a neighbor that repeat the text before and after its point
+SIZES = {"tiny": TINY, "gpt2-small": GPT2_SMALL}
+
+Inputs = dict[str, torch.Tensor]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return ‖found − expected‖ / ‖expected‖."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+class Pair:
+    """The same float32 model on the CPU and on the device, and inputs for it."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.sizes, self.device, self.length = sizes, device, 3 * sizes.chunk + 5
+        self.cpu = build_retro(sizes, 2 * self.length, copy_head=True, cca_match=True).eval()
+        with torch.no_grad():
+            for parameter in self.cpu.parameters():
+                parameter.add_(NOISE * torch.randn_like(parameter))
+            self.cpu.copy_head.gate_scale.fill_(GATE)
+        self.other = copy.deepcopy(self.cpu).to(device)
+        self.inputs = self._inputs(2)
+
+    def _inputs(self, batch_size: int) -> Inputs:
+        chunk = self.sizes.chunk
+        tokens = self.sizes.random_tokens(batch_size, self.length)
+        neighbors = self.sizes.random_neighbors(batch_size, self.length // chunk)
+        for point in range(neighbors.shape[1]):
+            end = (point + 1) * chunk
+            passage = tokens[:, end - REPEATED // 2 : end + REPEATED // 2]
+            neighbors[:, point, 0, : passage.shape[1]] = passage
+        return {"input_ids": tokens, "neighbor_ids": neighbors}
+
+    def run(self, model: RetroForCausalLM, **arguments: Any) -> Any:
+        """Run a model on the inputs, on its device."""
+        return model(**{name: value.to(model.device) for name, value in self.inputs.items()}, **arguments)
+
+    # Each check returns its error.
+
+    @torch.no_grad()
+    def logits(self, use_retrieval: bool) -> float:
+        """Compare the logits of a forward pass."""
+        arguments = {"use_retrieval": use_retrieval}
+        return relative_error(self.run(self.other, **arguments).logits, self.run(self.cpu, **arguments).logits)
+
+    @torch.no_grad()
+    def cached_logits(self, use_retrieval: bool) -> float:
+        """Compare the device's logits, token by token over a point, with those of one pass on the CPU."""
+        expected = self.run(self.cpu, use_retrieval=use_retrieval).logits
+        tokens, neighbors = (self.inputs[name].to(self.device) for name in ("input_ids", "neighbor_ids"))
+        chunk = self.sizes.chunk
+        start = 3 * chunk - 3  # the third point is reached three tokens later
+        arguments: dict[str, Any] = {"use_retrieval": use_retrieval, "use_cache": True}
+        out = self.other(tokens[:, :start], neighbor_ids=neighbors[:, :2], **arguments)
+        logits = [out.logits]
+        for column in range(start, self.length):
+            arguments["past_key_values"] = out.past_key_values if "past_key_values" in out else out.cache
+            given = {"neighbor_ids": neighbors[:, 2:]} if column == 3 * chunk - 1 else {}
+            out = self.other(tokens[:, column : column + 1], **given, **arguments)
+            logits.append(out.logits)
+        return relative_error(torch.cat(logits, 1), expected)
+
+    def gradients(self, use_retrieval: bool) -> float:
+        """Compare the gradients of all parameters; return the error of the worst."""
+        found = {}
+        for model in (self.cpu, self.other):
+            model.zero_grad()
+            labels = self.inputs["input_ids"].to(model.device)
+            self.run(model, labels=labels, use_retrieval=use_retrieval, use_cache=False).loss.backward()
+            found[model] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad()
+        assert found[self.cpu].keys() == found[self.other].keys()
+        largest = max(float(gradient.norm()) for gradient in found[self.cpu].values())
+        # a gradient that is all but zero has no relative error
+        return max(
+            relative_error(found[self.other][name], gradient)
+            for name, gradient in found[self.cpu].items()
+            if float(gradient.norm()) > 1e-5 * largest
+        )
+
+    @torch.no_grad()
+    def bfloat16_logits(self, use_retrieval: bool) -> float:
+        """Compare the logits of the device in bfloat16 with the CPU's in float32."""
+        model = copy.deepcopy(self.other).to(torch.bfloat16)
+        arguments = {"use_retrieval": use_retrieval}
+        return relative_error(self.run(model, **arguments).logits, self.run(self.cpu, **arguments).logits)
+
+    def tokens(self, cache: str) -> float:
+        """Return the part of greedy tokens that differ from the CPU's, over a point."""
+        written = []
+        for model in (self.cpu, self.other):
+            inputs = {name: value[:, : self.length].to(model.device) for name, value in self.inputs.items()}
+            arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.sizes.chunk, "pad_token_id": 0}
+            arguments["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if cache != "dynamic" and model is self.other:
+                arguments |= {"cache_implementation": "static", "disable_compile": cache == "static"}
+                if cache == "compiled" and model.device.type == "cpu":  # the library compiles on GPUs only
+                    arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
+                    arguments["compile_config"]._compile_all_devices = True
+            points = (self.length + self.sizes.chunk) // self.sizes.chunk
+            ids = inputs.pop("neighbor_ids")
+            inputs["neighbor_ids"] = torch.cat([ids, ids[:, : points - ids.shape[1]]], 1)
+            written.append(model.generate(**inputs, **arguments).cpu())
+        return float((written[0] != written[1]).double().mean())
+
+
+def checks(sizes: str) -> dict[str, tuple[Callable[[Pair], float], float]]:
+    """Return the checks of a model's sizes by name, each with its greatest error."""
+    found: dict[str, tuple[Callable[[Pair], float], float]] = {}
+    for on in (True, False):
+        neighbors = f"neighbors {'on' if on else 'off'}"
+        found |= {
+            f"float32 logits, {neighbors}": (lambda pair, on=on: pair.logits(on), FLOAT32),  # type: ignore[misc]
+            f"float32 logits with a cache, {neighbors}": (lambda pair, on=on: pair.cached_logits(on), FLOAT32),  # type: ignore[misc]
+            f"float32 gradients, worst parameter, {neighbors}": (lambda pair, on=on: pair.gradients(on), GRADIENT),  # type: ignore[misc]
+            f"bfloat16 logits, {neighbors}": (lambda pair, on=on: pair.bfloat16_logits(on), BFLOAT16),  # type: ignore[misc]
+        }
+    for cache in ("dynamic", "static", "compiled") if sizes == "tiny" else ("dynamic", "static"):
+        found[f"greedy tokens that differ, {cache} cache"] = (lambda pair, cache=cache: pair.tokens(cache), 0.0)  # type: ignore[misc]
+    return found
+
+
+class Checker:
+    """Answers tasks: one check of one model each."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        self.device = device
+        self.pairs: dict[str, Pair] = {}
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Run a check; return its error and the greatest that passes."""
+        name = task["sizes"]
+        if name not in self.pairs:
+            self.pairs[name] = Pair(SIZES[name], self.device)
+        check, tolerance = checks(name)[task["check"]]
+        error = check(self.pairs[name])
+        return {"relative_error": error, "tolerance": tolerance, "passed": error <= tolerance}
