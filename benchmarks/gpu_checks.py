@@ -5,12 +5,18 @@ that cross-attention and the copy head matter. Errors are relative: â€–device âˆ
 """
 
 import copy
+import os
+import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from gpt2_small import GPT2_SMALL, TINY, Sizes, build_retro
-from transformers import CompileConfig
+from gpu_decoding import cache_arguments
+from gpu_sides import CACHES
+from gpu_training import measured_peak
 
 from modeling_retro import RetroForCausalLM
 
@@ -22,6 +28,23 @@ REPEATED = 12  # tokens of a neighbor that repeat the text before and after its 
 SIZES = {"tiny": TINY, "gpt2-small": GPT2_SMALL}
 
 Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A comparison.
+
+    Attributes:
+        sizes: the model's.
+        method: of `Pair`, returns the error.
+        argument: its argument.
+        tolerance: the greatest error that passes.
+    """
+
+    sizes: str
+    method: Callable[["Pair", Any], float]
+    argument: bool | str
+    tolerance: float
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -68,7 +91,7 @@ class Pair:
 
     @torch.no_grad()
     def cached_logits(self, use_retrieval: bool) -> float:
-        """Compare the device's logits, token by token over a point, with those of one pass on the CPU."""
+        """Compare logits, token by token over a point, with those of one pass on the CPU."""
         expected = self.run(self.cpu, use_retrieval=use_retrieval).logits
         tokens, neighbors = (self.inputs[name].to(self.device) for name in ("input_ids", "neighbor_ids"))
         chunk = self.sizes.chunk
@@ -115,11 +138,8 @@ class Pair:
             inputs = {name: value[:, : self.length].to(model.device) for name, value in self.inputs.items()}
             arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.sizes.chunk, "pad_token_id": 0}
             arguments["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if cache != "dynamic" and model is self.other:
-                arguments |= {"cache_implementation": "static", "disable_compile": cache == "static"}
-                if cache == "compiled" and model.device.type == "cpu":  # the library compiles on GPUs only
-                    arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
-                    arguments["compile_config"]._compile_all_devices = True
+            if model is self.other:
+                arguments |= cache_arguments(cache, self.device)
             points = (self.length + self.sizes.chunk) // self.sizes.chunk
             ids = inputs.pop("neighbor_ids")
             inputs["neighbor_ids"] = torch.cat([ids, ids[:, : points - ids.shape[1]]], 1)
@@ -127,19 +147,22 @@ class Pair:
         return float((written[0] != written[1]).double().mean())
 
 
-def checks(sizes: str) -> dict[str, tuple[Callable[[Pair], float], float]]:
-    """Return the checks of a model's sizes by name, each with its greatest error."""
-    found: dict[str, tuple[Callable[[Pair], float], float]] = {}
-    for on in (True, False):
-        neighbors = f"neighbors {'on' if on else 'off'}"
-        found |= {
-            f"float32 logits, {neighbors}": (lambda pair, on=on: pair.logits(on), FLOAT32),  # type: ignore[misc]
-            f"float32 logits with a cache, {neighbors}": (lambda pair, on=on: pair.cached_logits(on), FLOAT32),  # type: ignore[misc]
-            f"float32 gradients, worst parameter, {neighbors}": (lambda pair, on=on: pair.gradients(on), GRADIENT),  # type: ignore[misc]
-            f"bfloat16 logits, {neighbors}": (lambda pair, on=on: pair.bfloat16_logits(on), BFLOAT16),  # type: ignore[misc]
-        }
-    for cache in ("dynamic", "static", "compiled") if sizes == "tiny" else ("dynamic", "static"):
-        found[f"greedy tokens that differ, {cache} cache"] = (lambda pair, cache=cache: pair.tokens(cache), 0.0)  # type: ignore[misc]
+def checks() -> dict[str, Check]:
+    """Return the checks by name, in the order in which they run."""
+    found: dict[str, Check] = {}
+    for sizes in SIZES:
+        for on in (True, False):
+            neighbors = f"neighbors {'on' if on else 'off'}"
+            for name, method, most in (
+                ("float32 logits", Pair.logits, FLOAT32),
+                ("float32 logits with a cache", Pair.cached_logits, FLOAT32),
+                ("float32 gradients, worst parameter", Pair.gradients, GRADIENT),
+                ("bfloat16 logits", Pair.bfloat16_logits, BFLOAT16),
+            ):
+                found[f"{sizes}: {name}, {neighbors}"] = Check(sizes, method, on, most)
+        for cache in CACHES[:-1]:
+            found[f"{sizes}: greedy tokens that differ, {cache} cache"] = Check(sizes, Pair.tokens, cache, 0.0)
+    found["tiny: greedy tokens that differ, compiled"] = Check("tiny", Pair.tokens, CACHES[-1], 0.0)
     return found
 
 
@@ -152,10 +175,30 @@ class Checker:
         self.pairs: dict[str, Pair] = {}
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        """List the checks, run one of them, or describe the machine."""
+        if task["what"] == "list":
+            return {
+                "checks": [name for name, check in checks().items() if check.sizes == "tiny" or not task["is_small"]]
+            }
+        if task["what"] == "machine":
+            return machine(self.device, task["size"])
+        return self.run(task["name"])
+
+    def run(self, name: str) -> dict[str, Any]:
         """Run a check; return its error and the greatest that passes."""
-        name = task["sizes"]
-        if name not in self.pairs:
-            self.pairs[name] = Pair(SIZES[name], self.device)
-        check, tolerance = checks(name)[task["check"]]
-        error = check(self.pairs[name])
-        return {"relative_error": error, "tolerance": tolerance, "passed": error <= tolerance}
+        check = checks()[name]
+        if check.sizes not in self.pairs:
+            self.pairs[check.sizes] = Pair(SIZES[check.sizes], self.device)
+        error = check.method(self.pairs[check.sizes], check.argument)
+        return {"relative_error": error, "tolerance": check.tolerance, "passed": error <= check.tolerance}
+
+
+def machine(device: torch.device, size: int) -> dict[str, Any]:
+    """Return the machine, and the FLOP/s of a product of bfloat16 matrices of that size."""
+    versions = {"torch": torch.__version__, "CUDA": torch.version.cuda, "transformers": transformers.__version__}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "cores": os.cpu_count(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "peak": measured_peak(device, size),
+    }

@@ -5,18 +5,22 @@ from typing import Any
 
 import torch
 from gpt2_small import Sizes, build_gpt2, build_retro
+from gpu_sides import DECODING
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
-SIDES: dict[str, dict[str, Any] | None] = {  # name -> settings of RetroConfig, None for GPT-2
-    "GPT-2": None,
-    "RETRO, neighbors off": {"use_retrieval": False},
-    "RETRO, cross-attention": {},
-    "RETRO, copy head alone": {"copy_head": True, "cca_layers": []},
-    "RETRO, cross-attention and copy head": {"copy_head": True},
-}
-CACHES = ("dynamic", "static", "compiled")  # compiled: a static cache, and the library's torch.compile
 SETTLING = 8  # first steps that are left out: a compiled step records its CUDA graph there
 OPEN_GATE = 0.5  # a fresh copy head is closed and would cost nothing
+
+
+def cache_arguments(cache: str, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `generate()` for one of `CACHES`."""
+    if cache == "dynamic":
+        return {}
+    arguments: dict[str, Any] = {"cache_implementation": "static", "disable_compile": cache == "static"}
+    if cache == "compiled" and device.type == "cpu":  # the library compiles on GPUs only
+        arguments["compile_config"] = CompileConfig(backend="eager", mode="default")
+        arguments["compile_config"]._compile_all_devices = True
+    return arguments
 
 
 class Clock(LogitsProcessor):
@@ -26,7 +30,7 @@ class Clock(LogitsProcessor):
         self._is_cuda = device.type == "cuda"
         self._times: list[Any] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Record the time, and return the scores as they are."""
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
@@ -50,30 +54,25 @@ class Decoder:
 
     def __init__(self, side: str, sizes: Sizes, device: torch.device, prompt: int, new: int) -> None:
         torch.manual_seed(0)
-        # recompilations of a model in one process: two batch sizes, steps with and without a point, growing lengths
+        # graphs of one model: two batch sizes, steps with and without a point, growing lengths
         torch._dynamo.config.recompile_limit = 64
-        settings, self.sizes, self.device, self.new, self.prompt = SIDES[side], sizes, device, new, prompt
-        length = prompt + new
-        model: Any = build_gpt2(sizes, length) if settings is None else build_retro(sizes, length, **settings)
-        self.reads = settings is not None and settings.get("use_retrieval", True)
-        if self.reads and model.config.copy_head:
+        self.side, self.sizes, self.device, self.new, self.prompt = DECODING[side], sizes, device, new, prompt
+        is_gpt2, length = self.side.kind == "gpt2", prompt + new
+        model: Any = build_gpt2(sizes, length) if is_gpt2 else build_retro(sizes, length, **self.side.settings)
+        if self.side.reads and model.config.copy_head:
             torch.nn.init.constant_(model.copy_head.gate_scale, OPEN_GATE)
         self.model = model.to(device, torch.bfloat16).eval()
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Generate once with `cache` and `batch_size`; return milliseconds a token, seconds, GiB."""
+        """Generate once with a `cache` and some `rows`; return ms a token, seconds and GiB."""
         torch.manual_seed(1)
-        batch_size, cache = task["batch_size"], task["cache"]
+        batch_size, cache = task["rows"], task["cache"]
         tokens = self.sizes.random_tokens(batch_size, self.prompt, device=self.device)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "do_sample": False}
-        if self.reads:
+        if self.side.reads:
             points = (self.prompt + self.new) // self.sizes.chunk
             arguments["neighbor_ids"] = self.sizes.random_neighbors(batch_size, points, self.device)
-        if cache != "dynamic":
-            arguments |= {"cache_implementation": "static", "disable_compile": cache == "static"}
-        if cache == "compiled" and self.device.type == "cpu":  # the library compiles on GPUs only
-            arguments["compile_config"] = CompileConfig(backend="eager", mode=None)
-            arguments["compile_config"]._compile_all_devices = True
+        arguments |= cache_arguments(cache, self.device)
         clock = Clock(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -107,7 +107,7 @@ def _error(found: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _cell(row: Mapping[str, Any], column: tuple[str, float, str]) -> str:
-    """Return a cell's text: the name, scale and format of a value; the row's error if it has none."""
+    """Return a value's text, or the row's error if there is none."""
     name, scale, form = column
     value = row.get(name)
     if value is None:
@@ -122,7 +122,6 @@ def _cell(row: Mapping[str, Any], column: tuple[str, float, str]) -> str:
 TABLES: dict[str, dict[str, tuple[str, float, str]]] = {
     "failed": {"phase": ("phase", 1, "-"), "error": ("error", 1, "-")},
     "checks": {
-        "model": ("sizes", 1, "-"),
         "check": ("check", 1, "-"),
         "error": ("relative_error", 1, ".1e"),
         "at most": ("tolerance", 1, "-"),

@@ -19,16 +19,8 @@ from gpt2_small import (
     retro_loss,
     retro_pytorch_loss,
 )
+from gpu_sides import TRAINING
 
-SIDES: dict[str, dict[str, Any] | None] = {  # name -> settings of RetroConfig, None for another model
-    "GPT-2": None,
-    "RETRO, cross-attention": {},
-    "RETRO, cross-attention and copy head": {"copy_head": True},
-    "RETRO, cross-attention, eager attention": {"attn_implementation": "eager"},
-    "retro-pytorch": None,
-}
-MODES = ("eager", "compiled")  # compiled: torch.compile with inductor
-NOT_COMPILED = "RETRO, cross-attention, eager attention"  # the side that compares attention only
 STEP_TO_FORWARD = 3  # model FLOPs of a step by those of a forward pass
 
 
@@ -63,32 +55,32 @@ class Trainer:
 
     def __init__(self, side: str, sizes: Sizes, device: torch.device, length: int) -> None:
         torch.manual_seed(0)
-        self.side, self.sizes, self.device, self.length = side, sizes, device, length
-        settings, matched = SIDES[side], 0
+        self.sizes, self.device, self.length = sizes, device, length
+        own, matched = TRAINING[side], 0
         self.model: torch.nn.Module
-        if settings is not None:
-            self.model = retro = build_retro(sizes, length, **settings)
+        if own.kind == "retro":
+            self.model = retro = build_retro(sizes, length, **own.settings)
             matched = retro.config.match_length if retro.config.copy_head else 0
             loss_of: Any = retro_loss
-        elif side == "GPT-2":
+        elif own.kind == "gpt2":
             self.model, loss_of = build_gpt2(sizes, length), gpt2_loss
         else:
             self.model, loss_of = build_retro_pytorch(sizes, length), retro_pytorch_loss
         self.model.to(device).train()
-        self.flops = STEP_TO_FORWARD * forward_flops(sizes, length, side != "GPT-2", matched)
+        self.flops = STEP_TO_FORWARD * forward_flops(sizes, length, own.reads, matched)
         compiled = torch.compile(self.model, backend="inductor" if device.type == "cuda" else "aot_eager")
         self.losses: dict[str, Loss] = {"eager": loss_of(self.model), "compiled": loss_of(compiled)}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Run `steps` steps with `mode` and `batch_size`, after one that is not measured.
+        """Run `steps` steps with a `mode` and some `rows`, after one that is not measured.
 
         Returns:
             seconds of each step; GiB at most, model, gradients and optimizer included; FLOPs of a
             step; the last loss.
         """
         try:
-            return self._measure(task["mode"], task["batch_size"], task["steps"])
+            return self._measure(task["mode"], task["rows"], task["steps"])
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             gc.collect()

@@ -99,7 +99,7 @@ def serve_side(side: str, batch_size: int, length: int, device: torch.device) ->
         loss.item()  # waits for the device
         return {"seconds": time.perf_counter() - start, "gib": memory.peak()}
 
-    serve(measure)
+    serve(lambda: measure)
 
 
 class Side:

@@ -4,6 +4,7 @@ Sides in processes of their own cannot disturb each other: memory is told apart,
 leaves the others alone, and they can compile at the same time.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,10 +63,8 @@ class Worker:
         if self._is_lost:
             return
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # `answer` says that the process ended
             print(json.dumps(task), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # `answer` says that the process ended
 
     def answer(self, deadline: float = float("inf")) -> Answer:
         """Return the answer. A worker that has none by `deadline` is ended.
@@ -93,12 +92,68 @@ class Worker:
         self._process.wait()
 
 
-def serve(handle: Callable[[Task], Answer]) -> None:
-    """Answer the tasks on standard input until it ends. An error is an answer, too."""
+class Turns:
+    """Workers that take turns, and what they answered.
+
+    Attributes:
+        workers: by side.
+        end: no measurement begins after this time (of `time.monotonic`).
+        limit: a worker that has not answered by this time is ended.
+        answers: by side and the task's values, the answers of measured rounds. After an error there
+            are no more.
+    """
+
+    def __init__(self, workers: Mapping[str, Worker], end: float, limit: float) -> None:
+        self.workers, self.end, self.limit = workers, end, limit
+        self.answers: dict[tuple[str, tuple], list[Answer]] = {}
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Let all workers do the tasks at the same time, unmeasured: start, compile, warm up."""
+        for task in tasks:
+            for worker in self.workers.values():
+                worker.ask(**task)
+            for side, worker in self.workers.items():
+                answer = worker.answer(self.limit)
+                if "error" in answer:
+                    self.answers[side, tuple(task.values())] = [answer]
+
+    def measure(self, tasks: Sequence[Task], rounds: int) -> None:
+        """Let the workers do the tasks one after the other, as often as there is time."""
+        for _ in range(rounds):
+            for task in tasks:
+                for side, worker in self.workers.items():
+                    if time.monotonic() > self.end:
+                        return
+                    found = self.answers.setdefault((side, tuple(task.values())), [])
+                    if not (found and "error" in found[-1]):
+                        worker.ask(**task)
+                        found.append(worker.answer(self.limit))
+
+    def drop_errors(self, text: str) -> bool:
+        """Forget the tasks that failed with such an error; return True if there are any."""
+        failed = [key for key, found in self.answers.items() if text in found[-1].get("error", "")]
+        for key in failed:
+            del self.answers[key]
+        return bool(failed)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers.values():
+            worker.close()
+
+
+def serve(build: Callable[[], Callable[[Task], Answer]]) -> None:
+    """Answer the tasks on standard input until it ends. An error is an answer, too.
+
+    Args:
+        build: returns what does a task. It is called again for the next task if it fails.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    handle = None
     for line in sys.stdin:
         try:
+            handle = handle or build()
             answer = handle(json.loads(line))
         except Exception as error:
             traceback.print_exc()
