@@ -9,6 +9,7 @@ gpu.json; errors and messages of the sides are in gpu.log. The whole run ends wi
 - Checks: a model's logits, gradients and greedy tokens on the GPU against those on the CPU.
 - Decoding: milliseconds a token and tokens/s in bfloat16, with a dynamic cache, with a static
   cache, and compiled as the library does it. The prompt's pass and the first steps do not count.
+  A profile counts the kernels of a token, and the places where the CPU waits for the GPU.
 - Training: tokens/s, memory and MFU of steps of AdamW under bfloat16 autocast. MFU is the model
   FLOPs (see gpu_training.py) over what a large matrix product reaches on this GPU, and over the
   data sheet's figure.
@@ -157,6 +158,10 @@ class Run:
             turns.prepare([task])
             turns.measure([task], self.plan.rounds)
             self.report.decoding(turns.answers)
+        for side, worker in turns.workers.items():  # at last: a profiler may end the process
+            if time.monotonic() < turns.end:
+                worker.ask(profile=True)
+                self.report.add("profile", side=side, **worker.answer(turns.limit))
         turns.close()
 
     def train(self, workers: Mapping[str, Worker]) -> None:

@@ -1,11 +1,16 @@
 """One side of gpu.py's decoding: a model that generates in bfloat16, with one cache or another."""
 
 import time
+import warnings
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from gpt2_small import Sizes, build_gpt2, build_retro
 from gpu_sides import DECODING
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 SETTLING = 8  # first steps that are left out: a compiled step records its CUDA graph there
@@ -64,23 +69,53 @@ class Decoder:
         self.model = model.to(device, torch.bfloat16).eval()
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Generate once with a `cache` and some `rows`; return ms a token, seconds and GiB."""
+        """Generate once with a `cache` and some `rows`, timed; or profile one row."""
+        return self.count() if task.get("profile") else self.measure(task["cache"], task["rows"])
+
+    def measure(self, cache: str, rows: int) -> dict[str, Any]:
+        """Return milliseconds a token, seconds in all, and GiB at most."""
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        clock = Clock(self.device)
+        start = time.perf_counter()
+        self._generate(cache, rows, clock)
+        steps = clock.milliseconds(min(SETTLING, self.new // 2))
+        memory = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0
+        return {"ms": sum(steps) / len(steps), "seconds": time.perf_counter() - start, "gib": memory}
+
+    def count(self) -> dict[str, Any]:
+        """Return a token's kernels, their time, and the waits by place, with a dynamic cache."""
+        if self.device.type != "cuda":
+            return {"error": "there is no GPU"}
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._generate("dynamic", 1)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        places = Counter(
+            f"{'/'.join(Path(wait.filename).parts[-2:])}:{wait.lineno}"
+            for wait in waits
+            if "synchronizing" in str(wait.message)
+        )
+        found = {"waits": {place: round(number / self.new, 2) for place, number in places.most_common(12)}}
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            self._generate("dynamic", 1)
+        kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+        milliseconds = sum(event.time_range.elapsed_us() for event in kernels) / 1000
+        return found | {"kernels": len(kernels) / self.new, "device_ms": milliseconds / self.new}
+
+    def _generate(self, cache: str, rows: int, *processors: LogitsProcessor) -> None:
         torch.manual_seed(1)
-        batch_size, cache = task["rows"], task["cache"]
-        tokens = self.sizes.random_tokens(batch_size, self.prompt, device=self.device)
+        tokens = self.sizes.random_tokens(rows, self.prompt, device=self.device)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "pad_token_id": 0, "do_sample": False}
         if self.side.reads:
             points = (self.prompt + self.new) // self.sizes.chunk
-            arguments["neighbor_ids"] = self.sizes.random_neighbors(batch_size, points, self.device)
+            arguments["neighbor_ids"] = self.sizes.random_neighbors(rows, points, self.device)
         arguments |= cache_arguments(cache, self.device)
-        clock = Clock(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
         written = self.model.generate(
-            tokens, max_new_tokens=self.new, logits_processor=LogitsProcessorList([clock]), **arguments
+            tokens, max_new_tokens=self.new, logits_processor=LogitsProcessorList(processors), **arguments
         )
-        steps = clock.milliseconds(min(SETTLING, self.new // 2))
-        assert written.shape == (batch_size, self.prompt + self.new)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        return {"ms": sum(steps) / len(steps), "seconds": time.perf_counter() - start, "gib": memory}
+        assert written.shape == (rows, self.prompt + self.new)

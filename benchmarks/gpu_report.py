@@ -135,6 +135,12 @@ TABLES: dict[str, dict[str, tuple[str, float, str]]] = {
         "tokens/s": ("tokens_per_second", 1, "-.0f"),
         "GiB": ("gib", 1, "-.2f"),
     },
+    "profile": {
+        "side": ("side", 1, "-"),
+        "kernels a token": ("kernels", 1, ".0f"),
+        "their ms": ("device_ms", 1, "-.2f"),
+        "waits of a token": ("waits", 1, "-"),
+    },
     "training": {
         "side": ("side", 1, "-"),
         "mode": ("mode", 1, "-"),

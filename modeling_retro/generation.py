@@ -4,7 +4,7 @@ from itertools import compress
 from typing import Any, NoReturn
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from configuration_retro import RetroConfig
@@ -192,6 +192,13 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         )
 
     # Private methods of the library that have no public counterpart
+
+    def _default_compile_config(self) -> CompileConfig:
+        # The library's default replays CUDA graphs, whose outputs the next step overwrites. RETRO's
+        # memory of the tokens is such an output and grows with every token.
+        if self.config.use_retrieval:
+            return CompileConfig(mode="default")
+        return super()._default_compile_config()
 
     def _prefill(  # type: ignore[override]
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any

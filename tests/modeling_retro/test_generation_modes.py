@@ -198,6 +198,16 @@ def test_generation_compiles_without_a_graph_break_and_with_few_graphs(model, pr
     assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
+@pytest.mark.parametrize(("use_retrieval", "mode"), [(True, "default"), (False, "reduce-overhead")])
+def test_a_memory_that_grows_is_kept_out_of_cuda_graphs(model, monkeypatch, use_retrieval, mode):
+    """Graphs are captured by the mode "reduce-overhead" alone, the library's default."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda call, **settings: modes.append(settings["mode"]) or call)
+    model.config.use_retrieval = use_retrieval
+    model.get_compiled_call(None)
+    assert modes == [mode]
+
+
 def test_a_cache_follows_rows_that_are_reordered_cropped_repeated_and_selected(model):
     rows = [random_tokens(3 * CHUNK + 1, seed) for seed in (1, 2)]
     more = random_tokens(CHUNK + 1, seed=3)
