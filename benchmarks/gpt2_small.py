@@ -65,7 +65,9 @@ TINY = Sizes(
 
 def build_gpt2(sizes: Sizes, length: int, **settings: Any) -> GPT2LMHeadModel:
     """Return a GPT-2 for texts of `length` tokens."""
-    return GPT2LMHeadModel(GPT2Config(**sizes.gpt2_settings(length), **settings))
+    model = GPT2LMHeadModel(GPT2Config(**sizes.gpt2_settings(length), **settings))
+    model.loss_type = "ForCausalLM"  # the library finds it by the class's name, else it warns, which breaks a graph
+    return model
 
 
 def build_retro(sizes: Sizes, length: int, **settings: Any) -> RetroForCausalLM:

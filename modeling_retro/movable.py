@@ -1,6 +1,6 @@
 """Movable: a dataclass of tensors that accelerate moves to the device of the layer that gets it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,5 +13,6 @@ class Movable:
 
     def to(self: M, device: torch.device, **kwargs: Any) -> M:
         """Return a copy whose tensors are on the device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor | Movable)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | Movable)}
         return replace(self, **{name: value.to(device, **kwargs) for name, value in tensors.items()})  # type: ignore[type-var]
