@@ -310,7 +310,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
                 "doc_ids and doc_ends are for the data collator (RetroDataCollator), not for the model. Give it as "
                 "data_collator, or give the model neighbor_ids."
             )
-        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS & kwargs.keys()}
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         if token_type_ids is not None:
             kwargs["token_type_ids"] = token_type_ids  # GPT-2's
         if isinstance(self.transformer, RetroDecoderModel):
