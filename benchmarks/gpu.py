@@ -149,13 +149,12 @@ class Run:
 
     def decode_compiled(self, turns: Turns) -> None:
         """Time decoding with a compiled model and a static cache."""
-        for number, rows in enumerate(self.plan.decoded_rows, 1):
-            begin, end = self.plan.end_of("decoding"), self.plan.end_of("compiled decoding")
-            turns.end = begin + (end - begin) * number / len(self.plan.decoded_rows)
-            # a model that compiles longer is given up, but not before the last batch size
-            turns.limit = end if number == len(self.plan.decoded_rows) else turns.end
+        turns.end = self.plan.end_of("compiled decoding")
+        for rows in self.plan.decoded_rows:
             task = {"cache": CACHES[-1], "rows": rows}
+            turns.limit = self.plan.end_of("compiled decoding", -2 * GRACE)  # leaves time to measure the others
             turns.prepare([task])
+            turns.limit = self.plan.end_of("compiled decoding", GRACE)
             turns.measure([task], self.plan.rounds)
             self.report.decoding(turns.answers)
         for side, worker in turns.workers.items():  # at last: a profiler may end the process
@@ -177,10 +176,12 @@ class Run:
         turns.measure(tasks[:1], plan.rounds - 1)
         self.report.training(turns.answers, plan.length)
 
-        turns.end, turns.limit = plan.end_of("compiled training"), plan.end_of("compiled training", GRACE)
+        turns.end = plan.end_of("compiled training")
         eager_only = {side: worker for side, worker in turns.workers.items() if not TRAINING[side].compiled}
         turns.workers = {side: worker for side, worker in turns.workers.items() if TRAINING[side].compiled}
+        turns.limit = plan.end_of("compiled training", -2 * GRACE)
         turns.prepare(tasks[1:])
+        turns.limit = plan.end_of("compiled training", GRACE)
         turns.drop_errors("OutOfMemory")  # there may be memory for one side at a time
         turns.measure(tasks[1:], plan.rounds)
         turns.workers = {**turns.workers, **eager_only}
@@ -214,7 +215,7 @@ def main() -> None:
     """Measure, or serve one side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder for the results, created if it is missing")
-    parser.add_argument("--minutes", type=float, default=8.0, help="minutes until the run ends")
+    parser.add_argument("--minutes", type=float, default=8.5, help="minutes until the run ends")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each phase, if there is time")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=Plan.batch_sizes, help="training rows, in order")
     parser.add_argument("--length", type=int, default=Plan.length, help="tokens of a training sequence, times of 64")
@@ -228,7 +229,7 @@ def main() -> None:
     if options.serve:
         return serve_side(options.serve, options.side, plan)
 
-    threads = max(2, (os.cpu_count() or 1) // len(DECODING))
+    threads = 1 + (os.cpu_count() or 1) // len(DECODING)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))  # sides compile at the same time
     report = Report(options.folder, " ".join(sys.argv))
 
