@@ -122,6 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--embedding_model", help="for searches other than bm25")
     parser.add_argument("--dtype", default="bfloat16", help="of the model that is asked (default: %(default)s)")
     parser.add_argument("--asked", type=int, help="facts of 1000 that are asked (default: all)")
+    parser.add_argument("--batch_size", type=int, default=32, help="questions asked at a time (default: %(default)s)")
     parser.add_argument("--training_facts", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
@@ -132,7 +133,7 @@ def main() -> None:
     arguments = parse_arguments()
     print(machine(), flush=True)
     folder: Path = arguments.folder
-    names = ("model", "reader", "texts", "chunks", "search", "embedding_model", "dtype", "asked")
+    names = ("model", "reader", "texts", "chunks", "search", "embedding_model", "dtype", "asked", "batch_size")
     settings = FactsSettings(
         **{name: getattr(arguments, name) for name in names}, output_dir=str(folder / "before"), in_context=[0]
     )
