@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-mpnet-base-v2"
 BATCH_SIZE = 32  # texts that go through the model together, unless another number is given
+UNPADDED_BATCH_SIZE = 256  # the least where a long text does not make others of its batch slower
 PROBE_SENTENCE = "The quick brown fox jumps over the lazy dog; 3 foxes, 14 dogs, def fox(dog): return not lazy."
 PROBE_LENGTH = 32
 
@@ -271,11 +272,19 @@ class Embedder:
         self._warn_if_too_long(texts, prompt, "query" if is_query else "document")
         return self._encode(texts, prompt, self.settings.truncate_dim)
 
+    @property
+    def _is_static(self) -> bool:
+        """True for static embeddings, which look tokens up and have no window."""
+        return not isinstance(self.model.tokenizer, PreTrainedTokenizerBase)
+
     def _encode(self, texts: Sequence[str], prompt: str, truncate_dim: int | None) -> np.ndarray:
+        batch_size = self.batch_size
+        if self._is_static or self.settings.backend == "openvino":
+            batch_size = max(batch_size, UNPADDED_BATCH_SIZE)
         vectors = self.model.encode(
             list(texts),
             prompt=None if prompt == self._default_prompt else prompt,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             normalize_embeddings=True,
             truncate_dim=truncate_dim,
             convert_to_numpy=True,
@@ -292,7 +301,7 @@ class Embedder:
     def _warn_if_too_long(self, texts: Sequence[str], prompt: str, kind: str) -> None:
         """Warn of the first query or document that exceeds the model's window."""
         window, tokenizer = self.model.max_seq_length, self.model.tokenizer
-        if kind in self._warned or window is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if kind in self._warned or window is None or self._is_static:
             return
         # A token stands for at least one byte, so that a text of few bytes need not be tokenized.
         room = window - tokenizer.num_special_tokens_to_add()
