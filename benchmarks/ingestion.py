@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,8 +110,9 @@ def static_embedder(folder: str) -> Embedder:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     minilm = SentenceTransformer(str(MINILM), device="cpu")
-    weights = minilm[0].auto_model.get_input_embeddings().weight.detach().clone()
-    parts = [StaticEmbedding(minilm.tokenizer, embedding_weights=weights)]
+    bert: Any = minilm[0].auto_model
+    weights = bert.get_input_embeddings().weight.detach().clone()
+    parts: list[Any] = [StaticEmbedding(minilm.tokenizer, embedding_weights=weights)]
     SentenceTransformer(modules=parts, device="cpu").save_pretrained(folder)
     return Embedder(folder, device="cpu")
 
@@ -149,7 +151,7 @@ def main() -> None:
     print(f"{machine()}, {torch.get_num_threads()} torch threads; {len(many.texts):,} and {len(few.texts):,} chunks")
 
     sides = Sides(arguments.uri, tokenizer)
-    runs: list[tuple[str, Corpus, Callable[[Corpus, Embedder], float], Embedder | None]] = []
+    runs: list[tuple[str, Corpus, Callable[[Corpus, Any], float], Embedder | None]] = []
     for name, corpus, embedder in (("MiniLM", few, minilm), ("OpenVINO", few, openvino), ("static", many, static)):
         embedder.encode(few.texts[:64])  # warm
         runs += [(f"{name}: embedding", corpus, sides.embedding, embedder)]
@@ -160,8 +162,8 @@ def main() -> None:
         runs += [("words: reading and writing", many, sides.reading_and_writing, None)]
     speeds: dict[str, list[float]] = {name: [] for name, *_ in runs}
     for number in range(arguments.rounds):
-        for name, corpus, run, embedder in runs[number % len(runs) :] + runs[: number % len(runs)]:
-            speeds[name].append(len(corpus.texts) / run(corpus, embedder))
+        for name, corpus, run, model in runs[number % len(runs) :] + runs[: number % len(runs)]:
+            speeds[name].append(len(corpus.texts) / run(corpus, model))
     for name, values in speeds.items():
         print(f"{name:30s} {spread(values)} chunks/s")
     print(f"most memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

@@ -6,7 +6,7 @@ with transformers 5.16 and newer. Here OpenVINO itself converts the model when i
 
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class OpenVinoEncoder:
                 part = {name: np.ascontiguousarray(array[rows, :width]) for name, array in arrays.items()}
                 self._queue.start_async(part, (hidden, rows, width))
             self._queue.wait_all()
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(hidden))
+        return BaseModelOutput(last_hidden_state=cast(torch.FloatTensor, torch.from_numpy(hidden)))
 
 
 def _keep(found: np.ndarray, hidden: np.ndarray, rows: slice, width: int) -> None:
@@ -81,4 +81,4 @@ def run_with_openvino(model: "SentenceTransformer") -> None:
     if not isinstance(transformer, PreTrainedModel):
         raise ValueError(f"OpenVINO runs transformers, and this model begins with {type(model[0]).__name__}")
     example = dict(model.tokenizer(EXAMPLE, padding=True, return_tensors="pt"))
-    transformer.forward = OpenVinoEncoder(transformer, example)  # type: ignore[method-assign]
+    transformer.forward = OpenVinoEncoder(transformer, example)
