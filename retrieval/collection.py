@@ -337,17 +337,22 @@ class MilvusCollection:
         """Flush pending writes to disk."""
         self.connection.flush(self.collection_name)
 
-    def touch(self, sources: Iterable[str] = ()) -> None:
+    def touch(self, sources: Iterable[str] = ()) -> str:
         """Record that rows have changed, so that retrievers forget remembered neighbors.
 
         Args:
             sources: names of the sources that the rows came from.
+
+        Returns:
+            the new `revision()`.
         """
-        properties = {REVISION: f"{time.time_ns()}"}
+        revision = f"{time.time_ns()}"
+        properties = {REVISION: revision}
         names = set(self.sources())
         if new := set(sources) - names:
             properties[SOURCES] = json.dumps(sorted(names | new)[:MAX_SOURCES])
         self.connection.alter_properties(self.collection_name, properties)
+        return revision
 
     def revision(self) -> str:
         """Return a value that changes whenever this library has changed rows."""

@@ -27,6 +27,7 @@ from .tokenization import BulkTokenizer
 WINDOW = 4096  # chunks that are sorted by length together, so that batches have little padding
 BATCHES_PER_WRITE = 16  # embedding batches: an interruption loses seconds of work
 UNWRITTEN = 4  # writes that may wait for Milvus
+MAX_NEW_IDS = 500_000  # ids that are remembered as new, some 40 MB
 
 
 @dataclass
@@ -113,10 +114,11 @@ def ingest(
     open_collection(store, tokenizer, embedder, chunk_size, new, search=search, analyzer=analyzer)
     # Milvus Lite hides rows on their way from memory to disk: look up or write, not both at once
     turn = threading.Lock()
+    newcomers = _Newcomers(store)
 
     def there(doc_ids: Iterable[str]) -> dict[str, int]:
         with turn:
-            return store.chunks_of(doc_ids)
+            return {} if newcomers.are_new(doc_ids) else store.chunks_of(doc_ids)
 
     def write(chunks: list[Chunk], embeddings: np.ndarray | None, texts: list[str]) -> None:
         with turn:
@@ -126,7 +128,7 @@ def ingest(
         with turn:
             store.delete(window.stale)
             if window.new or window.stale:
-                store.touch(window.sources)
+                newcomers.touch(window.sources)
 
     windows = read_windows(documents, tokenizer, chunk_size, there)
     report = embed_windows(windows, embedder, write, finish, progress=progress)
@@ -134,6 +136,43 @@ def ingest(
     store.adapt_index()
     report.seconds = time.monotonic() - started
     return report
+
+
+class _Newcomers:
+    """Tell which documents cannot have rows yet, because a look-up reads the whole collection.
+
+    In a collection that was empty and that nobody else writes to, these are the ids that have not
+    come before. Once another process has written, or too many ids have come, none is known as new.
+
+    Args:
+        store: the collection, before anything is written.
+    """
+
+    def __init__(self, store: MilvusStore) -> None:
+        self._store = store
+        self._revision = store.revision()
+        self._seen: set[int] | None = None if store.count() else set()
+
+    def are_new(self, doc_ids: Iterable[str]) -> bool:
+        """Return True if none of these documents has rows. From now on all of them may have."""
+        self._check_revision()
+        if self._seen is None:
+            return False
+        keys = set(map(doc_key, doc_ids))
+        new = self._seen.isdisjoint(keys)
+        self._seen |= keys
+        if len(self._seen) > MAX_NEW_IDS:
+            self._seen = None
+        return new
+
+    def touch(self, sources: Iterable[str]) -> None:
+        """Record that rows have changed, as `store.touch` does."""
+        self._check_revision()
+        self._revision = self._store.touch(sources)
+
+    def _check_revision(self) -> None:
+        if self._seen is not None and self._store.revision() != self._revision:
+            self._seen = None
 
 
 def documents_of_rank(documents: Iterable[Document], rank: int, processes: int) -> Iterator[Document]:
@@ -229,7 +268,7 @@ def _add_documents(
         for chunk in split_tokens(document, tokens, chunk_size):
             key = primary_key(chunk.doc_id, chunk.index)
             keys.add(key)
-            if there.get(key) == content_hash(chunk):
+            if key in there and there[key] == content_hash(chunk):
                 window.report.chunks_unchanged += 1
             else:
                 window.report.chunks_written += 1

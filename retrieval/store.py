@@ -15,7 +15,7 @@ from .errors import KnowledgeBaseError
 from .filters import Filter, all_of, filter_expression
 from .rows import VECTORS, WORDS, doc_key, row_of
 
-ROWS_PER_CALL = 500
+ROWS_PER_CALL = 512
 MOST_HITS = 16384  # Milvus returns no more for one vector
 HITS_PER_CALL = 65536  # bounds an answer's size: some 50 MB with chunks of 64 tokens
 KEYS_PER_CALL = 10_000

