@@ -24,7 +24,7 @@ from .bulk import write_bulk_files
 from .chunking import CHUNK_SIZE, check_chunk_size
 from .collection import NewCollection
 from .connection import MilvusConnection
-from .embedding import BACKEND_MODULES, BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder, EmbedderSettings
+from .embedding import BACKENDS, BATCH_SIZE, DEFAULT_EMBEDDING_MODEL, Embedder, EmbedderSettings
 from .errors import KnowledgeBaseError
 from .exchange import export_knowledge_base, import_knowledge_base, push_knowledge_base
 from .filters import Filter, parse_filter
@@ -123,7 +123,7 @@ def _model_options() -> argparse.ArgumentParser:
     for name in ("query_prompt", "document_prompt"):
         add_option(models, EmbedderSettings, name, metavar="TEXT")
     add_option(models, EmbedderSettings, "truncate_dim", type=int)
-    add_option(models, EmbedderSettings, "backend", choices=tuple(BACKEND_MODULES))
+    add_option(models, EmbedderSettings, "backend", choices=BACKENDS)
     add_option(models, EmbedderSettings, "trust_remote_code", action="store_true")
     return models
 

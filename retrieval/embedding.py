@@ -29,14 +29,8 @@ UNPADDED_BATCH_SIZE = 256  # the least where a long text does not make others of
 PROBE_SENTENCE = "The quick brown fox jumps over the lazy dog; 3 foxes, 14 dogs, def fox(dog): return not lazy."
 PROBE_LENGTH = 32
 
-Backend = Literal["torch", "onnx", "openvino"]
-# Modules that a backend imports, and what installs them
-BACKEND_MODULES: dict[str, tuple[str, ...]] = {
-    "torch": (),
-    "onnx": ("onnxruntime", "optimum.onnxruntime"),
-    "openvino": ("openvino",),
-}
-BACKEND_PACKAGES = {"onnx": "sentence-transformers[onnx]", "openvino": "transformers-retro[openvino]"}
+Backend = Literal["torch", "openvino"]
+BACKENDS = get_args(Backend)
 # Names under which models ship a prompt; the first one that is there and not empty counts
 SHIPPED_PROMPTS = {"query_prompt": ("query",), "document_prompt": ("document", "passage", "corpus")}
 
@@ -76,8 +70,8 @@ class EmbedderSettings:
     backend: Backend = field(
         default="torch",
         metadata={
-            "help": "What runs the embedding model: torch, onnx or openvino. openvino is the fastest on CPUs; it needs "
-            "'transformers-retro[openvino]'."
+            "help": "What runs the embedding model: torch, or openvino, which is faster on CPUs and needs the extra of "
+            "that name."
         },
     )
     trust_remote_code: bool = field(
@@ -86,8 +80,8 @@ class EmbedderSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKEND_MODULES:
-            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {self.backend!r}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {self.backend!r}.")
         if self.truncate_dim is not None and self.truncate_dim < 1:
             raise ValueError(f"truncate_dim is {self.truncate_dim}; it must be 1 or more.")
 
@@ -181,15 +175,15 @@ class Embedder:
         # Imported lazily: it takes seconds.
         from sentence_transformers import SentenceTransformer
 
-        check_backend(self.settings.backend)
+        openvino = self.settings.backend == "openvino"
+        if openvino:
+            check_openvino()
         if self._device is not None:
             _check_device(self._device)
-        openvino = self.settings.backend == "openvino"
         try:
             model = SentenceTransformer(
                 self._source,
                 device="cpu" if openvino else self._device,
-                backend="torch" if openvino else self.settings.backend,
                 trust_remote_code=self.settings.trust_remote_code,
                 model_kwargs={} if self._dtype is None else {"dtype": self._dtype},
             )
@@ -321,21 +315,10 @@ class Embedder:
             )
 
 
-def check_backend(backend: str) -> None:
-    """Raise KnowledgeBaseError if the packages of a backend are missing."""
-    missing = [name for name in BACKEND_MODULES[backend] if not _is_installed(name)]
-    if missing:
-        raise KnowledgeBaseError(
-            f"The {backend} backend needs more packages ({', '.join(missing)}): "
-            f"pip install '{BACKEND_PACKAGES[backend]}'."
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that would hold it
-        return False
+def check_openvino() -> None:
+    """Raise KnowledgeBaseError if OpenVINO is missing."""
+    if importlib.util.find_spec("openvino") is None:
+        raise KnowledgeBaseError("The openvino backend needs OpenVINO: pip install 'transformers-retro[openvino]'.")
 
 
 def _check_device(device: str) -> None:

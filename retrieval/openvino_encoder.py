@@ -4,6 +4,7 @@ sentence-transformers' own OpenVINO backend needs optimum-intel, whose releases 
 with transformers 5.16 and newer. Here OpenVINO itself converts the model when it is loaded.
 """
 
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, cast
@@ -35,6 +36,7 @@ class OpenVinoEncoder:
     """
 
     def __init__(self, model: PreTrainedModel, example: dict[str, torch.Tensor]) -> None:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # or the import reports to Intel
         import openvino
 
         with warnings.catch_warnings(), torch.no_grad():
