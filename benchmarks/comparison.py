@@ -148,7 +148,7 @@ def make_materials(folder: Path, model: RetroForCausalLM, tokenizer: BulkTokeniz
 def commands(folder: Path) -> Iterator[list[str]]:
     """Yield the commands of a corpus' comparison, as a user types them."""
     shared = ["--model", str(folder / "retro"), "--knowledge_base", str(folder / "kb.db")]
-    shared += ["--embedding_model", str(MINILM), "--dtype", "bfloat16", "--texts", str(folder / "held_out")]
+    shared += ["--embedding_model", str(MINILM), "--dtype", "float32", "--texts", str(folder / "held_out")]
     shared += ["--window", str(WINDOW)]
     windows, training = ["--windows", str(SIZE.held_out)], ["--training_texts", str(folder / "knowledge")]
     named = [
