@@ -1,16 +1,25 @@
 """Retrieval inside `generate()`: a point's neighbors are fetched in the step that reaches it."""
 
+from functools import wraps
 from itertools import compress
 from typing import Any, NoReturn
 
 import torch
-from transformers import Cache, CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    Cache,
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.utils import ModelOutput
 
 from configuration_retro import RetroConfig
 
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid
+from .drafts import MOST_LENGTH, AfterPrompt, NeighborDrafts
 from .library import CACHE, argument_names, check_arguments, either_cache
 from .neighbor_fetching import RetrievalLog, RetrievedChunk, Retriever, fetch_neighbors, select_given
 from .neighbor_inputs import NeighborInputs
@@ -28,7 +37,12 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor | None = None, *args: Any, align_to_prompt: bool = True, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        align_to_prompt: bool = True,
+        draft_from_neighbors: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Generate as `GenerationMixin.generate`, with neighbors for every retrieval point.
 
@@ -38,6 +52,9 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
                 `retrieval_stride` tokens. False begins after the first chunk, as the paper does. A
                 cache from an earlier call keeps its points and gets one more at the new prompt's
                 end.
+            draft_from_neighbors: propose what the neighbors say next, and verify it in one forward.
+                The text stays the same, token for token if decoded greedily, and in its
+                distribution if sampled. For one row at a time, with a dynamic cache.
             first_point: (rows,) int64, each row's first point (see `RetroModel.forward`), instead
                 of one that follows from the prompt.
             retrieval_stride: tokens between two points, from 1 to chunk_size. Default: the setting
@@ -53,9 +70,16 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             documents found at its points and their similarities. With `output_attentions=True` it
             also has `cross_attentions`: for each forward pass and cross-attention layer, (rows,
             heads, tokens of the pass, k·r) over the neighbors.
+
+        Raises:
+            ValueError: drafts are asked for together with another kind of draft, for several rows,
+                or without a cache that can be cropped.
         """
         has_points = any(kwargs.get(name) is not None for name in ("neighbor_ids", "first_point"))
         log = RetrievalLog(align_to_prompt and not has_points)
+        if draft_from_neighbors:
+            kwargs |= self._drafting(kwargs)
+            log.drafts = True
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
@@ -69,6 +93,14 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             if log.cross_attentions:
                 outputs["cross_attentions"] = tuple(log.cross_attentions)
         return outputs
+
+    @staticmethod
+    def _drafting(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings under which the library verifies drafts."""
+        others = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(name) is not None]
+        if others:
+            raise ValueError(f"draft_from_neighbors and {others[0]} both draft. Give one of them.")
+        return {"prompt_lookup_num_tokens": MOST_LENGTH}
 
     def prepare_inputs_for_generation(
         self,
@@ -222,6 +254,9 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     ) -> Any:
         # a first forward with a draft holds more than the prompt
         _record_prompt(kwargs["input_ids"], model_kwargs)
+        log = model_kwargs.get("retrieval_log")
+        if log is not None and log.drafts:
+            return self._neighbor_drafts(log, model_kwargs, kwargs["input_ids"], kwargs["generation_config"])
         # an assistant drafts with its own retrieval, if any; this model's neighbors are not its
         # arguments
         if assistant_model is not None:
@@ -230,6 +265,33 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(  # type: ignore[misc]
             model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    @wraps(GenerationMixin._assisted_decoding)  # the library reads the names of its arguments
+    def _assisted_decoding(  # type: ignore[override]
+        self, input_ids: torch.Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> Any:
+        log = kwargs.get("retrieval_log")
+        if log is not None and log.drafts:  # the library does not tell the drafts when a text stops
+            log.stopping_criteria = stopping_criteria = AfterPrompt(stopping_criteria, input_ids.shape[1])
+        return super()._assisted_decoding(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]  # mypy cannot tell it from a LongTensor
+            *args,
+            stopping_criteria=stopping_criteria,
+            **kwargs,
+        )
+
+    def _neighbor_drafts(
+        self, log: RetrievalLog, model_kwargs: dict, input_ids: torch.Tensor, generation_config: GenerationConfig
+    ) -> NeighborDrafts:
+        if len(input_ids) > 1:
+            raise ValueError(
+                f"draft_from_neighbors drafts for one row at a time, but there are {len(input_ids)}. Generate row by "
+                "row, or leave it out."
+            )
+        ids, mask, scores = (model_kwargs.get(name) for name in NEIGHBOR_ARGUMENTS)
+        given = None if ids is None else NeighborInputs.from_arguments(ids, mask, scores)
+        eos = generation_config._eos_token_tensor
+        return NeighborDrafts(log, given, generation_config.max_length, log.stopping_criteria, eos)
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from transformers import StoppingCriteriaList
 from transformers.utils import logging
 
 from configuration_retro import RetroConfig
@@ -113,10 +114,14 @@ class RetrievalLog:
             `generate()`.
         cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
             asked for.
+        drafts: True if tokens are drafted from the neighbors.
+        stopping_criteria: those of `generate()`, where tokens are drafted.
     """
 
     def __init__(self, align_to_prompt: bool = False) -> None:
         self.align_to_prompt = align_to_prompt
+        self.drafts = False
+        self.stopping_criteria = StoppingCriteriaList()
         self._neighbors: dict[Query, tuple[Neighbors, int]] = {}  # query -> (a retriever's answer, row in it)
         self.prompt_mask: torch.Tensor | None = None
         self.points: RetrievalPoints | None = None
@@ -128,6 +133,10 @@ class RetrievalLog:
 
     def __contains__(self, query: Query) -> bool:
         return query in self._neighbors
+
+    def queries(self) -> list[Query]:
+        """Return all that was searched for, the first search first."""
+        return list(self._neighbors)
 
     def retrieve(self, retriever: Retriever, queries: Sequence[Query]) -> None:
         """Fetch the neighbors of those queries that are not here yet, in one search."""

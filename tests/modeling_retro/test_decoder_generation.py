@@ -71,12 +71,16 @@ def test_beam_search_is_beam_search_by_hand(model):
 
 
 @pytest.mark.parametrize("family", TWO, indirect=True)
-@pytest.mark.parametrize("draft", ["prompt lookup", "decoder"])
+@pytest.mark.parametrize("draft", ["prompt lookup", "neighbors", "decoder"])
 def test_drafted_tokens_change_nothing_in_the_text(model, saved_decoder, draft):
     prompt = PROMPT[:5] * 3
     # some versions of transformers cannot draft with the sliding windows of Gemma 3
     decoder = open_decoder(saved_decoder("llama"))
-    drafts = {"prompt_lookup_num_tokens": 3} if draft == "prompt lookup" else {"assistant_model": decoder}
+    drafts = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "neighbors": {"draft_from_neighbors": True},
+        "decoder": {"assistant_model": decoder},
+    }[draft]
     assert_by_hand(model, model.generate(torch.tensor([prompt]), **drafts, **GREEDY), [prompt])
 
 

@@ -80,7 +80,14 @@ def test_a_rejected_draft_leaves_nothing_behind(model, prompt):
 
 
 @pytest.mark.parametrize(
-    "mode", [{"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}, {"assistant": True}, {"num_beams": 1}]
+    "mode",
+    [
+        {"prefill_chunk_size": 5},
+        {"prompt_lookup_num_tokens": 3},
+        {"draft_from_neighbors": True},
+        {"assistant": True},
+        {"num_beams": 1},
+    ],
 )
 def test_neighbors_given_for_the_prompt_work_in_every_mode(model, prompt, mode):
     found = HashRetriever().retrieve(prompt.view(-1, CHUNK))

@@ -91,6 +91,11 @@ def test_generation_prints_samples_and_what_they_read(world, tokenizer_folder, t
     assert run(*base) == program.stdout  # the same seed
     plain = run("--temperature", "0", "--num_samples", "1")
     assert "=== sample" in plain and "chunk" not in plain.split("chunk of text")[-1]
+    greedy = [*base, "--temperature", "0", "--num_samples", "1"]
+    assert run(*greedy, "--draft_from_neighbors", "true") == run(*greedy)
+    with pytest.raises(SystemExit):
+        run("--draft_from_neighbors", "true")
+    assert "num_samples is 2, but draft_from_neighbors" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         run("--knowledge_base", "missing.db")
     assert ended.value.code == 2 and "missing.db" in capsys.readouterr().err
