@@ -61,6 +61,10 @@ def main() -> None:
         islice((text[: arguments.prompt] for text in texts if len(text) > arguments.prompt), arguments.rounds)
     )
     length = {"max_new_tokens": arguments.new, "min_new_tokens": arguments.new, "do_sample": False, "pad_token_id": 0}
+    if not prompts:
+        raise SystemExit(
+            f"No text is longer than {arguments.prompt} tokens. Give longer --prompts or a smaller --prompt."
+        )
     rates: dict[str, list[float]] = {name: [] for name in sides}
     forwards: dict[str, list[float]] = {name: [] for name in sides}
     differing = dict.fromkeys(SAME_TEXT, 0)

@@ -114,18 +114,20 @@ class NeighborDrafts(CandidateGenerator):
         points, mask = self.log.points, self.log.prompt_mask
         if points is None or mask is None:
             return 0
+        if columns < mask.shape[1]:  # a prompt of embeddings, which is not in the text
+            columns += mask.shape[1]
         length = columns - int((mask[0] == 0).sum())
         first = points.chunk_size if points.first is None else int(points.first[0])
         following = first if length < first else first + ((length - first) // points.stride + 1) * points.stride
         return following - length - 1
 
     def _up_to_a_stop(self, input_ids: torch.Tensor, draft: list[int]) -> list[int]:
-        """Cut a draft behind the first token at which the text would stop."""
+        """Cut a draft before the token at which the text would stop. The model writes that one."""
         if self.stops:
-            for end in range(1, len(draft)):
+            for end in range(1, len(draft) + 1):
                 text = torch.cat([input_ids, input_ids.new_tensor([draft[:end]])], dim=1)
                 if any(bool(torch.as_tensor(stop(text, None)).any()) for stop in self.stops):
-                    return draft[:end]
+                    return draft[: end - 1]
         return draft
 
 

@@ -1,5 +1,6 @@
 """Retrieval inside `generate()`: a point's neighbors are fetched in the step that reaches it."""
 
+import copy
 from functools import wraps
 from itertools import compress
 from typing import Any, NoReturn
@@ -78,7 +79,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         has_points = any(kwargs.get(name) is not None for name in ("neighbor_ids", "first_point"))
         log = RetrievalLog(align_to_prompt and not has_points)
         if draft_from_neighbors:
-            kwargs |= self._drafting(kwargs)
+            args, kwargs = self._drafting(*args, **kwargs)
             log.drafts = True
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
@@ -94,13 +95,33 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
                 outputs["cross_attentions"] = tuple(log.cross_attentions)
         return outputs
 
-    @staticmethod
-    def _drafting(kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings under which the library verifies drafts."""
-        others = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(name) is not None]
-        if others:
-            raise ValueError(f"draft_from_neighbors and {others[0]} both draft. Give one of them.")
-        return {"prompt_lookup_num_tokens": MOST_LENGTH}
+    def _drafting(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of `generate()` under which the library verifies drafts.
+
+        Raises:
+            ValueError: there is another kind of draft, more than one beam, or no dynamic cache.
+        """
+        chosen = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        other = "assistant_model" if kwargs.get("assistant_model") is not None else "prompt_lookup_num_tokens"
+        if kwargs.get(other, getattr(chosen, other, None)) is not None:
+            raise ValueError(f"draft_from_neighbors and {other} both draft. Give one of them.")
+        defaults = self.generation_config if generation_config is None else chosen
+        beams, use_cache, kind = (
+            kwargs.get(name, getattr(defaults, name)) for name in ("num_beams", "use_cache", "cache_implementation")
+        )
+        if (beams or 1) > 1:
+            raise ValueError(f"num_beams is {beams}, but draft_from_neighbors follows one text. Leave one of them out.")
+        if use_cache is False or "static" in str(kind):
+            raise ValueError(
+                f"use_cache is {use_cache} and cache_implementation is {kind}, but draft_from_neighbors needs a "
+                "dynamic cache, which can be cropped. Leave them out."
+            )
+        if generation_config is None:
+            return args, kwargs | {"prompt_lookup_num_tokens": MOST_LENGTH}
+        chosen.prompt_lookup_num_tokens = MOST_LENGTH
+        return (chosen, *args), kwargs
 
     def prepare_inputs_for_generation(
         self,

@@ -142,7 +142,8 @@ class _Newcomers:
     """Tell which documents cannot have rows yet, because a look-up reads the whole collection.
 
     In a collection that was empty and that nobody else writes to, these are the ids that have not
-    come before. Once another process has written, or too many ids have come, none is known as new.
+    come before. Each process announces its documents before it writes them. Once another one has
+    done so, or too many ids have come, no document is known as new.
 
     Args:
         store: the collection, before anything is written.
@@ -163,6 +164,8 @@ class _Newcomers:
         self._seen |= keys
         if len(self._seen) > MAX_NEW_IDS:
             self._seen = None
+        if new:
+            self.touch(())  # others look up from now on
         return new
 
     def touch(self, sources: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from modeling_retro.drafts import continuation
 from modeling_retro.library import CACHE
@@ -108,6 +108,26 @@ class TestNeighborsThatKnow:
         assert torch.equal(model.generate(prompt, max_new_tokens=self.STEPS, **given, **DRAFTED), expected)
         assert len(forwards.tokens) <= self.STEPS
 
+    @pytest.mark.parametrize("length", range(1, 20, 3))
+    def test_it_stops_at_any_token(self, model, prompt, given, length):
+        class Long(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.tensor([input_ids.shape[1] >= 6 + length])
+
+        given, expected = given
+        settings = {"max_new_tokens": self.STEPS, "stopping_criteria": StoppingCriteriaList([Long()])}
+        assert torch.equal(model.generate(prompt, **settings, **given, **DRAFTED), expected[:, : 6 + length])
+
+    def test_a_configuration_is_used_and_stays_as_it_is(self, model, prompt, given):
+        given, expected = given
+        config, forwards = (
+            GenerationConfig(max_new_tokens=self.STEPS, do_sample=False, pad_token_id=VOCAB - 1),
+            Forwards(model),
+        )
+        before = config.to_dict()
+        assert torch.equal(model.generate(prompt, config, draft_from_neighbors=True, **given), expected)
+        assert len(forwards.tokens) <= 4 and config.to_dict() == before
+
     def test_a_text_ends_where_it_would_without_drafts(self, model, prompt, given):
         given, expected = given
         stop = expected[0, 6 + 9].item()
@@ -180,9 +200,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"draft_from_neighbors and {next(iter(other))} both draft"):
             model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, **other, **DRAFTED)
 
+    def test_beams_and_a_configuration_that_drafts(self):
+        model, prompt = retrieving_model(), torch.tensor([PROMPTS[0]])
+        with pytest.raises(ValueError, match="num_beams is 2, but draft_from_neighbors follows one text"):
+            model.generate(prompt, max_new_tokens=3, num_beams=2, **DRAFTED)
+        config = GenerationConfig(max_new_tokens=3, prompt_lookup_num_tokens=3)
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens both draft"):
+            model.generate(prompt, generation_config=config, draft_from_neighbors=True)
+
     @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"use_cache": False}])
     def test_caches_that_cannot_be_cropped(self, setting):
-        with pytest.raises(ValueError, match="assisted generate"):
+        with pytest.raises(ValueError, match="needs a dynamic cache"):
             retrieving_model().generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, **setting, **DRAFTED)
 
 
