@@ -44,7 +44,7 @@ STEPS = 3  # training steps of a side's turn
 
 @dataclass
 class Plan:
-    """What is measured, and how long.
+    """The sides to measure, and how long each takes.
 
     Attributes:
         device: where. None: the GPU if there is one.

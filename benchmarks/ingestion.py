@@ -52,7 +52,7 @@ class Corpus:
 
 
 class Sides:
-    """What is measured. Each side returns the seconds that it took."""
+    """The sides to measure. Each returns the seconds that it took."""
 
     def __init__(self, uri: str | None, tokenizer: BulkTokenizer) -> None:
         self.uri, self.tokenizer, self.made = uri, tokenizer, 0
