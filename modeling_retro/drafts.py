@@ -74,9 +74,7 @@ class NeighborDrafts(CandidateGenerator):
 
     def get_candidates(self, input_ids: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """Return the text (1, T) with a draft behind it: (1, T + n), n from 0 on."""
-        text = input_ids[0].cpu()
-        draft = [] if self._pause else self._draft(text)
-        draft = self._up_to_a_stop(input_ids, draft)
+        draft = [] if self._pause else self._up_to_a_stop(input_ids, self._draft(input_ids[0].cpu()))
         self._drafted = len(draft)
         return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1) if draft else input_ids, None
 
@@ -117,9 +115,7 @@ class NeighborDrafts(CandidateGenerator):
         if columns < mask.shape[1]:  # a prompt of embeddings, which is not in the text
             columns += mask.shape[1]
         length = columns - int((mask[0] == 0).sum())
-        first = points.chunk_size if points.first is None else int(points.first[0])
-        following = first if length < first else first + ((length - first) // points.stride + 1) * points.stride
-        return following - length - 1
+        return points.after(0, length) - length - 1
 
     def _up_to_a_stop(self, input_ids: torch.Tensor, draft: list[int]) -> list[int]:
         """Cut a draft before the token at which the text would stop. The model writes that one."""

@@ -40,6 +40,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         align_to_prompt: bool = True,
         draft_from_neighbors: bool = False,
@@ -79,35 +80,35 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         has_points = any(kwargs.get(name) is not None for name in ("neighbor_ids", "first_point"))
         log = RetrievalLog(align_to_prompt and not has_points)
         if draft_from_neighbors:
-            args, kwargs = self._drafting(*args, **kwargs)
+            generation_config, kwargs = self._drafting(generation_config, kwargs)
             log.drafts = True
         cache = either_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
         if self.training and getattr(self.base_model, "gradient_checkpointing", False):
             kwargs["use_cache"] = False  # checkpointed layers keep no cache
-        outputs = super().generate(inputs, *args, retrieval_log=log, **kwargs)  # type: ignore[misc]
+        outputs = super().generate(  # type: ignore[misc]
+            inputs, generation_config, *args, retrieval_log=log, **kwargs
+        )
         if isinstance(outputs, ModelOutput):
-            generation_config = kwargs.get("generation_config") or self.generation_config
-            eos_token_id = kwargs.get("eos_token_id", generation_config.eos_token_id)
+            eos_token_id = kwargs.get("eos_token_id", (generation_config or self.generation_config).eos_token_id)
             outputs["retrieved"] = self._retrieved(outputs.sequences, log, eos_token_id)
             if log.cross_attentions:
                 outputs["cross_attentions"] = tuple(log.cross_attentions)
         return outputs
 
     def _drafting(
-        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of `generate()` under which the library verifies drafts.
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig | None, dict[str, Any]]:
+        """Return the settings of `generate()` under which the library verifies drafts.
 
         Raises:
             ValueError: there is another kind of draft, more than one beam, or no dynamic cache.
         """
-        chosen = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         other = "assistant_model" if kwargs.get("assistant_model") is not None else "prompt_lookup_num_tokens"
-        if kwargs.get(other, getattr(chosen, other, None)) is not None:
+        if kwargs.get(other, getattr(generation_config, other, None)) is not None:
             raise ValueError(f"draft_from_neighbors and {other} both draft. Give one of them.")
-        defaults = self.generation_config if generation_config is None else chosen
+        defaults = generation_config or self.generation_config
         beams, use_cache, kind = (
             kwargs.get(name, getattr(defaults, name)) for name in ("num_beams", "use_cache", "cache_implementation")
         )
@@ -119,9 +120,10 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
                 "dynamic cache, which can be cropped. Leave them out."
             )
         if generation_config is None:
-            return args, kwargs | {"prompt_lookup_num_tokens": MOST_LENGTH}
-        chosen.prompt_lookup_num_tokens = MOST_LENGTH
-        return (chosen, *args), kwargs
+            return None, kwargs | {"prompt_lookup_num_tokens": MOST_LENGTH}
+        drafting = copy.deepcopy(generation_config)
+        drafting.prompt_lookup_num_tokens = MOST_LENGTH
+        return drafting, kwargs
 
     def prepare_inputs_for_generation(
         self,

@@ -154,6 +154,14 @@ class RetrievalPoints(Movable):
 
     def of_row(self, row: int, mask: list[bool]) -> list[int]:
         """Return the points of one row; in its mask, padding is False."""
-        first = self.chunk_size if self.first is None else int(self.first[row])
+        first = self._first_of(row)
         ends = {sum(mask[:column]) for column in self.prompt_ends} - {0}
         return sorted({*retrieval_points(sum(mask), first, self.stride), *ends})
+
+    def after(self, row: int, length: int) -> int:
+        """Return the first point of one row behind this many tokens, prompt ends aside."""
+        first = self._first_of(row)
+        return first + len(retrieval_points(length, first, self.stride)) * self.stride
+
+    def _first_of(self, row: int) -> int:
+        return self.chunk_size if self.first is None else int(self.first[row])

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from modeling_retro.library import CACHE
 
@@ -97,6 +104,20 @@ def test_neighbors_given_for_the_prompt_work_in_every_mode(model, prompt, mode):
     expected = model.generate(prompt, use_cache=False, **GREEDY, **given)
     assert torch.equal(model.generate(prompt, **mode, **GREEDY, **given), expected)
     assert model.retriever.calls == []
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_given_configuration_says_where_the_log_ends(model, by_name):
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    first, second = (greedy_by_hand(model, prompt, STEPS) for prompt in prompts)
+    eos = first[len(prompts[0]) + 1]
+    assert eos not in second[len(prompts[1]) :], "the other row goes on, and this one is filled up"
+    end = first.index(eos, len(prompts[0])) + 1
+    config = GenerationConfig(**GREEDY, eos_token_id=eos, pad_token_id=VOCAB - 1, return_dict_in_generate=True)
+    batch = left_padded(prompts)
+    ids = batch.pop("input_ids")
+    output = model.generate(ids, generation_config=config, **batch) if by_name else model.generate(ids, config, **batch)
+    assert [chunk.end for chunk in output.retrieved[0]] == Grid.aligned_to(prompts[0]).points(first[:end])
 
 
 def test_a_prompt_prefilled_in_pieces_retrieves_the_same(model):
