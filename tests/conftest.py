@@ -1,9 +1,17 @@
-"""Group tests that run in parallel: by file, and in one group all that need the Milvus server."""
+"""Group tests that run in parallel, by file or by the server they need, and bound their memory."""
+
+import resource
 
 import pytest
 
+MOST_MEMORY = 10 * 2**30  # bytes; a test that takes more fails with a traceback, and does not fill the machine
 # The longest groups start first, so that no process works alone at the end.
 LONGEST = ["server", "test_failures.py", "test_resuming.py", "test_many_processes.py", "test_conformance.py"]
+
+
+def pytest_configure():
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, most))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

@@ -101,7 +101,7 @@ class MilvusServer:
         if self.process is not None:
             return
         try:
-            self.turn.acquire(timeout=45 * 60)
+            self.turn.acquire(timeout=25 * 60)
         except Timeout as error:
             raise RuntimeError(f"Another test run's Milvus server holds {TURN}. Wait for its end.") from error
         wait_for_port(FIXED_PORT)
