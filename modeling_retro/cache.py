@@ -7,6 +7,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import QuantizedLayer
 
+from .growing import Growth, grow_in_place
 from .retrieval_points import RetrievalPoints
 
 
@@ -33,6 +34,8 @@ class RetroCache(Cache):
 
     def __init__(self, decoder_cache: Cache | None = None, config: PreTrainedConfig | None = None):
         shared = DynamicCache(config=config) if decoder_cache is None else decoder_cache
+        if not shared.offloading:
+            grow_in_place(shared)
         # the list itself is shared: whoever holds the decoder's cache sees the same tokens
         super().__init__(
             layers=shared.layers,
@@ -51,6 +54,7 @@ class RetroCache(Cache):
         self.token_embeds: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
         self.neighbor_memory: dict[int | str, dict[str, torch.Tensor]] = {}
+        self._growth: dict[str, Growth] = {}
 
     @property
     def past_length(self) -> int:
@@ -74,18 +78,25 @@ class RetroCache(Cache):
 
     def append_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Remember this call's tokens (B, T); return all (B, L)."""
-        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        self.tokens = self._append("tokens", self.tokens, tokens)
         return self.tokens
 
     def append_query_states(self, states: torch.Tensor) -> torch.Tensor:
         """Remember this call's states (B, T, d); return all (B, L, d)."""
-        self.query_states = states if self.query_states is None else torch.cat([self.query_states, states], dim=1)
+        self.query_states = self._append("query_states", self.query_states, states)
         return self.query_states
 
     def append_token_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
         """Remember this call's token embeddings (B, T, d); return all (B, L, d)."""
-        self.token_embeds = embeds if self.token_embeds is None else torch.cat([self.token_embeds, embeds], dim=1)
+        self.token_embeds = self._append("token_embeds", self.token_embeds, embeds)
         return self.token_embeds
+
+    def _append(self, name: str, known: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        if known is None:
+            return new
+        if name not in self._growth:
+            self._growth[name] = Growth(dim=1)
+        return self._growth[name].append(known, new)
 
     def reset(self) -> None:
         """Forget all tokens."""
