@@ -25,13 +25,15 @@ from typing import Any
 
 import torch
 from chunk_life import Stopwatch
+from gpt2_small import GPT2_SMALL, build_gpt2, build_retro
 from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
-from modeling_retro import RetroConfig, RetroForCausalLM
+from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Document, Embedder, MilvusRetriever, MilvusStore, chunk_documents, ingest
 
-CHUNK = 64
+CHUNK = GPT2_SMALL.chunk
+MOST_TOKENS = 1024  # of prompt and continuation
 HELD_OUT = 10  # one file of so many is not in the knowledge base
 COLLECTION = "text"
 OPEN_GATE = 0.5  # a fresh copy head is closed and would cost nothing
@@ -84,8 +86,8 @@ def knowledge_base(folder: Path, chunks: int, tokenizer: BulkTokenizer) -> Milvu
 
 def held_out_texts(tokenizer: BulkTokenizer, rows: int, length: int) -> torch.Tensor:
     """Return the first tokens of held-out files, (rows, length)."""
-    encoded = (tokenizer.encode(document.text[: 20 * length]) for document in documents([0]))
-    long = (list(tokens)[:length] for tokens in encoded if len(tokens) >= length)
+    encoded = (tokenizer.encode_batch([document.text[: 20 * length]])[0] for document in documents([0]))
+    long = (tokens[:length] for tokens in encoded if len(tokens) >= length)
     return torch.tensor(list(itertools.islice(long, rows)))
 
 
@@ -97,11 +99,11 @@ def build_models(sides: Sequence[str]) -> dict[str, torch.nn.Module]:
         torch.manual_seed(0)
         settings, _ = SIDES[side]
         if side == GPT2:
-            models[side] = GPT2LMHeadModel(GPT2Config()).eval()
+            models[side] = build_gpt2(GPT2_SMALL, MOST_TOKENS).eval()
             continue
         key = str(settings)
         if key not in shared:
-            shared[key] = RetroForCausalLM(RetroConfig(**settings)).eval()
+            shared[key] = build_retro(GPT2_SMALL, MOST_TOKENS, **settings).eval()
             if settings.get("copy_head"):
                 torch.nn.init.constant_(shared[key].copy_head.gate_scale, OPEN_GATE)
         models[side] = shared[key]

@@ -4,7 +4,8 @@ Shapes: B rows, T tokens of this call, S slots (retrieval points reached in this
 the cache, G groups of w queries, k neighbors of a point, r tokens of a neighbor, d hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,23 +27,29 @@ class CachedPoints(Movable):
         cache: the memory of earlier points.
         slots: (B, C) int64, the slot of this call that is written to point c, -1 for none.
         group_points: (B, G) int64, the number of each group's point.
+        recalled: the states of the groups that `update` has returned, by owner. Calls of one token
+            that read the same points share them.
     """
 
     cache: RetroCache
     slots: torch.Tensor
     group_points: torch.Tensor
+    recalled: dict[int | str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def update(self, owner: int | str, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Store new states (B, S, …) by name, and return the states of the groups (B, G, …)."""
+        if not new and owner in self.recalled:
+            return self.recalled[owner]
         memory = self.cache.neighbor_memory.setdefault(owner, {})
         for name, states in new.items():
             memory[name] = write_points(memory.get(name), states, self.slots)
         # Points that were reached later, without neighbors, have no stored states. They are masked,
         # so any state will do.
-        return {
+        self.recalled[owner] = {
             name: take_points(states, self.group_points.clamp(max=states.shape[1] - 1))
             for name, states in memory.items()
         }
+        return self.recalled[owner]
 
 
 @dataclass
@@ -65,7 +72,7 @@ class AttentionPlan(Movable):
     attention_mask: Any
     cached: CachedPoints | None
 
-    @property
+    @cached_property
     def is_masked(self) -> torch.Tensor:
         """(B·G, k·r) bool, True where there is no neighbor token. All False in empty groups."""
         return ~open_if_empty(self.neighbor_mask).flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -9,6 +10,9 @@ from transformers.cache_utils import QuantizedLayer
 
 from .growing import Growth, grow_in_place
 from .retrieval_points import RetrievalPoints
+
+if TYPE_CHECKING:
+    from .attention_plan import AttentionPlan
 
 
 class RetroCache(Cache):
@@ -30,6 +34,12 @@ class RetroCache(Cache):
         neighbor_memory: states of the points' neighbors, prepared when a point was reached: owner
             -> name -> (B, C, …). An owner is a cross-attention layer, by its number, or "match" or
             "copy".
+        reads_on: `generate()` sets it where the next call reaches no point in any row and holds
+            tokens alone.
+        last_plan: the attention plan of the last call, if that call held one token a row.
+        last_positions: (B, 1) int64, the content positions of these tokens.
+        last_embeds: (B, n, d) the embeddings of the last n tokens, the last first, if tokens are
+            matched.
     """
 
     def __init__(self, decoder_cache: Cache | None = None, config: PreTrainedConfig | None = None):
@@ -55,6 +65,26 @@ class RetroCache(Cache):
         self.neighbor_mask: torch.Tensor | None = None
         self.neighbor_memory: dict[int | str, dict[str, torch.Tensor]] = {}
         self._growth: dict[str, Growth] = {}
+        self.reads_on = False
+        self._forget_last_call()
+
+    def _forget_last_call(self) -> None:
+        self.last_plan: AttentionPlan | None = None
+        self.last_positions: torch.Tensor | None = None
+        self.last_embeds: torch.Tensor | None = None
+
+    def begin_call(self, num_tokens: int) -> bool:
+        """Return True if a call of so many tokens a row reads just what the last call read.
+
+        If not, what is known of the last call is forgotten.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        reads_on = self.reads_on and num_tokens == 1 and self.last_plan is not None
+        self.reads_on = False
+        if not reads_on:
+            self._forget_last_call()
+        return reads_on
 
     @property
     def past_length(self) -> int:
@@ -106,6 +136,7 @@ class RetroCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. The number is negative as in every `Cache`: -3 removes three."""
         self._check_can_change()
+        self._forget_last_call()
         super().crop(tokens_to_remove)
         # Points beyond the end stay: nothing reads them, and they are overwritten when they are
         # reached again.
@@ -129,6 +160,7 @@ class RetroCache(Cache):
             )
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._forget_last_call()
         if self.points is not None and self.points.first is not None:
             self.points = replace(self.points, first=change(self.points.first))
         for name in ("tokens", "query_states", "token_embeds", "neighbor_mask"):

@@ -114,6 +114,7 @@ class RetrievalLog:
             `generate()`.
         cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
             asked for.
+        pause: the numbers of columns at which no further point has been reached, known on the host.
         drafts: True if tokens are drafted from the neighbors.
         stopping_criteria: those of `generate()`, where tokens are drafted.
     """
@@ -126,6 +127,8 @@ class RetrievalLog:
         self.prompt_mask: torch.Tensor | None = None
         self.points: RetrievalPoints | None = None
         self.first_given: torch.Tensor | None = None
+        self.pause = range(0)
+        self._prompt_lengths: list[int] | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
@@ -133,6 +136,16 @@ class RetrievalLog:
 
     def __contains__(self, query: Query) -> bool:
         return query in self._neighbors
+
+    def find_pause(self, columns: int) -> None:
+        """Set `pause`, after a forward that comes to this number of columns was prepared."""
+        mask, points = self.prompt_mask, self.points
+        self.pause = range(0)
+        if mask is None or points is None or mask.ndim != 2 or columns < mask.shape[1]:
+            return
+        if self._prompt_lengths is None:
+            self._prompt_lengths = mask.bool().sum(1).tolist()
+        self.pause = points.pause(self._prompt_lengths, mask.shape[1], columns)
 
     def queries(self) -> list[Query]:
         """Return all that was searched for, the first search first."""

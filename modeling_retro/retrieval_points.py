@@ -5,6 +5,7 @@ of these tokens is the first that reads the point's neighbors. In the paper, the
 of chunks; here the first point and the stride between points are free.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,6 +152,25 @@ class RetrievalPoints(Movable):
     def most(self, num_columns: int) -> int:
         """Return the greatest number of points in a row of this many columns."""
         return max(0, (num_columns - self.least_first) // self.stride + 1) + len(self.prompt_ends)
+
+    def pause(self, prompt_lengths: Sequence[int], prompt_columns: int, columns: int) -> range:
+        """Return the numbers of columns at which all rows have reached the same points as now.
+
+        Behind the prompt every column is a token.
+
+        Args:
+            prompt_lengths: the tokens of each row's prompt.
+            prompt_columns: the columns of the prompt, padding included.
+            columns: the columns now, no fewer.
+        """
+        firsts = [self.chunk_size] * len(prompt_lengths) if self.first is None else self.first.flatten().tolist()
+        starts, ends = [prompt_columns], []
+        for first, length in zip(firsts, prompt_lengths, strict=True):
+            padding = prompt_columns - length
+            reached = max((columns - padding - first) // self.stride + 1, 0)
+            starts += [padding + first + (reached - 1) * self.stride] if reached else []
+            ends.append(padding + first + reached * self.stride)
+        return range(max(starts), min(ends))
 
     def of_row(self, row: int, mask: list[bool]) -> list[int]:
         """Return the points of one row; in its mask, padding is False."""
