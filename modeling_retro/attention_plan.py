@@ -5,7 +5,6 @@ the cache, G groups of w queries, k neighbors of a point, r tokens of a neighbor
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,21 +60,19 @@ class AttentionPlan(Movable):
             places).
         can_attend: (B, T) bool, True where the column's point has neighbors.
         neighbor_mask: (B, G, k·r) bool, True where the group's point has a neighbor token.
-        attention_mask: the same for the attention implementation. None: every token may be attended
-            to, or each layer makes its own (`cca_match`).
+        is_masked: (B·G, k·r) bool, True where there is no neighbor token. All False in empty
+            groups.
+        attention_mask: the same as `neighbor_mask` for the attention implementation. None: every
+            token may be attended to, or each layer makes its own (`cca_match`).
         cached: the cache's points. None without a cache: group g is then slot g of this call.
     """
 
     queries: QueryGroups
     can_attend: torch.Tensor
     neighbor_mask: torch.Tensor
+    is_masked: torch.Tensor
     attention_mask: Any
     cached: CachedPoints | None
-
-    @cached_property
-    def is_masked(self) -> torch.Tensor:
-        """(B·G, k·r) bool, True where there is no neighbor token. All False in empty groups."""
-        return ~open_if_empty(self.neighbor_mask).flatten(0, 1)
 
     def recall(self, owner: int | str, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return states of the groups' neighbors by name, (B, G, …), after adding new ones.
@@ -126,7 +123,8 @@ def plan_attention(
     attention_mask = None
     if config.cca_layers and not config.cca_match:
         attention_mask = cross_attention_mask(config, hidden_states, group_mask.flatten(0, 1), queries.width)
-    return AttentionPlan(queries, can_attend, group_mask, attention_mask, cached)
+    is_masked = ~open_if_empty(group_mask).flatten(0, 1)
+    return AttentionPlan(queries, can_attend, group_mask, is_masked, attention_mask, cached)
 
 
 def _update_mask(grid: ChunkGrid, neighbor_mask: torch.Tensor | None, cache: RetroCache) -> CachedPoints | None:
