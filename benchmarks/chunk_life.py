@@ -28,6 +28,7 @@ PARTS: list[tuple[str, Any, str]] = [
     ("prepare the step", generation.RetroGenerationMixin, "_step_neighbors"),
     ("plan attention", reading_model, "plan_attention"),
     ("match tokens", reading_model, "match_tokens"),
+    ("match tokens", reading_model, "match_next_token"),
     ("find candidates", reading_model, "find_candidates"),
     ("attend", ChunkedCrossAttention, "forward"),
     ("mix by the copy head", CopyHead, "forward"),

@@ -91,9 +91,9 @@ def held_out_texts(tokenizer: BulkTokenizer, rows: int, length: int) -> torch.Te
     return torch.tensor(list(itertools.islice(long, rows)))
 
 
-def build_models(sides: Sequence[str]) -> dict[str, torch.nn.Module]:
+def build_models(sides: Sequence[str]) -> dict[str, Any]:
     """Return the sides' models; sides with the same settings share one."""
-    models: dict[str, torch.nn.Module] = {}
+    models: dict[str, Any] = {}
     shared: dict[str, RetroForCausalLM] = {}
     for side in sides:
         torch.manual_seed(0)

@@ -191,7 +191,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             for name in POINT_ARGUMENTS:  # the cache has them
                 model_inputs.pop(name, None)
             cache.reads_on = not cache.is_compileable
-            return NeighborInputs.none(self.config, len(tokens), tokens.device)
+            return log.nothing(self.config, tokens)
         points = self._step_points(model_inputs, cache if past_length else None, log)
         log.find_pause(columns)
         grid = ChunkGrid.build(

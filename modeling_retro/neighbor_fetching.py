@@ -128,6 +128,7 @@ class RetrievalLog:
         self.points: RetrievalPoints | None = None
         self.first_given: torch.Tensor | None = None
         self.pause = range(0)
+        self._nothing: NeighborInputs | None = None
         self._prompt_lengths: list[int] | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
@@ -146,6 +147,13 @@ class RetrievalLog:
         if self._prompt_lengths is None:
             self._prompt_lengths = mask.bool().sum(1).tolist()
         self.pause = points.pause(self._prompt_lengths, mask.shape[1], columns)
+
+    def nothing(self, config: RetroConfig, tokens: torch.Tensor) -> NeighborInputs:
+        """Return the neighbors of a call with tokens (B, T) that reaches no point: no slot."""
+        known = self._nothing
+        if known is None or len(known.ids) != len(tokens) or known.ids.device != tokens.device:
+            known = self._nothing = NeighborInputs.none(config, len(tokens), tokens.device)
+        return known
 
     def queries(self) -> list[Query]:
         """Return all that was searched for, the first search first."""

@@ -65,6 +65,7 @@ class NeighborInputs(Movable):
     @classmethod
     def none(cls, config: RetroConfig, batch_size: int, device: torch.device) -> "NeighborInputs":
         """Return the neighbors of a call that reaches no point: there is no slot."""
+        assert config.num_neighbors is not None and config.neighbor_length is not None, "set when it is built"
         ids = torch.empty(batch_size, 0, config.num_neighbors, config.neighbor_length, dtype=torch.long, device=device)
         return cls.from_arguments(ids, None, None)
 
