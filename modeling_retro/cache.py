@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import QuantizedLayer
 
 from .growing import Growth, grow_in_place
+from .movable import Movable
 from .retrieval_points import RetrievalPoints
-
-if TYPE_CHECKING:
-    from .attention_plan import AttentionPlan
 
 
 class RetroCache(Cache):
@@ -36,7 +33,7 @@ class RetroCache(Cache):
             "copy".
         reads_on: `generate()` sets it where the next call reaches no point in any row and holds
             tokens alone.
-        last_plan: the attention plan of the last call, if that call held one token a row.
+        last_plan: the `AttentionPlan` of the last call, if that call held one token a row.
         last_positions: (B, 1) int64, the content positions of these tokens.
         last_embeds: (B, n, d) the embeddings of the last n tokens, the last first, if tokens are
             matched.
@@ -69,7 +66,7 @@ class RetroCache(Cache):
         self._forget_last_call()
 
     def _forget_last_call(self) -> None:
-        self.last_plan: AttentionPlan | None = None
+        self.last_plan: Movable | None = None
         self.last_positions: torch.Tensor | None = None
         self.last_embeds: torch.Tensor | None = None
 

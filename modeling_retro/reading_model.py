@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention_plan import plan_attention
+from .attention_plan import AttentionPlan, plan_attention
 from .cache import RetroCache
 from .chunk_grid import ChunkGrid, PackedChunkGrid, check_mask_covers, content_positions
 from .copy_head import CopyCandidates, find_candidates
@@ -153,7 +153,7 @@ class RetroReadingModel(RetroPreTrainedModel):
         Nothing that depends on the points alone is computed again.
         """
         plan = memory.last_plan
-        assert plan is not None and memory.last_positions is not None, "kept by the last call"
+        assert isinstance(plan, AttentionPlan) and memory.last_positions is not None, "kept by the last call"
         memory.last_positions = memory.last_positions + 1
         memory.append_tokens(torch.full_like(memory.last_positions, -1) if input_ids is None else input_ids)
         matches = match_next_token(self.config, plan, inputs_embeds, memory)
