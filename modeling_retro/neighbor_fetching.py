@@ -114,7 +114,8 @@ class RetrievalLog:
             `generate()`.
         cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
             asked for.
-        pause: the numbers of columns at which no further point has been reached, known on the host.
+        pause: the numbers of columns at which no row has reached a further point. No step in it
+            waits for the device.
         drafts: True if tokens are drafted from the neighbors.
         stopping_criteria: those of `generate()`, where tokens are drafted.
     """
@@ -129,7 +130,7 @@ class RetrievalLog:
         self.first_given: torch.Tensor | None = None
         self.pause = range(0)
         self._nothing: NeighborInputs | None = None
-        self._prompt_lengths: list[int] | None = None
+        self._paddings: list[int] | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
@@ -139,14 +140,14 @@ class RetrievalLog:
         return query in self._neighbors
 
     def find_pause(self, columns: int) -> None:
-        """Set `pause`, after a forward that comes to this number of columns was prepared."""
+        """Set `pause`, while a forward that comes to this number of columns is prepared."""
         mask, points = self.prompt_mask, self.points
         self.pause = range(0)
         if mask is None or points is None or mask.ndim != 2 or columns < mask.shape[1]:
             return
-        if self._prompt_lengths is None:
-            self._prompt_lengths = mask.bool().sum(1).tolist()
-        self.pause = points.pause(self._prompt_lengths, mask.shape[1], columns)
+        if self._paddings is None:
+            self._paddings = (mask == 0).sum(1).tolist()
+        self.pause = points.pause(self._paddings, columns)
 
     def nothing(self, config: RetroConfig, tokens: torch.Tensor) -> NeighborInputs:
         """Return the neighbors of a call with tokens (B, T) that reaches no point: no slot."""

@@ -153,25 +153,6 @@ class RetrievalPoints(Movable):
         """Return the greatest number of points in a row of this many columns."""
         return max(0, (num_columns - self.least_first) // self.stride + 1) + len(self.prompt_ends)
 
-    def pause(self, prompt_lengths: Sequence[int], prompt_columns: int, columns: int) -> range:
-        """Return the numbers of columns at which all rows have reached the same points as now.
-
-        Behind the prompt every column is a token.
-
-        Args:
-            prompt_lengths: the tokens of each row's prompt.
-            prompt_columns: the columns of the prompt, padding included.
-            columns: the columns now, no fewer.
-        """
-        firsts = [self.chunk_size] * len(prompt_lengths) if self.first is None else self.first.flatten().tolist()
-        starts, ends = [prompt_columns], []
-        for first, length in zip(firsts, prompt_lengths, strict=True):
-            padding = prompt_columns - length
-            reached = max((columns - padding - first) // self.stride + 1, 0)
-            starts += [padding + first + (reached - 1) * self.stride] if reached else []
-            ends.append(padding + first + reached * self.stride)
-        return range(max(starts), min(ends))
-
     def of_row(self, row: int, mask: list[bool]) -> list[int]:
         """Return the points of one row; in its mask, padding is False."""
         first = self._first_of(row)
@@ -182,6 +163,16 @@ class RetrievalPoints(Movable):
         """Return the first point of one row behind this many tokens, prompt ends aside."""
         first = self._first_of(row)
         return first + len(retrieval_points(length, first, self.stride)) * self.stride
+
+    def pause(self, paddings: Sequence[int], columns: int) -> range:
+        """Return the numbers of columns, from this one on, before any row reaches its next point.
+
+        Args:
+            paddings: columns of padding in each row. They and the prompt end before `columns`.
+            columns: the columns now, padding included.
+        """
+        nexts = (padding + self.after(row, columns - padding) for row, padding in enumerate(paddings))
+        return range(columns, min(nexts))
 
     def _first_of(self, row: int) -> int:
         return self.chunk_size if self.first is None else int(self.first[row])

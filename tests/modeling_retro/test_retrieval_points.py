@@ -384,8 +384,7 @@ def test_a_pause_is_where_no_row_reaches_a_point(stride, firsts):
         return [len(points.of_row(row, mask)) for row, mask in enumerate(masks)]
 
     for now in range(columns, columns + 3 * CHUNK):
-        pause = points.pause(lengths, columns, now)
-        assert now in pause
+        pause = points.pause([columns - length for length in lengths], now)
+        assert pause.start == now
         assert all(reached(other) == reached(now) for other in pause)
         assert reached(pause.stop) != reached(now)
-        assert pause.start == columns or reached(pause.start - 1) != reached(now)
