@@ -18,7 +18,8 @@ class LeanGELU(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return gelu_new of the hidden states, element by element."""
-        if torch.compiler.is_compiling():  # the compiler fuses it by itself
+        # the compiler fuses it by itself, and without gradients there is nothing to keep
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return _gelu_new(hidden_states)
         return _LeanGELU.apply(hidden_states)
 

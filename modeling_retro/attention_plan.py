@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of this call, S slots (retrieval points reached in this
 the cache, G groups of w queries, k neighbors of a point, r tokens of a neighbor, d hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,23 +26,29 @@ class CachedPoints(Movable):
         cache: the memory of earlier points.
         slots: (B, C) int64, the slot of this call that is written to point c, -1 for none.
         group_points: (B, G) int64, the number of each group's point.
+        recalled: the states of the groups that `update` has returned, by owner. Calls of one token
+            that read the same points share them.
     """
 
     cache: RetroCache
     slots: torch.Tensor
     group_points: torch.Tensor
+    recalled: dict[int | str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def update(self, owner: int | str, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Store new states (B, S, …) by name, and return the states of the groups (B, G, …)."""
+        if not new and owner in self.recalled:
+            return self.recalled[owner]
         memory = self.cache.neighbor_memory.setdefault(owner, {})
         for name, states in new.items():
             memory[name] = write_points(memory.get(name), states, self.slots)
         # Points that were reached later, without neighbors, have no stored states. They are masked,
         # so any state will do.
-        return {
+        self.recalled[owner] = {
             name: take_points(states, self.group_points.clamp(max=states.shape[1] - 1))
             for name, states in memory.items()
         }
+        return self.recalled[owner]
 
 
 @dataclass
@@ -54,21 +60,19 @@ class AttentionPlan(Movable):
             places).
         can_attend: (B, T) bool, True where the column's point has neighbors.
         neighbor_mask: (B, G, k·r) bool, True where the group's point has a neighbor token.
-        attention_mask: the same for the attention implementation. None: every token may be attended
-            to, or each layer makes its own (`cca_match`).
+        is_masked: (B·G, k·r) bool, True where there is no neighbor token. All False in empty
+            groups.
+        attention_mask: the same as `neighbor_mask` for the attention implementation. None: every
+            token may be attended to, or each layer makes its own (`cca_match`).
         cached: the cache's points. None without a cache: group g is then slot g of this call.
     """
 
     queries: QueryGroups
     can_attend: torch.Tensor
     neighbor_mask: torch.Tensor
+    is_masked: torch.Tensor
     attention_mask: Any
     cached: CachedPoints | None
-
-    @property
-    def is_masked(self) -> torch.Tensor:
-        """(B·G, k·r) bool, True where there is no neighbor token. All False in empty groups."""
-        return ~open_if_empty(self.neighbor_mask).flatten(0, 1)
 
     def recall(self, owner: int | str, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return states of the groups' neighbors by name, (B, G, …), after adding new ones.
@@ -119,7 +123,8 @@ def plan_attention(
     attention_mask = None
     if config.cca_layers and not config.cca_match:
         attention_mask = cross_attention_mask(config, hidden_states, group_mask.flatten(0, 1), queries.width)
-    return AttentionPlan(queries, can_attend, group_mask, attention_mask, cached)
+    is_masked = ~open_if_empty(group_mask).flatten(0, 1)
+    return AttentionPlan(queries, can_attend, group_mask, is_masked, attention_mask, cached)
 
 
 def _update_mask(grid: ChunkGrid, neighbor_mask: torch.Tensor | None, cache: RetroCache) -> CachedPoints | None:

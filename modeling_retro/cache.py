@@ -7,6 +7,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import QuantizedLayer
 
+from .growing import Growth, grow_in_place
+from .movable import Movable
 from .retrieval_points import RetrievalPoints
 
 
@@ -29,10 +31,18 @@ class RetroCache(Cache):
         neighbor_memory: states of the points' neighbors, prepared when a point was reached: owner
             -> name -> (B, C, …). An owner is a cross-attention layer, by its number, or "match" or
             "copy".
+        reads_on: `generate()` sets it where the next call reaches no point in any row and holds
+            tokens alone.
+        last_plan: the `AttentionPlan` of the last call, if that call held one token a row.
+        last_positions: (B, 1) int64, the content positions of these tokens.
+        last_embeds: (B, n, d) the embeddings of the last n tokens, the last first, if tokens are
+            matched.
     """
 
     def __init__(self, decoder_cache: Cache | None = None, config: PreTrainedConfig | None = None):
         shared = DynamicCache(config=config) if decoder_cache is None else decoder_cache
+        if not shared.offloading:
+            grow_in_place(shared)
         # the list itself is shared: whoever holds the decoder's cache sees the same tokens
         super().__init__(
             layers=shared.layers,
@@ -51,6 +61,27 @@ class RetroCache(Cache):
         self.token_embeds: torch.Tensor | None = None
         self.neighbor_mask: torch.Tensor | None = None
         self.neighbor_memory: dict[int | str, dict[str, torch.Tensor]] = {}
+        self._growth: dict[str, Growth] = {}
+        self.reads_on = False
+        self._forget_last_call()
+
+    def _forget_last_call(self) -> None:
+        self.last_plan: Movable | None = None
+        self.last_positions: torch.Tensor | None = None
+        self.last_embeds: torch.Tensor | None = None
+
+    def begin_call(self, num_tokens: int) -> bool:
+        """Return True if a call of so many tokens a row reads just what the last call read.
+
+        If not, what is known of the last call is forgotten.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        reads_on = self.reads_on and num_tokens == 1 and self.last_plan is not None
+        self.reads_on = False
+        if not reads_on:
+            self._forget_last_call()
+        return reads_on
 
     @property
     def past_length(self) -> int:
@@ -74,18 +105,25 @@ class RetroCache(Cache):
 
     def append_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Remember this call's tokens (B, T); return all (B, L)."""
-        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        self.tokens = self._append("tokens", self.tokens, tokens)
         return self.tokens
 
     def append_query_states(self, states: torch.Tensor) -> torch.Tensor:
         """Remember this call's states (B, T, d); return all (B, L, d)."""
-        self.query_states = states if self.query_states is None else torch.cat([self.query_states, states], dim=1)
+        self.query_states = self._append("query_states", self.query_states, states)
         return self.query_states
 
     def append_token_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
         """Remember this call's token embeddings (B, T, d); return all (B, L, d)."""
-        self.token_embeds = embeds if self.token_embeds is None else torch.cat([self.token_embeds, embeds], dim=1)
+        self.token_embeds = self._append("token_embeds", self.token_embeds, embeds)
         return self.token_embeds
+
+    def _append(self, name: str, known: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        if known is None:
+            return new
+        if name not in self._growth:
+            self._growth[name] = Growth(dim=1)
+        return self._growth[name].append(known, new)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -95,6 +133,7 @@ class RetroCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. The number is negative as in every `Cache`: -3 removes three."""
         self._check_can_change()
+        self._forget_last_call()
         super().crop(tokens_to_remove)
         # Points beyond the end stay: nothing reads them, and they are overwritten when they are
         # reached again.
@@ -118,6 +157,7 @@ class RetroCache(Cache):
             )
 
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._forget_last_call()
         if self.points is not None and self.points.first is not None:
             self.points = replace(self.points, first=change(self.points.first))
         for name in ("tokens", "query_states", "token_embeds", "neighbor_mask"):

@@ -70,14 +70,9 @@ class ChunkGrid(Movable):
         columns = torch.arange(past_length, past_length + length, device=device)
         real = None
         if attention_mask is not None and attention_mask.ndim == 2:
-            if attention_mask.shape[1] != past_length + length:
-                raise ValueError(
-                    f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past_length} in the cache "
-                    f"and {length} in this call. It must cover all {past_length + length}."
-                )
+            check_mask_covers(attention_mask, past_length, length)
             real = attention_mask.to(device=device, dtype=torch.bool)
-            positions = real.long().cumsum(-1)[:, past_length:] - 1
-            positions = positions.masked_fill(~real[:, past_length:], -1)
+            positions = content_positions(real, length)
         elif attention_mask is not None and position_ids is not None:
             positions = position_ids.to(device).expand(batch_size, length)
             # in a run of zeros, the last one is the row's first token
@@ -315,14 +310,47 @@ class QueryGroups(Movable):
     places: torch.Tensor
     is_grouped: torch.Tensor
 
+    @property
+    def is_trivial(self) -> bool:
+        """True for one column a row in one place: states are then grouped as they are."""
+        return self.num_groups * self.width == self.places.shape[1] == 1
+
     def group(self, states: torch.Tensor) -> torch.Tensor:
         """Return states (B, T, d) as (B·G, w, d)."""
+        if self.is_trivial:
+            return states
         grouped = take_columns(states, self.columns_by_place)
         return grouped.view(-1, self.width, states.shape[-1])
 
     def ungroup(self, grouped: torch.Tensor) -> torch.Tensor:
         """Return grouped states (B·G, w, d) as (B, T, d). Other columns get any states."""
+        if self.is_trivial:
+            return grouped
         return take_columns(grouped.reshape(self.places.shape[0], -1, grouped.shape[-1]), self.places)
+
+
+def check_mask_covers(attention_mask: torch.Tensor, past_length: int, length: int) -> None:
+    """Refuse a mask (B, L) that does not cover the cache's columns and this call's.
+
+    Raises:
+        ValueError: names the three numbers.
+    """
+    if attention_mask.shape[1] != past_length + length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but there are {past_length} in the cache "
+            f"and {length} in this call. It must cover all {past_length + length}."
+        )
+
+
+def content_positions(real: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the content positions of the last columns (B, T), -1 for padding.
+
+    Args:
+        real: (B, L) bool, False for padding.
+        length: T, the columns of this call.
+    """
+    start = real.shape[1] - length
+    return (real.long().cumsum(-1)[:, start:] - 1).masked_fill(~real[:, start:], -1)
 
 
 def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -168,14 +168,13 @@ class RetroDecoderModel(RetroReadingModel):
         # 1. embed the tokens and locate them on the chunk grid
         embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
         points = first_point, retrieval_stride
-        grid, past_length = self._build_grid(embeds, points, attention_mask, position_ids, cache, memory)
-        content_positions = self._check_positions(grid, past_length, position_ids)
-        if attention_mask is not None:
-            position_ids = content_positions
-
         # 2. to 4. get the neighbors of the points that this call reaches, and prepare them
         given = (neighbor_ids, neighbor_attention_mask, neighbor_scores) if use_retrieval else None
-        reading = self._read(grid, embeds, input_ids, given, memory)
+        content_positions, reading = self._locate_and_read(
+            embeds, input_ids, attention_mask, position_ids, points, given, cache, memory
+        )
+        if attention_mask is not None:
+            position_ids = content_positions
 
         # 5. run the decoder, which reads them through its hooks
         layers = {layer: self.cross_attention[str(layer)] for layer in self.config.cca_layers or ()}

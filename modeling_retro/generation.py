@@ -186,7 +186,14 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
         if not is_given and self.retriever is None:
             return None
 
+        columns = past_length + tokens.shape[1]
+        if cache is not None and past_length in log.pause and columns in log.pause:
+            for name in POINT_ARGUMENTS:  # the cache has them
+                model_inputs.pop(name, None)
+            cache.reads_on = not cache.is_compileable
+            return log.nothing(self.config, tokens)
         points = self._step_points(model_inputs, cache if past_length else None, log)
+        log.find_pause(columns)
         grid = ChunkGrid.build(
             points,
             (tokens.shape[0], tokens.shape[1]),
@@ -196,12 +203,8 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             tokens.device,
         )
         if is_given:
-            if log.first_given is None:
-                log.first_given = grid.first_reached
-            ids, mask, scores = (model_inputs.get(name) for name in NEIGHBOR_ARGUMENTS)
-            assert ids is not None
-            return select_given(grid, log.first_given, NeighborInputs.from_arguments(ids, mask, scores))
-        if input_ids.shape[1] == past_length + tokens.shape[1]:  # all are known, also where embeddings replace them
+            return _select_given(model_inputs, grid, log)
+        if input_ids.shape[1] == columns:  # all are known, also where embeddings replace them
             tokens = input_ids
         elif cache is not None and cache.tokens is not None:
             tokens = torch.cat([cache.tokens.to(tokens.device), tokens], dim=1)
@@ -358,6 +361,15 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             points = log.points.of_row(prompt_row, mask + [True] * end)
             retrieved.append(log.retrieved(text, points, self.config.chunk_size))
         return retrieved
+
+
+def _select_given(model_inputs: dict[str, Any], grid: ChunkGrid, log: RetrievalLog) -> NeighborInputs:
+    """Return the neighbors given to `generate()` of the points that a forward reaches."""
+    if log.first_given is None:
+        log.first_given = grid.first_reached
+    ids, mask, scores = (model_inputs.get(name) for name in NEIGHBOR_ARGUMENTS)
+    assert ids is not None, "asked for where they are given"
+    return select_given(grid, log.first_given, NeighborInputs.from_arguments(ids, mask, scores))
 
 
 def _position_switch(config: RetroConfig) -> int | None:

@@ -58,11 +58,36 @@ def match_tokens(
         if neighbors is not None:
             neighbor_embeds = F.normalize(embed(neighbors.ids), dim=-1)  # (B, C, k, r, d)
             new["keys"] = (neighbor_embeds * neighbors.mask.unsqueeze(-1)).flatten(2, 3)
-        keys = plan.recall("match", new)["keys"].flatten(0, 1)  # (B·G, k·r, d)
         queries = _last_tokens(config.match_length, grid, plan.queries, token_embeds)  # (B·G, w·n, d)
-        cosines = (queries @ keys.transpose(1, 2)).float().clamp(min=0.0)  # (B·G, w·n, k·r)
-        assert config.num_neighbors is not None, "set when the configuration is built"
-        return _multiply_along(cosines, config.match_length, config.num_neighbors)
+        if cache is not None and plan.queries.is_trivial:
+            cache.last_embeds = queries
+        return _match(config, plan, queries, new)
+
+
+def match_next_token(
+    config: RetroConfig, plan: AttentionPlan, token_embeds: torch.Tensor, cache: RetroCache
+) -> torch.Tensor | None:
+    """Do the same as `match_tokens` for a call that reads just what the last call read.
+
+    Args:
+        token_embeds: (B, 1, d).
+    """
+    if cache.last_embeds is None:  # nothing uses matches
+        return None
+    token_embeds = F.normalize(token_embeds, dim=-1)
+    cache.append_token_embeds(token_embeds)
+    cache.last_embeds = torch.cat([token_embeds, cache.last_embeds[:, :-1]], dim=1)
+    return _match(config, plan, cache.last_embeds, {})
+
+
+def _match(
+    config: RetroConfig, plan: AttentionPlan, queries: torch.Tensor, new: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Match the last tokens (B·G, w·n, d) of queries with neighbors, (n, B·G, w, k·r)."""
+    keys = plan.recall("match", new)["keys"].flatten(0, 1)  # (B·G, k·r, d)
+    cosines = (queries @ keys.transpose(1, 2)).float().clamp(min=0.0)  # (B·G, w·n, k·r)
+    assert config.num_neighbors is not None, "set when the configuration is built"
+    return _multiply_along(cosines, config.match_length, config.num_neighbors)
 
 
 def _last_tokens(number: int, grid: ChunkGrid, queries: QueryGroups, token_embeds: torch.Tensor) -> torch.Tensor:

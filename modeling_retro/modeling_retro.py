@@ -136,13 +136,12 @@ class RetroModel(RetroReadingModel):
         # 1. embed the tokens and locate them on the chunk grid
         inputs_embeds = self._embed_tokens(input_ids, inputs_embeds, attention_mask)  # (B, T, d)
         points = first_point, retrieval_stride
-        grid, past_length = self._build_grid(inputs_embeds, points, attention_mask, position_ids, cache, memory)
-        position_ids = self._check_positions(grid, past_length, position_ids)
-        hidden_states = self._add_positions(inputs_embeds, position_ids, token_type_ids)  # (B, T, d)
-
         # 2. to 4. get the neighbors of the points that this call reaches, and prepare them
         given = (neighbor_ids, neighbor_attention_mask, neighbor_scores) if use_retrieval else None
-        reading = self._read(grid, inputs_embeds, input_ids, given, memory)
+        position_ids, reading = self._locate_and_read(
+            inputs_embeds, input_ids, attention_mask, position_ids, points, given, cache, memory
+        )
+        hidden_states = self._add_positions(inputs_embeds, position_ids, token_type_ids)  # (B, T, d)
 
         # 5. run the layers
         kwargs |= {"position_ids": position_ids, "use_cache": use_cache, CACHE: cache}  # for self-attention

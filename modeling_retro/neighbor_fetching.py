@@ -114,6 +114,8 @@ class RetrievalLog:
             `generate()`.
         cross_attentions: attention weights over the neighbors, one entry for each forward pass, if
             asked for.
+        pause: the numbers of columns at which no row has reached a further point. No step in it
+            waits for the device.
         drafts: True if tokens are drafted from the neighbors.
         stopping_criteria: those of `generate()`, where tokens are drafted.
     """
@@ -126,6 +128,9 @@ class RetrievalLog:
         self.prompt_mask: torch.Tensor | None = None
         self.points: RetrievalPoints | None = None
         self.first_given: torch.Tensor | None = None
+        self.pause = range(0)
+        self._nothing: NeighborInputs | None = None
+        self._paddings: list[int] | None = None
         self.cross_attentions: list[tuple[torch.Tensor, ...]] = []
 
     def __len__(self) -> int:
@@ -133,6 +138,23 @@ class RetrievalLog:
 
     def __contains__(self, query: Query) -> bool:
         return query in self._neighbors
+
+    def find_pause(self, columns: int) -> None:
+        """Set `pause`, while a forward that comes to this number of columns is prepared."""
+        mask, points = self.prompt_mask, self.points
+        self.pause = range(0)
+        if mask is None or points is None or mask.ndim != 2 or columns < mask.shape[1]:
+            return
+        if self._paddings is None:
+            self._paddings = (mask == 0).sum(1).tolist()
+        self.pause = points.pause(self._paddings, columns)
+
+    def nothing(self, config: RetroConfig, tokens: torch.Tensor) -> NeighborInputs:
+        """Return the neighbors of a call with tokens (B, T) that reaches no point: no slot."""
+        known = self._nothing
+        if known is None or len(known.ids) != len(tokens) or known.ids.device != tokens.device:
+            known = self._nothing = NeighborInputs.none(config, len(tokens), tokens.device)
+        return known
 
     def queries(self) -> list[Query]:
         """Return all that was searched for, the first search first."""

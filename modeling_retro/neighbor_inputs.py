@@ -62,6 +62,13 @@ class NeighborInputs(Movable):
             scores = torch.zeros(neighbor_ids.shape[:3], device=neighbor_ids.device)
         return cls(neighbor_ids, mask, scores)
 
+    @classmethod
+    def none(cls, config: RetroConfig, batch_size: int, device: torch.device) -> "NeighborInputs":
+        """Return the neighbors of a call that reaches no point: there is no slot."""
+        assert config.num_neighbors is not None and config.neighbor_length is not None, "set when it is built"
+        ids = torch.empty(batch_size, 0, config.num_neighbors, config.neighbor_length, dtype=torch.long, device=device)
+        return cls.from_arguments(ids, None, None)
+
     def as_arguments(self) -> dict[str, torch.Tensor]:
         """Return the arguments of a forward."""
         return {"neighbor_ids": self.ids, "neighbor_attention_mask": self.mask, "neighbor_scores": self.scores}

@@ -14,12 +14,12 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention_plan import plan_attention
+from .attention_plan import AttentionPlan, plan_attention
 from .cache import RetroCache
-from .chunk_grid import ChunkGrid, PackedChunkGrid
+from .chunk_grid import ChunkGrid, PackedChunkGrid, check_mask_covers, content_positions
 from .copy_head import CopyCandidates, find_candidates
 from .loading import NameWithRetriever
-from .matching import match_tokens
+from .matching import match_next_token, match_tokens
 from .neighbor_encoder import NeighborEncoder, UnencodedNeighbors
 from .neighbor_fetching import RetrievalLog, Retriever, check_retriever, fetch_neighbors
 from .neighbor_inputs import NeighborInputs
@@ -82,11 +82,90 @@ class RetroReadingModel(RetroPreTrainedModel):
             cache = RetroCache(cache, config=self.config)
         return cache, cache if use_retrieval and isinstance(cache, RetroCache) else None, use_cache
 
+    def _locate_and_read(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor | None,
+        points: tuple[torch.Tensor | None, int | None],
+        given: tuple[torch.Tensor | None, ...] | None,
+        cache: Cache | None,
+        memory: RetroCache | None,
+    ) -> tuple[torch.Tensor, Reading]:
+        """Return the position of each token (B, T), and the neighbors that this call reads.
+
+        Args:
+            points: the call's first point and stride, if given.
+            given: the forward's neighbor arguments. None: the call reads no neighbors.
+        """
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()))
+        length = inputs_embeds.shape[1]
+        if given is None:
+            positions = self._positions_without_grid(inputs_embeds, attention_mask, position_ids, cache)
+            return positions, Reading(None, None, None, None, memory, self.config)
+        if memory is not None and memory.begin_call(length) and not self._is_full(memory.past_length):
+            return self._read_on(inputs_embeds, input_ids, position_ids, memory)
+        grid, past_length = self._build_grid(inputs_embeds, points, attention_mask, position_ids, cache, memory)
+        positions = self._check_positions(grid.positions, past_length, position_ids)
+        reading = self._read(grid, inputs_embeds, input_ids, given, memory)
+        if memory is not None and length == 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            memory.last_plan, memory.last_positions = reading.plan, grid.positions
+        return positions, reading
+
+    def _is_full(self, past_length: int) -> bool:
+        """Return True if one more token is beyond the model's last position."""
+        return self.max_positions is not None and past_length >= self.max_positions
+
+    def _positions_without_grid(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """Return the position of each token (B, T) of a call that reads no neighbors."""
+        batch_size, length = inputs_embeds.shape[:2]
+        past_length = 0 if cache is None else cache.get_seq_length()
+        if not torch.compiler.is_compiling():  # reading a static cache's length would break the graph
+            past_length = int(past_length)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if isinstance(past_length, int):
+                check_mask_covers(attention_mask, past_length, length)
+            positions = content_positions(attention_mask.to(device=inputs_embeds.device, dtype=torch.bool), length)
+        else:
+            columns = torch.arange(length, device=inputs_embeds.device) + past_length
+            positions = columns.expand(batch_size, length)
+        if isinstance(past_length, int):
+            return self._check_positions(positions, past_length, position_ids)
+        return positions.clamp(min=0) if position_ids is None else position_ids
+
+    def _read_on(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        memory: RetroCache,
+    ) -> tuple[torch.Tensor, Reading]:
+        """Do the same for a call of one token a row that reads just what the last call read.
+
+        Nothing that depends on the points alone is computed again.
+        """
+        plan = memory.last_plan
+        assert isinstance(plan, AttentionPlan) and memory.last_positions is not None, "kept by the last call"
+        memory.last_positions = memory.last_positions + 1
+        memory.append_tokens(torch.full_like(memory.last_positions, -1) if input_ids is None else input_ids)
+        matches = match_next_token(self.config, plan, inputs_embeds, memory)
+        candidates = find_candidates(self.config, plan, matches, None)
+        positions = memory.last_positions if position_ids is None else position_ids
+        return positions, Reading(plan, matches, None, candidates, memory, self.config)
+
     def _build_grid(
         self,
         inputs_embeds: torch.Tensor,
         points: tuple[torch.Tensor | None, int | None],
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         memory: RetroCache | None,
@@ -95,10 +174,7 @@ class RetroReadingModel(RetroPreTrainedModel):
 
         Args:
             points: the call's first point and stride, if given.
-            attention_mask: (B, L), or masks prepared for each kind of attention.
         """
-        if isinstance(attention_mask, dict):
-            attention_mask = next(iter(attention_mask.values()))
         batch_size, length = inputs_embeds.shape[:2]
         known = memory.points if memory is not None and memory.tokens is not None else None
         retrieval_points = RetrievalPoints.of(self.config, batch_size, *points, known)
@@ -120,15 +196,17 @@ class RetroReadingModel(RetroPreTrainedModel):
             memory.points = grid.points
         return grid, past_length
 
-    def _check_positions(self, grid: ChunkGrid, past_length: int, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Return the position of each token (B, T).
+    def _check_positions(
+        self, positions: torch.Tensor, past_length: int, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the position of each token (B, T), given its content position.
 
         Raises:
             ValueError: one is beyond `max_positions`.
         """
-        length = grid.positions.shape[1]
+        length = positions.shape[1]
         if position_ids is None:
-            position_ids = grid.positions.clamp(min=0)
+            position_ids = positions.clamp(min=0)
         # int() waits for the device, so check only calls that are long enough to exceed the limit
         most = self.max_positions
         if most is not None and past_length + length > most and (last := int(position_ids.max())) >= most:

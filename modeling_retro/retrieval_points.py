@@ -5,6 +5,7 @@ of these tokens is the first that reads the point's neighbors. In the paper, the
 of chunks; here the first point and the stride between points are free.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,6 +163,16 @@ class RetrievalPoints(Movable):
         """Return the first point of one row behind this many tokens, prompt ends aside."""
         first = self._first_of(row)
         return first + len(retrieval_points(length, first, self.stride)) * self.stride
+
+    def pause(self, paddings: Sequence[int], columns: int) -> range:
+        """Return the numbers of columns, from this one on, before any row reaches its next point.
+
+        Args:
+            paddings: columns of padding in each row. They and the prompt end before `columns`.
+            columns: the columns now, padding included.
+        """
+        nexts = (padding + self.after(row, columns - padding) for row, padding in enumerate(paddings))
+        return range(columns, min(nexts))
 
     def _first_of(self, row: int) -> int:
         return self.chunk_size if self.first is None else int(self.first[row])

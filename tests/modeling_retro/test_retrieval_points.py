@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from modeling_retro import RetroCache, RetroConfig
 from modeling_retro.library import CACHE
-from modeling_retro.retrieval_points import aligned_first_point, retrieval_points
+from modeling_retro.retrieval_points import RetrievalPoints, aligned_first_point, retrieval_points
 
 from ..support.by_hand import (
     PROMPTS,
@@ -370,3 +370,21 @@ def test_a_saved_stride_follows_the_chunk_size_unless_it_was_set(tmp_path):
     assert RetroConfig.from_pretrained(tmp_path, chunk_size=4).retrieval_stride == 4
     RetroConfig(chunk_size=8, retrieval_stride=2).save_pretrained(tmp_path)
     assert RetroConfig.from_pretrained(tmp_path, chunk_size=4).retrieval_stride == 2
+
+
+@pytest.mark.parametrize("stride", [1, 3, CHUNK])
+@pytest.mark.parametrize("firsts", [None, [2, CHUNK]])
+def test_a_pause_is_where_no_row_reaches_a_point(stride, firsts):
+    first = None if firsts is None else torch.tensor(firsts).unsqueeze(1)
+    points = RetrievalPoints(CHUNK, stride, first)
+    lengths, columns = [3, CHUNK + 2], CHUNK + 2
+
+    def reached(now):
+        masks = ([False] * (columns - length) + [True] * (now - columns + length) for length in lengths)
+        return [len(points.of_row(row, mask)) for row, mask in enumerate(masks)]
+
+    for now in range(columns, columns + 3 * CHUNK):
+        pause = points.pause([columns - length for length in lengths], now)
+        assert pause.start == now
+        assert all(reached(other) == reached(now) for other in pause)
+        assert reached(pause.stop) != reached(now)
