@@ -60,7 +60,8 @@ class Forced(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Give the text's next tokens the highest scores (rows, vocabulary)."""
         self.times.append(time.perf_counter())
-        return scores.scatter_(1, self.text[:, input_ids.shape[1]].unsqueeze(1), torch.inf)
+        place = min(input_ids.shape[1], self.text.shape[1] - 1)  # drafts look beyond the end
+        return scores.scatter_(1, self.text[:, place].unsqueeze(1), torch.inf)
 
 
 def documents(parts: Sequence[int]) -> list[Document]:
@@ -129,10 +130,13 @@ class Bench:
         self.text = held_out_texts(tokenizer, options.batch_size, options.prompt + options.new)
         self.models = build_models(options.sides)
 
-    def run(self, side: str, new: int | None = None) -> tuple[float, float]:
-        """Generate; return the seconds of all, and the seconds without the prompt."""
+    def run(self, side: str, new: int | None = None, **arguments: Any) -> tuple[float, float]:
+        """Generate; return the seconds of all, and the seconds without the prompt.
+
+        Args:
+            arguments: further ones of `generate()`.
+        """
         new, model, search = new or self.new, self.models[side], SIDES[side][1]
-        arguments: dict[str, Any] = {}
         if side != GPT2:
             model.set_retriever(None if search is None else self.retrievers[search])
             arguments["use_retrieval"] = search is not None
