@@ -9,7 +9,8 @@ weights, float32 and no dropout.
 
 Each side runs in its own process, so that its memory can be told apart. The sides take turns;
 median, least and most over the rounds are printed. A step is forward and backward with the loss.
-Memory is the peak of the process, or of the GPU, over the measured steps.
+Memory is the peak of the process, or of the GPU, over the measured steps. `--compile` compiles all
+sides with inductor, in the warm-up, which is not measured.
 """
 
 import argparse
@@ -78,11 +79,13 @@ class Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def serve_side(side: str, batch_size: int, length: int, device: torch.device) -> None:
+def serve_side(side: str, batch_size: int, length: int, device: torch.device, is_compiled: bool) -> None:
     """Run one side: a task names "forward" or "step", and the answer has "seconds" and "gib"."""
     torch.manual_seed(0)
     model, loss_of = build(side, length)
     model.to(device).train()
+    if is_compiled:
+        model.compile()
     tokens = GPT2_SMALL.random_tokens(batch_size, length, device=device)
     ids = GPT2_SMALL.random_neighbors(batch_size, length // GPT2_SMALL.chunk, device)
     memory = Memory(device)
@@ -140,10 +143,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a row, a multiple of 64")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile all sides with inductor")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve_side(options.serve, options.batch_size, options.length, options.device)
+        return serve_side(options.serve, options.batch_size, options.length, options.device, options.compile)
 
     sides = [Side(name) for name in options.sides]
     for _ in range(options.rounds + 1):
@@ -155,7 +159,9 @@ def main() -> None:
 
     is_gpu = options.device.type == "cuda"
     device = torch.cuda.get_device_name(options.device) if is_gpu else f"{os.cpu_count()} CPU cores"
-    print(f"{device}, {platform.machine()}, torch {torch.__version__}; {options.batch_size} × {options.length} tokens")
+    how = "compiled" if options.compile else "eager"
+    batch = f"{options.batch_size} × {options.length} tokens"
+    print(f"{device}, {platform.machine()}, torch {torch.__version__}, {how}; {batch}")
     print("| | forward s (min-max) | GiB | step s (min-max) | GiB | step tokens/s |\n|---|---|---|---|---|---|")
     for side in sides:
         print(side.row(options.batch_size * options.length))
