@@ -65,7 +65,7 @@ class RetroDecoderModel(RetroReadingModel):
         self.retriever = None
         self.gradient_checkpointing = False
         self._has_layer_hooks = False
-        self._changes_logits: bool | None = None  # None: not known yet
+        self._has_other_logits: bool | None = None  # None: not known yet
         # read once: a compiled forward cannot look at signatures
         self._takes_positions, self._takes_logits_to_keep = (
             name in argument_names(type(decoder).forward) for name in ("position_ids", "logits_to_keep")
@@ -108,6 +108,12 @@ class RetroDecoderModel(RetroReadingModel):
             branch = layers[layer].get_submodule(config.attention_branch)
             add_layer_hooks(layers[layer], branch, layer)
         self._has_layer_hooks = True
+
+    @torch.compiler.assume_constant_result
+    def _changes_logits(self) -> bool:
+        if self._has_other_logits is None:
+            self._has_other_logits = changes_logits(self.decoder)
+        return self._has_other_logits
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's input embeddings, which the neighbors share."""
@@ -192,9 +198,7 @@ class RetroDecoderModel(RetroReadingModel):
             CACHE: cache,
             **kwargs,
         }
-        if skip_logits and self._changes_logits is None:
-            self._changes_logits = changes_logits(self.decoder)
-        call.skips_logits = skip_logits and not self._changes_logits
+        call.skips_logits = skip_logits and not self._changes_logits()
         outputs, hidden_states, logits = self._run_decoder(call, arguments, logits_to_keep)
 
         # 6. return the last hidden states, and what the copy head needs
