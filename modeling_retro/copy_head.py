@@ -190,9 +190,7 @@ class CopyHead(nn.Module):
         closed = scale * torch.where(is_copied, limited, 0.0).sum(-1)
         return torch.where(is_open, F.softplus(log_odds + torch.where(is_open, scale, 1.0).log()), closed)
 
-    def _place_logits(
-        self, head: nn.Linear, hidden_states: torch.Tensor, candidates: CopyCandidates
-    ) -> torch.Tensor:
+    def _place_logits(self, head: nn.Linear, hidden_states: torch.Tensor, candidates: CopyCandidates) -> torch.Tensor:
         """Return the float32 logits of the tokens that each column may copy, (B, T, k·r)."""
         queries, token_ids = candidates.plan.queries, candidates.token_ids.flatten(0, 1)
         logits = queries.group(hidden_states) @ F.embedding(token_ids, head.weight).transpose(1, 2)  # (B·G, w, k·r)
