@@ -5,8 +5,9 @@ applied to some tokens at a time, and the gradients follow at once, while these 
 in Liger kernels (Hsu et al. 2024, arXiv 2410.10989). So no product with the vocabulary is computed
 twice.
 
-The gradient of a token's loss in its logits is `d_log_sum` · softmax + `d_target` · one-hot(target).
-Both factors are known once the logits' log-sum is, also of the mixture with a copy distribution.
+The gradient of a token's loss in its logits is a multiple of their softmax, plus one of the target's
+one-hot vector. Both factors are known as soon as the logits' log-sum-exp is, also where the logits
+are mixed with a copy distribution.
 
 Shapes: N tokens, d hidden size, V vocabulary.
 """
@@ -92,7 +93,7 @@ class _AttachGradients(torch.autograd.Function):
         return (grad, *found, *[None] * len(found))
 
 
-# opaque to a compiler: neither the number of counted tokens nor that of chunks is a shape of its graph
+# Opaque to a compiler: its graph has neither the number of counted tokens nor the chunks.
 @torch.library.custom_op("retro::vocabulary_terms", mutates_args=())
 def _vocabulary_terms(
     states: torch.Tensor,
@@ -104,7 +105,7 @@ def _vocabulary_terms(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-sums and target logits, and the gradients of the summed loss, empty if not needed."""
+    """Return log-sums, target logits, and the gradients of the summed loss, empty if not needed."""
     log_sums, target_logits = (torch.zeros(targets.shape, device=states.device) for _ in range(2))
     d_states = torch.zeros_like(states) if for_states else states.new_empty(0)
     # sums over chunks, in float32 whatever the model's type

@@ -148,7 +148,7 @@ class CopyHead(nn.Module):
         targets: torch.Tensor,  # (B, T) int64
         candidates: CopyCandidates,
     ) -> tuple[torch.Tensor, VocabularyTerms]:
-        """Return each token's loss under the mixture (B·T,), without its logits (see `chunked_loss`).
+        """Return each token's loss under the mixture (B·T,), without logits (see `chunked_loss`).
 
         With the log-sum Z of the decoder's logits l, the gate's log-odds are x = x_0 − k·Z, since
         only the expected log-probability depends on Z. A target y that may be copied has the
@@ -181,7 +181,7 @@ class CopyHead(nn.Module):
     def _log_normalizer(
         self, log_odds: torch.Tensor, copy_probs: torch.Tensor, log_probs: torch.Tensor
     ) -> torch.Tensor:
-        """Return the log of 1 + odds, by which `forward` makes the sum of exp(logits) grow, (B, T)."""
+        """Return log(1 + odds), by which `forward` raises the log-sum of the logits, (B, T)."""
         scale = _with_gradient_below_zero(self.gate_scale.float())
         is_open = scale > 0
         is_copied = copy_probs > 0

@@ -138,7 +138,7 @@ class UnencodedNeighbors(Movable):
         return encoded.to(states.device)
 
     def _lengths(self) -> torch.Tensor:
-        """Return the tokens of each neighbor (B·C·k) to encode, in steps of a `LENGTHS`th of r; 0 without any."""
+        """Return how many tokens of each neighbor to encode (B·C·k), rounded up; 0 without any."""
         length = self.attention_mask.shape[-1]
         ends = torch.arange(1, length + 1, device=self.attention_mask.device)
         step = -(-length // LENGTHS)
