@@ -5,7 +5,7 @@ applied to some tokens at a time, and the gradients follow at once, while these 
 in Liger kernels (Hsu et al. 2024, arXiv 2410.10989). So no product with the vocabulary is computed
 twice.
 
-The gradient of a token's loss in its logits is a multiple of their softmax, plus one of the target's
+The gradient of a token's loss in its logits is a multiple of their softmax plus one of the target's
 one-hot vector. Both factors are known as soon as the logits' log-sum-exp is, also where the logits
 are mixed with a copy distribution.
 
