@@ -112,18 +112,22 @@ def _vocabulary_terms(
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else weight.new_empty(0)
     d_bias = weight.new_zeros(weight.shape[0] if for_bias else 0, dtype=torch.float32)
     counted = (targets != NOT_COUNTED).nonzero().squeeze(1)
+    # one buffer for all chunks: where memory is new, the system must clear it first
+    buffer = weight.new_empty(min(TOKENS_AT_ONCE, len(counted)), weight.shape[0])
     with torch.autocast(states.device.type, enabled=False):
         for rows in counted.split(TOKENS_AT_ONCE):
-            inputs, target = states[rows], targets[rows].unsqueeze(1)
-            logits = F.linear(inputs, weight, bias).float()
-            own = logits.gather(1, target)
-            log_sum = logits.logsumexp(1, keepdim=True)
+            inputs, target, logits = states[rows], targets[rows].unsqueeze(1), buffer[: len(rows)]
+            torch.mm(inputs, weight.T, out=logits)
+            logits = (logits if bias is None else logits.add_(bias)).float()
+            own, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            exps = logits.sub_(largest).exp_()
+            total = exps.sum(1, keepdim=True)
+            log_sum = total.log() + largest
             log_sums[rows], target_logits[rows] = log_sum.squeeze(1), own.squeeze(1)
             if not (for_states or for_weight or for_bias):
                 continue
             d_log_sum, d_target = _factors(log_sum, own, None if mixture is None else mixture[:, rows].unsqueeze(-1))
-            d_logits = logits.sub_(log_sum).exp_().mul_(d_log_sum)
-            d_logits.scatter_add_(1, target, d_target.expand_as(target))
+            d_logits = exps.mul_(d_log_sum / total).scatter_add_(1, target, d_target)
             if for_bias:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(states.dtype)
