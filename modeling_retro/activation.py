@@ -1,10 +1,12 @@
-"""GPT-2's activation for training: the same values to the bit, in less memory."""
+"""GPT-2's activation for training: the same values to the bit, in less memory and time."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import NewGELUActivation
+
+SLICE = 2**15  # numbers that a CPU's thread computes at a time: all steps on them stay in its cache
 
 _gelu_new = NewGELUActivation()
 
@@ -27,7 +29,13 @@ class LeanGELU(nn.Module):
 class _LeanGELU(torch.autograd.Function):
     @staticmethod
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return _gelu_new(hidden_states)
+        size = SLICE * torch.get_num_threads()
+        if hidden_states.device.type != "cpu" or hidden_states.numel() <= size:
+            return _gelu_new(hidden_states)
+        output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        for inputs, outputs in zip(hidden_states.reshape(-1).split(size), output.view(-1).split(size), strict=True):
+            outputs.copy_(_gelu_new(inputs))
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
