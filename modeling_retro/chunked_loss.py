@@ -15,7 +15,6 @@ Shapes: N tokens, d hidden size, V vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 NOT_COUNTED = -100  # the target of tokens whose loss does not count
@@ -31,47 +30,50 @@ def takes_chunks(head: nn.Module) -> bool:
 
 
 class VocabularyTerms:
-    """Two numbers of each token's logits, without the logits: their log-sum-exp and the target's.
+    """Numbers of each token's logits, without the logits: their log-sum-exp and some logits.
 
-    Both are constants to autograd, and `attach` adds their gradients to a loss.
+    They are constants to autograd, and `attach` adds their gradients to a loss. All are 0 where the
+    target does not count.
 
     Attributes:
-        log_sums: (N,) float32, the log-sum-exp of the logits, 0 where the target is not counted.
-        target_logits: (N,) float32, likewise.
+        log_sums: (B, T) float32, the log-sum-exp of the logits.
+        target_logits: (B, T) float32, of the target.
+        place_logits: (B, T, k·r) float32, of the tokens that may be copied; empty if none may.
     """
 
     def __init__(
         self,
         head: nn.Linear,
-        states: torch.Tensor,  # (N, d)
-        targets: torch.Tensor,  # (N,) int64, or NOT_COUNTED
-        mixture: torch.Tensor | None = None,  # (3, N) float32
+        states: torch.Tensor,  # (B, T, d)
+        targets: torch.Tensor,  # (B, T) int64, or NOT_COUNTED
+        mixture: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         """Compute the terms and the gradients.
 
         Args:
-            mixture: of a copy head, see `_factors`. None: the loss is log_sums - target_logits.
+            mixture: of a copy head: evidence (B, T), log-odds (B, T), token ids (B, T, k·r) and
+                weights (B, T, k·r), see `_factors`. None: the loss is log_sums - target_logits.
         """
         weight, bias = head.weight, head.bias
         states = states.to(weight.device)
         if torch.is_autocast_enabled(states.device.type):
             dtype = torch.get_autocast_dtype(states.device.type)
             states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        self._inputs = states, weight, bias
+        self._inputs = states.flatten(0, 1), weight, bias
         grads = torch.is_grad_enabled()
-        self.log_sums, self.target_logits, *self._gradients = _vocabulary_terms(
-            states.detach(),
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            targets,
-            None if mixture is None else mixture.detach(),
-            grads and states.requires_grad,
-            grads and weight.requires_grad,
-            grads and bias is not None and bias.requires_grad,
+        terms = _vocabulary_terms(
+            *(None if tensor is None else tensor.detach() for tensor in self._inputs),
+            targets.to(states.device).flatten(),
+            *([None] * 4 if mixture is None else (tensor.detach().flatten(0, 1) for tensor in mixture)),
+            *(grads and tensor is not None and tensor.requires_grad for tensor in self._inputs),
         )
+        self.log_sums, self.target_logits, self.place_logits = (
+            term.unflatten(0, targets.shape).to(targets.device) for term in terms[:3]
+        )
+        self._gradients = terms[3:]
 
     def attach(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss, summed over the tokens, with the gradients of both terms."""
+        """Return the loss, summed over the tokens, with the gradients of all terms."""
         return _AttachGradients.apply(loss, *self._inputs, *self._gradients)
 
 
@@ -86,31 +88,40 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        found = [
-            saved * grad if needed else None
-            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
-        ]
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "A loss without logits has gradients once, and they were computed before. Call the model with "
+                "skip_logits=False to compute them again."
+            ) from error
+        needed = zip(saved, ctx.needs_input_grad[1:], strict=False)
+        # in place: the largest of them has the size of the vocabulary's weight
+        found = [gradient.mul_(grad) if is_needed else None for gradient, is_needed in needed]
         return (grad, *found, *[None] * len(found))
 
 
 # Opaque to a compiler: its graph has neither the number of counted tokens nor the chunks.
 @torch.library.custom_op("retro::vocabulary_terms", mutates_args=())
 def _vocabulary_terms(
-    states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    mixture: torch.Tensor | None,
+    states: torch.Tensor,  # (N, d)
+    weight: torch.Tensor,  # (V, d)
+    bias: torch.Tensor | None,  # (V,)
+    targets: torch.Tensor,  # (N,)
+    evidence: torch.Tensor | None,  # (N,)
+    log_odds: torch.Tensor | None,  # (N,)
+    token_ids: torch.Tensor | None,  # (N, k·r)
+    weights: torch.Tensor | None,  # (N, k·r)
     for_states: bool,
     for_weight: bool,
     for_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-sums, target logits, and the gradients of the summed loss, empty if not needed."""
-    log_sums, target_logits = (torch.zeros(targets.shape, device=states.device) for _ in range(2))
-    d_states = torch.zeros_like(states) if for_states else states.new_empty(0)
-    # sums over chunks, in float32 whatever the model's type
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else weight.new_empty(0)
-    d_bias = weight.new_zeros(weight.shape[0] if for_bias else 0, dtype=torch.float32)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the three terms, and the gradients of the summed loss, empty if not needed."""
+    log_sums, target_logits, place_logits, d_states, d_weight, d_bias = (
+        tensor.zero_() for tensor in _empty_terms(states, weight, targets, token_ids, for_states, for_weight, for_bias)
+    )
+    sum_dtype = torch.float32  # of sums over chunks, whatever the model's type
+    d_weight, d_bias = d_weight.to(sum_dtype), d_bias.to(sum_dtype)
     counted = (targets != NOT_COUNTED).nonzero().squeeze(1)
     # one buffer for all chunks: where memory is new, the system must clear it first
     buffer = weight.new_empty(min(TOKENS_AT_ONCE, len(counted)), weight.shape[0])
@@ -119,25 +130,32 @@ def _vocabulary_terms(
             inputs, target, logits = states[rows], targets[rows].unsqueeze(1), buffer[: len(rows)]
             torch.mm(inputs, weight.T, out=logits)
             logits = (logits if bias is None else logits.add_(bias)).float()
-            own, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            own, places, mixture = logits.gather(1, target), None, None
+            if evidence is not None and log_odds is not None and token_ids is not None and weights is not None:
+                places = token_ids[rows]
+                place_logits[rows] = logits.gather(1, places)
+                mixture = evidence[rows], log_odds[rows], place_logits[rows], weights[rows]
+            largest = logits.amax(1, keepdim=True)
             exps = logits.sub_(largest).exp_()
             total = exps.sum(1, keepdim=True)
             log_sum = total.log() + largest
             log_sums[rows], target_logits[rows] = log_sum.squeeze(1), own.squeeze(1)
             if not (for_states or for_weight or for_bias):
                 continue
-            d_log_sum, d_target = _factors(log_sum, own, None if mixture is None else mixture[:, rows].unsqueeze(-1))
+            d_log_sum, d_target, d_places = _factors(log_sum, own, mixture)
             d_logits = exps.mul_(d_log_sum / total).scatter_add_(1, target, d_target)
+            if places is not None:
+                d_logits.scatter_add_(1, places, d_places)
             if for_bias:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(states.dtype)
             if for_states:
                 d_states[rows] = d_logits @ weight
-            if for_weight and d_weight.dtype == states.dtype:
+            if for_weight and states.dtype == sum_dtype:
                 d_weight.addmm_(d_logits.T, inputs)
             elif for_weight:
                 d_weight += d_logits.T @ inputs
-    return log_sums, target_logits, d_states, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    return log_sums, target_logits, place_logits, d_states, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
 @_vocabulary_terms.register_fake
@@ -146,28 +164,51 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    mixture: torch.Tensor | None,
+    evidence: torch.Tensor | None,
+    log_odds: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
     for_states: bool,
     for_weight: bool,
     for_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    log_sums, target_logits = (states.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
-    d_states = torch.empty_like(states) if for_states else states.new_empty(0)
-    d_weight = torch.empty_like(weight) if for_weight else weight.new_empty(0)
-    return log_sums, target_logits, d_states, d_weight, weight.new_empty(weight.shape[0] if for_bias else 0)
+) -> tuple[torch.Tensor, ...]:
+    return _empty_terms(states, weight, targets, token_ids, for_states, for_weight, for_bias)
+
+
+def _empty_terms(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    for_states: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Return tensors of the shapes and types of the results."""
+    return (
+        states.new_empty(targets.shape, dtype=torch.float32),
+        states.new_empty(targets.shape, dtype=torch.float32),
+        states.new_empty((*targets.shape, 0) if token_ids is None else token_ids.shape, dtype=torch.float32),
+        torch.empty_like(states) if for_states else states.new_empty(0),
+        torch.empty_like(weight) if for_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if for_bias else 0),
+    )
 
 
 def _factors(
-    log_sum: torch.Tensor, target_logit: torch.Tensor, mixture: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the derivatives of a token's loss in the log-sum Z and in the target's logit t.
+    log_sum: torch.Tensor, target_logit: torch.Tensor, mixture: tuple[torch.Tensor, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the derivatives of each token's loss in its log-sum, target logit and place logits.
 
-    Without a mixture, the loss is Z − t. With (evidence e, log-odds o, slope k) it is
-    Z − t − softplus(e + (1 − k)·Z − t) + softplus(o − k·Z), see `CopyHead.losses`.
+    Without a mixture, the loss is Z − t, of log-sum Z and target logit t, both (N, 1). With one,
+    the gate's log-odds are x = log_odds + Σ weights · (place_logits − Z), and the loss is
+    Z − t − softplus(x + e − (t − Z)) + softplus(x), where x + e is `evidence` in place of log_odds.
     """
     if mixture is None:
-        return torch.ones_like(log_sum), -torch.ones_like(target_logit)
-    evidence, log_odds, slope = mixture
-    is_copied = (evidence + (1 - slope) * log_sum - target_logit).sigmoid()
-    gate = (log_odds - slope * log_sum).sigmoid()
-    return 1 - (1 - slope) * is_copied - slope * gate, is_copied - 1
+        return torch.ones_like(log_sum), -torch.ones_like(target_logit), None
+    evidence, log_odds, place_logits, weights = mixture
+    expected = (weights * (place_logits - log_sum)).sum(1, keepdim=True)
+    is_copied = (evidence.unsqueeze(1) + expected - target_logit + log_sum).sigmoid()
+    d_log_odds = (log_odds.unsqueeze(1) + expected).sigmoid() - is_copied
+    d_log_sum = 1 - is_copied - d_log_odds * weights.sum(1, keepdim=True)
+    return d_log_sum, is_copied - 1, d_log_odds * weights

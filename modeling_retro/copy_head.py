@@ -148,35 +148,30 @@ class CopyHead(nn.Module):
         targets: torch.Tensor,  # (B, T) int64
         candidates: CopyCandidates,
     ) -> tuple[torch.Tensor, VocabularyTerms]:
-        """Return each token's loss under the mixture (B·T,), without logits (see `chunked_loss`).
+        """Return each token's loss under the mixture (B, T), without logits (see `chunked_loss`).
 
-        With the log-sum Z of the decoder's logits l, the gate's log-odds are x = x_0 − k·Z, since
-        only the expected log-probability depends on Z. A target y that may be copied has the
-        evidence x + log c_y − (l_y − Z), and the loss is
-        Z − l_y − softplus(evidence) + softplus(x), with `gate_scale` as a part of x.
+        The loss is that of the decoder, minus the logarithm of what `forward` adds to the target's
+        logit, plus that of what it multiplies the sum of exp(logits) by.
         """
         copy_probs, features, token_ids = self.copy_distribution(candidates)
-        place_logits = self._place_logits(head, hidden_states, candidates)  # (B, T, k·r)
-        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, place_logits)  # x_0
-        expectation = self.config.match_scale * self.gate_features[-1].float() / self.config.gate_log_prob_scale
-        slope = expectation * copy_probs.sum(-1)
         target_prob = torch.where(token_ids == targets.unsqueeze(-1), copy_probs, 0.0).sum(-1)
         is_copied = target_prob > 0
         log_target_prob = target_prob.masked_fill(~is_copied, 1.0).log()
-
         can_copy, scale = candidates.plan.can_attend, self.gate_scale.float()
-        opened = torch.where(can_copy, log_odds + scale.clamp(min=0.0).log(), -torch.inf)
-        evidence = torch.where(is_copied, opened + log_target_prob, -torch.inf)
-        mixture = torch.stack([evidence, opened, slope]).flatten(1)
-        terms = VocabularyTerms(head, hidden_states.flatten(0, 1), targets.flatten(), mixture)
 
-        log_sums, target_logits = (states.view_as(targets) for states in (terms.log_sums, terms.target_logits))
-        log_odds = log_odds - slope * log_sums
-        evidence = log_odds + log_target_prob - target_logits + log_sums
-        boost = torch.where(is_copied, _log1p_scaled_exp(evidence, scale), 0.0)
-        log_probs = place_logits - log_sums.unsqueeze(-1)
+        expectation = self.config.match_scale * self.gate_features[-1].float() / self.config.gate_log_prob_scale
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, torch.zeros_like(copy_probs))
+        log_odds = torch.where(can_copy, log_odds + scale.clamp(min=0.0).log(), -torch.inf)
+        evidence = torch.where(is_copied, log_odds + log_target_prob, -torch.inf)
+        mixture = evidence, log_odds, token_ids, expectation * copy_probs
+        terms = VocabularyTerms(head, hidden_states, targets, mixture)
+
+        log_probs = terms.place_logits - terms.log_sums.unsqueeze(-1)
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, log_probs)
+        losses = terms.log_sums - terms.target_logits
+        boost = torch.where(is_copied, _log1p_scaled_exp(log_odds + log_target_prob + losses, scale), 0.0)
         growth = torch.where(can_copy, self._log_normalizer(log_odds, copy_probs, log_probs), 0.0)
-        return (log_sums - target_logits - boost + growth).flatten(), terms
+        return losses - boost + growth, terms
 
     def _log_normalizer(
         self, log_odds: torch.Tensor, copy_probs: torch.Tensor, log_probs: torch.Tensor
@@ -189,14 +184,6 @@ class CopyHead(nn.Module):
         limited = torch.minimum(log_copied, log_probs + CLOSED_GATE_LIMIT).exp()
         closed = scale * torch.where(is_copied, limited, 0.0).sum(-1)
         return torch.where(is_open, F.softplus(log_odds + torch.where(is_open, scale, 1.0).log()), closed)
-
-    def _place_logits(self, head: nn.Linear, hidden_states: torch.Tensor, candidates: CopyCandidates) -> torch.Tensor:
-        """Return the float32 logits of the tokens that each column may copy, (B, T, k·r)."""
-        queries, token_ids = candidates.plan.queries, candidates.token_ids.flatten(0, 1)
-        logits = queries.group(hidden_states) @ F.embedding(token_ids, head.weight).transpose(1, 2)  # (B·G, w, k·r)
-        if head.bias is not None:
-            logits = logits + head.bias[token_ids].unsqueeze(1)
-        return queries.ungroup(logits).float()
 
     def attention_distribution(self, candidates: CopyCandidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the attention over the neighbor tokens of each group.

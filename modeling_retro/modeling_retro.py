@@ -395,11 +395,11 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         head, states = self.get_output_embeddings(), outputs.last_hidden_state
         targets = targets.to(states.device)
         if outputs.copy_candidates is None:
-            terms = VocabularyTerms(head, states.flatten(0, 1), targets.flatten())
+            terms = VocabularyTerms(head, states, targets)
             losses = terms.log_sums - terms.target_logits
         else:
             losses, terms = self.copy_head.losses(head, states, targets, outputs.copy_candidates)
-        is_counted = targets.flatten() != NOT_COUNTED
+        is_counted = targets != NOT_COUNTED
         total = terms.attach(torch.where(is_counted, losses, 0.0).sum())
         return total / (is_counted.sum() if num_items is None else num_items)
 
