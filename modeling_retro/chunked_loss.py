@@ -19,6 +19,7 @@ from torch import nn
 
 NOT_COUNTED = -100  # the target of tokens whose loss does not count
 TOKENS_AT_ONCE = 512
+ROW_STEP = 64
 
 
 def takes_chunks(head: nn.Module) -> bool:
@@ -123,8 +124,10 @@ def _vocabulary_terms(
     sum_dtype = torch.float32  # of sums over chunks, whatever the model's type
     d_weight, d_bias = d_weight.to(sum_dtype), d_bias.to(sum_dtype)
     counted = (targets != NOT_COUNTED).nonzero().squeeze(1)
-    # one buffer for all chunks: where memory is new, the system must clear it first
-    buffer = weight.new_empty(min(TOKENS_AT_ONCE, len(counted)), weight.shape[0])
+    # One buffer for all chunks: where memory is new, the system must clear it first. Matrix products
+    # are a quarter faster where its rows begin at multiples of `ROW_STEP`.
+    vocabulary = weight.shape[0]
+    buffer = weight.new_empty(min(TOKENS_AT_ONCE, len(counted)), -(-vocabulary // ROW_STEP) * ROW_STEP)[:, :vocabulary]
     with torch.autocast(states.device.type, enabled=False):
         for rows in counted.split(TOKENS_AT_ONCE):
             inputs, target, logits = states[rows], targets[rows].unsqueeze(1), buffer[: len(rows)]
