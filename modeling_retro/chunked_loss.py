@@ -124,8 +124,8 @@ def _vocabulary_terms(
     sum_dtype = torch.float32  # of sums over chunks, whatever the model's type
     d_weight, d_bias = d_weight.to(sum_dtype), d_bias.to(sum_dtype)
     counted = (targets != NOT_COUNTED).nonzero().squeeze(1)
-    # One buffer for all chunks: where memory is new, the system must clear it first. Matrix products
-    # are a quarter faster where its rows begin at multiples of `ROW_STEP`.
+    # One buffer for all chunks: where memory is new, the system must clear it first. The matrix
+    # product is a quarter faster if its rows begin at multiples of `ROW_STEP`.
     vocabulary = weight.shape[0]
     buffer = weight.new_empty(min(TOKENS_AT_ONCE, len(counted)), -(-vocabulary // ROW_STEP) * ROW_STEP)[:, :vocabulary]
     with torch.autocast(states.device.type, enabled=False):
