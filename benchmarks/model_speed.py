@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ SIDES = (
     "RETRO, neighbors on, copy head, matches",
     "retro-pytorch, neighbors on",
 )
+TASKS = ("forward", "step")
 
 
 def build(side: str, length: int) -> tuple[torch.nn.Module, Loss]:
@@ -108,9 +110,9 @@ def serve_side(side: str, batch_size: int, length: int, device: torch.device, is
 class Side:
     """The process that runs one side, and what it measured."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tasks: Sequence[str]) -> None:
         self.name = name
-        self.results: dict[str, list[tuple[float, float]]] = {"forward": [], "step": []}  # seconds and GiB
+        self.results: dict[str, list[tuple[float, float]]] = {what: [] for what in tasks}  # seconds and GiB
         self.worker = Worker(name, [__file__, *sys.argv[1:], "--serve", name])
 
     def measure(self, what: str) -> None:
@@ -132,13 +134,15 @@ class Side:
             seconds, memory = zip(*results[1:], strict=True)
             median = statistics.median(seconds)
             cells += [f"{median:.2f} ({min(seconds):.2f}-{max(seconds):.2f})", f"{max(memory):.2f}"]
-        return "| " + " | ".join([*cells, f"{tokens / median:.0f}"]) + " |"
+            cells.append(f"{tokens / median:.0f}")
+        return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     """Print a table of all sides, or serve one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="default: all")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: both")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after a warm-up")
     parser.add_argument("--batch_size", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a row, a multiple of 64")
@@ -149,7 +153,7 @@ def main() -> None:
     if options.serve:
         return serve_side(options.serve, options.batch_size, options.length, options.device, options.compile)
 
-    sides = [Side(name) for name in options.sides]
+    sides = [Side(name, options.tasks) for name in options.sides]
     for _ in range(options.rounds + 1):
         for side in sides:
             for what in side.results:
@@ -162,7 +166,8 @@ def main() -> None:
     how = "compiled" if options.compile else "eager"
     batch = f"{options.batch_size} × {options.length} tokens"
     print(f"{device}, {platform.machine()}, torch {torch.__version__}, {how}; {batch}")
-    print("| | forward s (min-max) | GiB | step s (min-max) | GiB | step tokens/s |\n|---|---|---|---|---|---|")
+    print("| | " + " | ".join(f"{what} s (min-max) | GiB | tokens/s" for what in options.tasks) + " |")
+    print("|---" * (1 + 3 * len(options.tasks)) + "|")
     for side in sides:
         print(side.row(options.batch_size * options.length))
 
