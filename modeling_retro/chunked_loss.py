@@ -25,9 +25,13 @@ ROW_STEP = 64
 def takes_chunks(head: nn.Module) -> bool:
     """Return True if the logits are the head's weight times the states, plus a bias.
 
-    Adapters, quantized weights and weights that are gathered in the head's own call are not.
+    Others are adapters, quantized, sharded and offloaded weights, and heads with forward hooks.
     """
-    return type(head) is nn.Linear and head.weight.shape == (head.out_features, head.in_features)
+    if type(head) is not nn.Linear or head._forward_hooks:
+        return False
+    weight = head.weight
+    is_here = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
+    return is_here and weight.shape == (head.out_features, head.in_features)
 
 
 class VocabularyTerms:
@@ -62,10 +66,13 @@ class VocabularyTerms:
             states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         self._inputs = states.flatten(0, 1), weight, bias
         grads = torch.is_grad_enabled()
+        copying: list[torch.Tensor | None] = [None] * 4
+        if mixture is not None:
+            copying = [tensor.detach().flatten(0, 1).to(states.device) for tensor in mixture]
         terms = _vocabulary_terms(
             *(None if tensor is None else tensor.detach() for tensor in self._inputs),
             targets.to(states.device).flatten(),
-            *([None] * 4 if mixture is None else (tensor.detach().flatten(0, 1) for tensor in mixture)),
+            *copying,
             *(grads and tensor is not None and tensor.requires_grad for tensor in self._inputs),
         )
         self.log_sums, self.target_logits, self.place_logits = (

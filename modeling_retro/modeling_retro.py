@@ -393,12 +393,14 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
     ) -> torch.Tensor:
         """Return the loss in nats a token, without logits."""
         head, states = self.get_output_embeddings(), outputs.last_hidden_state
-        targets = targets.to(states.device)
         if outputs.copy_candidates is None:
+            targets = targets.to(states.device)
             terms = VocabularyTerms(head, states, targets)
             losses = terms.log_sums - terms.target_logits
         else:
-            losses, terms = self.copy_head.losses(head, states, targets, outputs.copy_candidates)
+            device = self.copy_head.gate_scale.device
+            states, targets, candidates = (x.to(device) for x in (states, targets, outputs.copy_candidates))
+            losses, terms = self.copy_head.losses(head, states, targets, candidates)
         is_counted = targets != NOT_COUNTED
         total = terms.attach(torch.where(is_counted, losses, 0.0).sum())
         return total / (is_counted.sum() if num_items is None else num_items)
