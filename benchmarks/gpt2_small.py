@@ -127,8 +127,10 @@ def gpt2_loss(model: torch.nn.Module) -> Loss:
 
 
 def retro_loss(model: torch.nn.Module) -> Loss:
-    """Return the loss of a RETRO that is given neighbors."""
-    return lambda tokens, neighbors: model(tokens, labels=tokens, neighbor_ids=neighbors, use_cache=False).loss
+    """Return the loss of a RETRO that is given neighbors, as `RetroTrainer` computes it."""
+    return lambda tokens, neighbors: (
+        model(tokens, labels=tokens, neighbor_ids=neighbors, use_cache=False, skip_logits=True).loss
+    )
 
 
 def retro_pytorch_loss(model: torch.nn.Module) -> Loss:

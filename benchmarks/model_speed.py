@@ -9,7 +9,8 @@ weights, float32 and no dropout.
 
 Each side runs in its own process, so that its memory can be told apart. The sides take turns;
 median, least and most over the rounds are printed. A step is forward and backward with the loss.
-Memory is the peak of the process, or of the GPU, over the measured steps.
+Memory is the peak of the process, or of the GPU, over the measured steps. `--compile` compiles all
+sides with inductor, in the warm-up, which is not measured.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ SIDES = (
     "RETRO, neighbors on, copy head, matches",
     "retro-pytorch, neighbors on",
 )
+TASKS = ("forward", "step")
 
 
 def build(side: str, length: int) -> tuple[torch.nn.Module, Loss]:
@@ -78,11 +81,13 @@ class Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def serve_side(side: str, batch_size: int, length: int, device: torch.device) -> None:
+def serve_side(side: str, batch_size: int, length: int, device: torch.device, is_compiled: bool) -> None:
     """Run one side: a task names "forward" or "step", and the answer has "seconds" and "gib"."""
     torch.manual_seed(0)
     model, loss_of = build(side, length)
     model.to(device).train()
+    if is_compiled:
+        model.compile()
     tokens = GPT2_SMALL.random_tokens(batch_size, length, device=device)
     ids = GPT2_SMALL.random_neighbors(batch_size, length // GPT2_SMALL.chunk, device)
     memory = Memory(device)
@@ -105,9 +110,9 @@ def serve_side(side: str, batch_size: int, length: int, device: torch.device) ->
 class Side:
     """The process that runs one side, and what it measured."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tasks: Sequence[str]) -> None:
         self.name = name
-        self.results: dict[str, list[tuple[float, float]]] = {"forward": [], "step": []}  # seconds and GiB
+        self.results: dict[str, list[tuple[float, float]]] = {what: [] for what in tasks}  # seconds and GiB
         self.worker = Worker(name, [__file__, *sys.argv[1:], "--serve", name])
 
     def measure(self, what: str) -> None:
@@ -129,23 +134,26 @@ class Side:
             seconds, memory = zip(*results[1:], strict=True)
             median = statistics.median(seconds)
             cells += [f"{median:.2f} ({min(seconds):.2f}-{max(seconds):.2f})", f"{max(memory):.2f}"]
-        return "| " + " | ".join([*cells, f"{tokens / median:.0f}"]) + " |"
+            cells.append(f"{tokens / median:.0f}")
+        return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     """Print a table of all sides, or serve one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="default: all")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: both")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after a warm-up")
     parser.add_argument("--batch_size", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a row, a multiple of 64")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile all sides with inductor")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve_side(options.serve, options.batch_size, options.length, options.device)
+        return serve_side(options.serve, options.batch_size, options.length, options.device, options.compile)
 
-    sides = [Side(name) for name in options.sides]
+    sides = [Side(name, options.tasks) for name in options.sides]
     for _ in range(options.rounds + 1):
         for side in sides:
             for what in side.results:
@@ -155,8 +163,11 @@ def main() -> None:
 
     is_gpu = options.device.type == "cuda"
     device = torch.cuda.get_device_name(options.device) if is_gpu else f"{os.cpu_count()} CPU cores"
-    print(f"{device}, {platform.machine()}, torch {torch.__version__}; {options.batch_size} × {options.length} tokens")
-    print("| | forward s (min-max) | GiB | step s (min-max) | GiB | step tokens/s |\n|---|---|---|---|---|---|")
+    how = "compiled" if options.compile else "eager"
+    batch = f"{options.batch_size} × {options.length} tokens"
+    print(f"{device}, {platform.machine()}, torch {torch.__version__}, {how}; {batch}")
+    print("| | " + " | ".join(f"{what} s (min-max) | GiB | tokens/s" for what in options.tasks) + " |")
+    print("|---" * (1 + 3 * len(options.tasks)) + "|")
     for side in sides:
         print(side.row(options.batch_size * options.length))
 

@@ -191,7 +191,7 @@ def prepare(model: PreTrainedModel, config: RetroConfig, read: ReadSequences, ne
     grid = ChunkGrid.build(points, (rows, length), 0, None, None, device)
     embeds = embed(tokens)
     plan = plan_attention(config, grid, embeds, neighbors, None)
-    matches = match_tokens(config, grid, plan, embeds, neighbors, embed, None)
+    matches = match_tokens(config, grid, plan, embeds, neighbors, embed(neighbors.ids), None)
 
     targets, states, log_sums = tokens[:, 1:], states[:, :-1], log_sums[:, :-1]
     few, places = torch.cat([targets.flatten(), neighbors.ids.flatten()]).unique(return_inverse=True)

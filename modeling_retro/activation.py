@@ -1,10 +1,12 @@
-"""GPT-2's activation for training: the same values to the bit, in less memory."""
+"""GPT-2's activation for training: the same values to the bit, in less memory and time."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import NewGELUActivation
+
+SLICE = 2**15  # numbers that a CPU's thread computes at a time: all steps on them stay in its cache
 
 _gelu_new = NewGELUActivation()
 
@@ -18,16 +20,27 @@ class LeanGELU(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return gelu_new of the hidden states, element by element."""
-        # the compiler fuses it by itself, and without gradients there is nothing to keep
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # the compiler fuses it by itself
             return _gelu_new(hidden_states)
+        if not torch.is_grad_enabled():  # there is nothing to keep
+            return _in_slices(hidden_states)
         return _LeanGELU.apply(hidden_states)
+
+
+def _in_slices(hidden_states: torch.Tensor) -> torch.Tensor:
+    size = SLICE * torch.get_num_threads()
+    if hidden_states.device.type != "cpu" or hidden_states.numel() <= size:
+        return _gelu_new(hidden_states)
+    output = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    for inputs, outputs in zip(hidden_states.reshape(-1).split(size), output.view(-1).split(size), strict=True):
+        outputs.copy_(_gelu_new(inputs))
+    return output
 
 
 class _LeanGELU(torch.autograd.Function):
     @staticmethod
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return _gelu_new(hidden_states)
+        return _in_slices(hidden_states)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from configuration_retro import RetroConfig
 
 from .attention_plan import AttentionPlan
+from .chunked_loss import VocabularyTerms
 from .movable import Movable
 from .neighbor_inputs import NeighborInputs
 
@@ -140,6 +141,50 @@ class CopyHead(nn.Module):
         boost = torch.where(is_copied, _log1p_scaled_exp(log_evidence, self.gate_scale.float()), 0.0)
         return logits.scatter_add(-1, token_ids, boost.to(logits.dtype))
 
+    def losses(
+        self,
+        head: nn.Linear,
+        hidden_states: torch.Tensor,  # (B, T, d)
+        targets: torch.Tensor,  # (B, T) int64
+        candidates: CopyCandidates,
+    ) -> tuple[torch.Tensor, VocabularyTerms]:
+        """Return each token's loss under the mixture (B, T), without logits (see `chunked_loss`).
+
+        The loss is that of the decoder, minus the logarithm of what `forward` adds to the target's
+        logit, plus that of what it multiplies the sum of exp(logits) by.
+        """
+        copy_probs, features, token_ids = self.copy_distribution(candidates)
+        target_prob = torch.where(token_ids == targets.unsqueeze(-1), copy_probs, 0.0).sum(-1)
+        is_copied = target_prob > 0
+        log_target_prob = target_prob.masked_fill(~is_copied, 1.0).log()
+        can_copy, scale = candidates.plan.can_attend, self.gate_scale.float()
+
+        expectation = self.config.match_scale * self.gate_features[-1].float() / self.config.gate_log_prob_scale
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, torch.zeros_like(copy_probs))
+        log_odds = torch.where(can_copy, log_odds + scale.clamp(min=0.0).log(), -torch.inf)
+        evidence = torch.where(is_copied, log_odds + log_target_prob, -torch.inf)
+        mixture = evidence, log_odds, token_ids, expectation * copy_probs
+        terms = VocabularyTerms(head, hidden_states, targets, mixture)
+
+        log_probs = terms.place_logits - terms.log_sums.unsqueeze(-1)
+        log_odds = self._gate_log_odds(hidden_states, features, copy_probs, log_probs)
+        losses = terms.log_sums - terms.target_logits
+        boost = torch.where(is_copied, _log1p_scaled_exp(log_odds + log_target_prob + losses, scale), 0.0)
+        growth = torch.where(can_copy, self._log_normalizer(log_odds, copy_probs, log_probs), 0.0)
+        return losses - boost + growth, terms
+
+    def _log_normalizer(
+        self, log_odds: torch.Tensor, copy_probs: torch.Tensor, log_probs: torch.Tensor
+    ) -> torch.Tensor:
+        """Return log(1 + odds), by which `forward` raises the log-sum of the logits, (B, T)."""
+        scale = _with_gradient_below_zero(self.gate_scale.float())
+        is_open = scale > 0
+        is_copied = copy_probs > 0
+        log_copied = log_odds.unsqueeze(-1) + copy_probs.masked_fill(~is_copied, 1.0).log()
+        limited = torch.minimum(log_copied, log_probs + CLOSED_GATE_LIMIT).exp()
+        closed = scale * torch.where(is_copied, limited, 0.0).sum(-1)
+        return torch.where(is_open, F.softplus(log_odds + torch.where(is_open, scale, 1.0).log()), closed)
+
     def attention_distribution(self, candidates: CopyCandidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the attention over the neighbor tokens of each group.
 
@@ -226,11 +271,16 @@ def _log1p_scaled_exp(log_evidence: torch.Tensor, gate_scale: torch.Tensor) -> t
 
     A closed gate has the gradient of an open one, so that it can open, and open again.
     """
-    gate_scale = gate_scale + (gate_scale.clamp(min=0.0) - gate_scale).detach()
+    gate_scale = _with_gradient_below_zero(gate_scale)
     is_open = gate_scale > 0
     opened = F.softplus(log_evidence + torch.where(is_open, gate_scale, 1.0).log())
     closed = gate_scale * log_evidence.clamp(max=CLOSED_GATE_LIMIT).exp()  # 0, with the gradient there
     return torch.where(is_open, opened, closed)
+
+
+def _with_gradient_below_zero(gate_scale: torch.Tensor) -> torch.Tensor:
+    """Return the scale, 0 if it is below, with the gradient of itself."""
+    return gate_scale + (gate_scale.clamp(min=0.0) - gate_scale).detach()
 
 
 def _rename_old_parameters(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .reading import Reading
 from .reading_layer import CrossAttentionBeside
@@ -34,6 +35,8 @@ class DecoderCall:
             has read.
         encoded: (B, C, k·r, d) the encoded neighbors, from the first of these layers on.
         output_states: (B, T', d) the states that enter the output embeddings.
+        skips_logits: let the output embeddings see the first column only, since nobody needs the
+            logits.
         weights: (B, heads, T, k·r) attention weights of each layer, if the attention implementation
             returns them.
     """
@@ -43,6 +46,7 @@ class DecoderCall:
     layer_input: torch.Tensor | None = None
     encoded: torch.Tensor | None = None
     output_states: torch.Tensor | None = None
+    skips_logits: bool = False
     weights: list[torch.Tensor | None] = field(default_factory=list)
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +124,28 @@ def _add_cross_attention(layer_idx: int, branch: nn.Module, args: tuple, output:
     return (states + read, *output[1:]) if isinstance(output, tuple) else states + read
 
 
-def _keep_output_states(output_embeddings: nn.Module, args: tuple) -> None:
+def _keep_output_states(output_embeddings: nn.Module, args: tuple) -> tuple | None:
     call = getattr(_running, "call", None)
-    if call is not None:
-        call.output_states = args[0]
+    if call is None:
+        return None
+    call.output_states = args[0]
+    return (args[0][:, :1], *args[1:]) if call.skips_logits else None
+
+
+@torch.no_grad()
+def changes_logits(decoder: PreTrainedModel) -> bool:
+    """Return True if the decoder's logits are not just what its output embeddings return.
+
+    Some decoders scale or cap them. It runs on one token, and leaves the random state alone.
+    """
+    computed: list[torch.Tensor] = []
+    head = decoder.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, output: computed.append(output.clone()))
+    devices = [decoder.device] if decoder.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
+            logits = decoder(input_ids=token, use_cache=False, return_dict=True).logits
+    finally:
+        hook.remove()
+    return len(computed) != 1 or not torch.equal(logits, computed[0])

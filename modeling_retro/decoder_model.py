@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from configuration_retro import RetroConfig
 
 from .attention_branch import find_attention_branch, find_layers
-from .decoder_calls import DecoderCall, add_layer_hooks, add_output_hook
+from .decoder_calls import DecoderCall, add_layer_hooks, add_output_hook, changes_logits
 from .library import CACHE, argument_names, check_arguments, either_cache
 from .neighbor_encoder import NeighborEncoder
 from .reading_layer import CrossAttentionBeside
@@ -65,6 +65,7 @@ class RetroDecoderModel(RetroReadingModel):
         self.retriever = None
         self.gradient_checkpointing = False
         self._has_layer_hooks = False
+        self._has_other_logits: bool | None = None  # None: not known yet
         # read once: a compiled forward cannot look at signatures
         self._takes_positions, self._takes_logits_to_keep = (
             name in argument_names(type(decoder).forward) for name in ("position_ids", "logits_to_keep")
@@ -108,6 +109,12 @@ class RetroDecoderModel(RetroReadingModel):
             add_layer_hooks(layers[layer], branch, layer)
         self._has_layer_hooks = True
 
+    @torch.compiler.assume_constant_result
+    def _changes_logits(self) -> bool:
+        if self._has_other_logits is None:
+            self._has_other_logits = changes_logits(self.decoder)
+        return self._has_other_logits
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's input embeddings, which the neighbors share."""
         return self.decoder.get_input_embeddings()
@@ -141,6 +148,7 @@ class RetroDecoderModel(RetroReadingModel):
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
+        skip_logits: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> RetroModelOutput:
@@ -151,6 +159,8 @@ class RetroDecoderModel(RetroReadingModel):
                 real token is at 0), else the decoder's own.
             logits_to_keep: return the logits of only the last tokens, or of the columns with these
                 indices. 0: of all. None: return no logits.
+            skip_logits: return only the states that enter the output embeddings, unless the decoder
+                changes the logits behind these, as by a soft cap.
 
         Raises:
             ValueError: as `RetroModel.forward`, but for the number of tokens, which the decoder
@@ -188,6 +198,7 @@ class RetroDecoderModel(RetroReadingModel):
             CACHE: cache,
             **kwargs,
         }
+        call.skips_logits = skip_logits and not self._changes_logits()
         outputs, hidden_states, logits = self._run_decoder(call, arguments, logits_to_keep)
 
         # 6. return the last hidden states, and what the copy head needs
@@ -216,6 +227,8 @@ class RetroDecoderModel(RetroReadingModel):
             arguments["logits_to_keep"] = logits_to_keep
         outputs = call.run(model, **arguments, return_dict=True)
         states, logits = call.output_states, outputs.logits
+        if call.skips_logits and states is not None:
+            return outputs, states, None
         if states is None:
             raise ValueError(
                 f"{type(model).__name__} computes its logits without calling its output embeddings, so the copy head "

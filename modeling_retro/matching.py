@@ -9,7 +9,6 @@ Shapes: B rows, T tokens of this call, d hidden size, n = `match_length`; G grou
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from configuration_retro import RetroConfig
 
@@ -25,7 +24,7 @@ def match_tokens(
     plan: AttentionPlan | None,
     token_embeds: torch.Tensor,  # (B, T, d)
     neighbors: NeighborInputs | None,
-    embed: nn.Module,
+    neighbor_embeds: torch.Tensor | None,  # (B, C, k, r, d)
     cache: RetroCache | None,
 ) -> torch.Tensor | None:  # (n, B·G, w, k·r)
     """Return how well each query's last 1, 2, … n tokens match those before each place, in float32.
@@ -38,7 +37,7 @@ def match_tokens(
     Args:
         token_embeds: embeddings of this call's tokens, without positions.
         neighbors: those of the points that this call reaches. Masked tokens match nothing.
-        embed: the token embeddings.
+        neighbor_embeds: embeddings of their tokens.
         cache: it is extended by this call's embeddings.
 
     Returns:
@@ -46,8 +45,7 @@ def match_tokens(
     """
     if not (config.copy_head or config.cca_match) or (plan is None and cache is None):
         return None
-    # Cross-attention's matches have no gradient. The copy head's does not go through the encoder's
-    # embeddings, since gradient checkpointing may have gone through them by itself.
+    # cross-attention's matches have no gradient
     with torch.set_grad_enabled(torch.is_grad_enabled() and bool(config.copy_head)):
         token_embeds = F.normalize(token_embeds, dim=-1)
         if cache is not None:
@@ -55,8 +53,8 @@ def match_tokens(
         if plan is None:
             return None
         new = {}
-        if neighbors is not None:
-            neighbor_embeds = F.normalize(embed(neighbors.ids), dim=-1)  # (B, C, k, r, d)
+        if neighbors is not None and neighbor_embeds is not None:
+            neighbor_embeds = F.normalize(neighbor_embeds, dim=-1)
             new["keys"] = (neighbor_embeds * neighbors.mask.unsqueeze(-1)).flatten(2, 3)
         queries = _last_tokens(config.match_length, grid, plan.queries, token_embeds)  # (B·G, w·n, d)
         if cache is not None and plan.queries.is_trivial:

@@ -9,8 +9,10 @@ that are matched.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from configuration_retro import RetroConfig
 
+from .chunked_loss import NOT_COUNTED, VocabularyTerms, takes_chunks
 from .copy_head import CopyHead
 from .decoder_block import RetroBlock
 from .decoder_model import RetroDecoderModel
@@ -284,6 +287,7 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         use_retrieval: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         cache: Cache | None = None,
         doc_ids: None = None,
         doc_ends: None = None,
@@ -295,6 +299,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             labels: (B, T); shifted inside the model, -100 is not counted.
             logits_to_keep: compute the logits of only the last tokens, or of the columns with these
                 indices. 0: of all.
+            skip_logits: compute the loss, but return no logits: the same loss and gradients in less
+                time and memory (see `chunked_loss`). Needs labels. Default: False.
             doc_ids, doc_ends: always None. `Trainer` keeps only those columns of a dataset that are
                 named here, and `RetroDataCollator` needs these to leave out neighbors from a text's
                 own documents.
@@ -312,8 +318,12 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         if token_type_ids is not None:
             kwargs["token_type_ids"] = token_type_ids  # GPT-2's
+        targets = None
+        if skip_logits:
+            targets = self._targets(labels, **loss_arguments)
         if isinstance(self.transformer, RetroDecoderModel):
             kwargs["logits_to_keep"] = logits_to_keep
+            kwargs["skip_logits"] = targets is not None
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -331,16 +341,15 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states, logits = outputs.last_hidden_state, outputs.logits
-        if logits is None:
-            hidden_states = hidden_states[:, columns, :]
-            logits = self.lm_head(hidden_states)
-        if outputs.copy_candidates is not None:
-            logits = self.copy_head(logits, hidden_states, outputs.copy_candidates, columns)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_arguments, **kwargs)
+        loss = logits = None
+        if targets is not None and outputs.logits is None:
+            loss = self._chunked_loss(outputs, targets, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self._logits(outputs, logits_to_keep)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_arguments, **kwargs)
+            if skip_logits:
+                logits = None
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
@@ -349,6 +358,52 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             cross_attentions=outputs.cross_attentions,
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def _logits(self, outputs: RetroModelOutput, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, T', V), mixed with the copy distribution if there is one."""
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states, logits = outputs.last_hidden_state, outputs.logits
+        if logits is None:
+            hidden_states = hidden_states[:, columns, :]
+            logits = self.lm_head(hidden_states)
+        if outputs.copy_candidates is not None:
+            logits = self.copy_head(logits, hidden_states, outputs.copy_candidates, columns)
+        return logits
+
+    def _targets(
+        self, labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None, ignore_index: int = NOT_COUNTED
+    ) -> torch.Tensor | None:
+        """Return the token (B, T) that each column should predict, for the loss without logits.
+
+        None: the loss needs logits, since the loss function or the output embeddings are not the
+        usual ones.
+
+        Raises:
+            ValueError: there are no labels.
+        """
+        if labels is None:
+            raise ValueError("skip_logits=True returns the loss alone, but there are no labels. Give labels as well.")
+        if self.loss_function is not ForCausalLMLoss or not takes_chunks(self.get_output_embeddings()):
+            return None
+        targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+        return targets.masked_fill(targets == ignore_index, NOT_COUNTED)
+
+    def _chunked_loss(
+        self, outputs: RetroModelOutput, targets: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return the loss in nats a token, without logits."""
+        head, states = self.get_output_embeddings(), outputs.last_hidden_state
+        if outputs.copy_candidates is None:
+            targets = targets.to(states.device)
+            terms = VocabularyTerms(head, states, targets)
+            losses = terms.log_sums - terms.target_logits
+        else:
+            device = self.copy_head.gate_scale.device
+            states, targets, candidates = (x.to(device) for x in (states, targets, outputs.copy_candidates))
+            losses, terms = self.copy_head.losses(head, states, targets, candidates)
+        is_counted = targets != NOT_COUNTED
+        total = terms.attach(torch.where(is_counted, losses, 0.0).sum())
+        return total / (is_counted.sum() if num_items is None else num_items)
 
 
 # Register RETRO as a causal language model. Trainer (label smoothing, model cards) and lm-eval look

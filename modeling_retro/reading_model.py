@@ -6,7 +6,6 @@ chunk, the longest query of a point; G groups of w tokens that read one point's 
 that are matched.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -234,9 +233,12 @@ class RetroReadingModel(RetroPreTrainedModel):
         neighbors = None if given is None else self._get_neighbors(given, input_ids, grid, memory)
         # 3. plan which tokens attend to which neighbors, and prepare the neighbors for the encoder
         plan = plan_attention(config, grid, inputs_embeds, neighbors, memory)
-        unencoded = self._prepare_encoder(embed, neighbors, grid, memory)
+        embeds = None if neighbors is None else embed(neighbors.ids)  # (B, C, k, r, d)
+        unencoded = self._prepare_encoder(embeds, neighbors, grid, memory)
         # 4. match the last tokens with those of the neighbors, which the copy head may copy
-        matches = match_tokens(config, grid, plan, inputs_embeds, neighbors, embed, memory)  # (n, B·G, w, k·r)
+        if embeds is not None and self.gradient_checkpointing and self.training and config.copy_head:
+            embeds = embed(neighbors.ids)  # since checkpointing may go through the encoder's by itself
+        matches = match_tokens(config, grid, plan, inputs_embeds, neighbors, embeds, memory)  # (n, B·G, w, k·r)
         candidates = find_candidates(config, plan, matches, neighbors)
         return Reading(plan, matches, unencoded, candidates, memory, config)
 
@@ -264,18 +266,18 @@ class RetroReadingModel(RetroPreTrainedModel):
 
     def _prepare_encoder(
         self,
-        embed: Callable[[torch.Tensor], torch.Tensor],
+        embeds: torch.Tensor | None,
         neighbors: NeighborInputs | None,
         grid: ChunkGrid,
         memory: RetroCache | None,
     ) -> UnencodedNeighbors | None:
         """Return the encoder's inputs, without the states that the layers have yet to compute."""
-        if neighbors is None or not self.config.cca_layers:
+        if neighbors is None or embeds is None or not self.config.cca_layers:
             return None
         seen = grid.positions if memory is None or memory.tokens is None else memory.tokens  # (B, L)
         columns, exists = grid.query_columns(neighbors.num_slots, seen.shape[1])  # (B, C·m)
         mask = exists.unflatten(1, (neighbors.num_slots, -1)) if grid.points.has_short_queries else None
-        return UnencodedNeighbors(self.encoder, embed(neighbors.ids), neighbors.mask, columns, mask)
+        return UnencodedNeighbors(self.encoder, embeds, neighbors.mask, columns, mask)
 
     def _embed_tokens(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None

@@ -225,6 +225,18 @@ class RetroTrainer(Trainer):
         inputs = corrupt_neighbors(inputs, self.args, self.retro.config)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss as `Trainer` does, without logits unless something reads them."""
+        if not return_outputs and self.label_smoother is None and self.compute_loss_func is None:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     # The optimizer
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:

@@ -4,13 +4,17 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from modeling_retro.activation import LeanGELU
+from modeling_retro.activation import SLICE, LeanGELU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_gpt2s_to_the_last_bit(dtype):
-    states = torch.linspace(-12, 12, 4001).to(dtype)
-    assert torch.equal(LeanGELU()(states), ACT2FN["gelu_new"](states))
+    for size in (4001, 3 * SLICE * torch.get_num_threads() + 1):
+        states = torch.linspace(-12, 12, size).to(dtype)
+        for shaped in (states, states.view(1, -1).T):
+            assert torch.equal(LeanGELU()(shaped), ACT2FN["gelu_new"](shaped))
+            with torch.no_grad():
+                assert torch.equal(LeanGELU()(shaped), ACT2FN["gelu_new"](shaped))
 
 
 def test_the_gradient_is_exact_up_to_rounding():

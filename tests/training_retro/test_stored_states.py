@@ -73,7 +73,7 @@ def test_few_logits_give_the_likelihoods_of_the_whole_vocabulary(kind, missing, 
 
     grid = ChunkGrid.build(RetrievalPoints.of(config, 2), tokens.shape, 0, None, None, tokens.device)
     plan = plan_attention(config, grid, states[0], neighbors, None)
-    matches = match_tokens(config, grid, plan, embed(tokens), neighbors, embed, None)
+    matches = match_tokens(config, grid, plan, embed(tokens), neighbors, embed(neighbors.ids), None)
     whole = head(logits, states[0], find_candidates(config, plan, matches, neighbors), slice(None))[:, :-1]
     expected = F.cross_entropy(whole.transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(batch.nats(head, 0), expected, atol=1e-4, rtol=1e-4)
