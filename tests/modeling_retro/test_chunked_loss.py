@@ -144,6 +144,7 @@ def test_no_tensor_has_the_size_of_the_logits(copy_head):
     assert largest_allocation(model, batch | NO_LOGITS) < logits / 2
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own call
 def test_a_compiled_step_without_logits_is_one_graph():
     model = without_dropout(n_layer=2, cca_layers=[0])
     counter = CompileCounterWithBackend("aot_eager")
