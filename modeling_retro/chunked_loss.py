@@ -59,7 +59,8 @@ class VocabularyTerms:
             mixture: of a copy head: evidence (B, T), log-odds (B, T), token ids (B, T, k·r) and
                 weights (B, T, k·r), see `_factors`. None: the loss is log_sums - target_logits.
         """
-        weight, bias = head.weight, head.bias
+        weight: torch.Tensor = head.weight
+        bias: torch.Tensor | None = head.bias
         states = states.to(weight.device)
         if torch.is_autocast_enabled(states.device.type):
             dtype = torch.get_autocast_dtype(states.device.type)
@@ -95,7 +96,7 @@ class _AttachGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         try:
             saved = ctx.saved_tensors
         except RuntimeError as error:
@@ -154,7 +155,7 @@ def _vocabulary_terms(
                 continue
             d_log_sum, d_target, d_places = _factors(log_sum, own, mixture)
             d_logits = exps.mul_(d_log_sum / total).scatter_add_(1, target, d_target)
-            if places is not None:
+            if places is not None and d_places is not None:
                 d_logits.scatter_add_(1, places, d_places)
             if for_bias:
                 d_bias += d_logits.sum(0)

@@ -46,12 +46,12 @@ def without_dropout(**changes) -> RetroForCausalLM:
 
 
 def gradients(model, batch, seed=0):
-    """Return the loss and the gradients of the parameters that have one."""
+    """Return the loss and the gradient of every trained parameter."""
     model.zero_grad()
     torch.manual_seed(seed)  # dropout
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same(found, expected, **tolerance):

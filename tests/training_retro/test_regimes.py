@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_hf
 import training_retro
+from modeling_retro import RetroForCausalLM
 
 from ..support.runs import OVERRIDES, flags, knowledge_base, losses, train
 from ..support.training_world import CHUNK
@@ -32,6 +33,26 @@ def test_retro_learning_rate_applies_to_what_retro_adds(world, tokenizer_folder,
     for name, parameter in trainer.model.named_parameters():
         added = any(part in name for part in (".cca.", ".ln_cca.", ".encoder."))
         assert rates[name] == (0.25 if added else 5e-3, 0.1 if parameter.ndim > 1 else 0.0), name
+
+
+@pytest.mark.parametrize(("smoothing", "skips"), [(0.0, {True}), (0.1, {None})])
+def test_training_computes_no_logits_that_nobody_reads(
+    world, tokenizer_folder, tmp_path, smoothing, skips, monkeypatch
+):
+    found = set()
+    forward = RetroForCausalLM.forward
+
+    def watched(model, *args, skip_logits=None, **kwargs):
+        outputs = forward(model, *args, skip_logits=skip_logits, **kwargs)
+        if model.training:
+            found.add(skip_logits)
+            assert (outputs.logits is None) == bool(skip_logits)
+        return outputs
+
+    monkeypatch.setattr(RetroForCausalLM, "forward", watched)
+    settings = {"label_smoothing_factor": smoothing, **knowledge_base(world)}
+    train(flags(world, tokenizer_folder, tmp_path, max_steps=1, **settings), tmp_path)
+    assert found == skips
 
 
 def test_adapters_train_with_what_is_new(world, tokenizer_folder, tmp_path):
