@@ -159,7 +159,7 @@ class NeighborDrafts(CandidateGenerator):
         """Do nothing: the next text shows what was accepted."""
 
     def _read_neighbors(self, length: int, is_point: bool) -> None:
-        """Add new neighbors to the passages. At a point they are fetched, so that this draft sees them."""
+        """Add new neighbors to the passages. At a point, fetch its neighbors first."""
         query = tuple(self.passages.text[-self.chunk_size :])
         if is_point and self.retriever is not None and len(query) == min(length, self.chunk_size):
             self.log.retrieve(self.retriever, [query])
