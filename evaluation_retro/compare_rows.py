@@ -68,7 +68,7 @@ class Row:
         if self.k is not None:
             parts += [f"k = {self.k}", f"stride {self.stride}"]
         parts += ["longer window"] * self.long_window
-        return ", ".join(parts + [DRAFTED[self.method]] * self.drafts)
+        return ", ".join([*parts, DRAFTED[self.method]] if self.drafts else parts)
 
     @property
     def key(self) -> str:
