@@ -1,30 +1,51 @@
 """Measure what drafts from neighbors save in generation, beside the decoder and prompt lookup.
 
-    python benchmarks/drafts.py --model RETRO --knowledge_base kb.db --prompts FOLDER
+    python benchmarks/drafts.py --model RETRO --knowledge_base kb.db --texts FOLDER
 
-The prompts are the beginnings of files that the knowledge base does not have. All sides continue
-the same prompt greedily, in turns. Tokens a second are medians over the prompts, with the least and
-the most; prefill and searches count. A side whose text differs from that of the same model without
-drafts is reported. Tokens a forward say how many tokens one pass yields.
+The prompts are from random places of documents that the knowledge base does not have. All sides
+continue the same prompt greedily, in turns; prefill and searches count. A decoder that repeats
+itself helps all drafts. With `--write file`, all sides are made to write the document's own next
+tokens instead: with the texts of another subject, drafts are nearly always wrong.
+
+Tokens a second, and their ratio to the decoder's on the same text, are medians over the texts, with
+the least and the most. Tokens a forward say how many tokens one pass yields. A side whose text
+differs from that of the same model without drafts is reported.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
 from machine import machine, spread
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from evaluation_retro.opening import ModelSettings, open_model, plain_decoder
-from evaluation_retro.windows import read_texts
+from evaluation_retro.windows import TextSettings, draw_windows
 
 LOOKUP = 10  # tokens of the library's prompt lookup
 DECODER, LOOKED_UP, OFF, ON, DRAFTS = "decoder", "decoder, prompt lookup", "RETRO, off", "RETRO", "RETRO, drafts"
 SAME_TEXT = {LOOKED_UP: DECODER, DRAFTS: ON}
+MODEL, FILE = "model", "file"
+
+
+class Forced(LogitsProcessor):
+    """Leaves each text no token but its own next one.
+
+    Args:
+        tokens: (T,) int64, the prompt and what is to be written.
+    """
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores (1, V) in which one token is left, given the text (1, T)."""
+        place = min(input_ids.shape[1], len(self.tokens) - 1)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, self.tokens[place], 0)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,10 +53,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a trained RETRO")
     parser.add_argument("--knowledge_base", required=True, help="its knowledge base")
-    parser.add_argument("--prompts", nargs="+", required=True, help="files or folders with other texts")
+    parser.add_argument("--texts", nargs="+", required=True, help="files or folders with other texts")
     parser.add_argument("--embedding_model", help="default: the knowledge base's")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=8, help="prompts (default: %(default)s)")
+    parser.add_argument(
+        "--write", choices=(MODEL, FILE), default=MODEL, help="whose tokens (default: the %(default)s's)"
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="texts (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=128, help="new tokens (default: %(default)s)")
     return parser.parse_args()
@@ -56,39 +80,45 @@ def main() -> None:
         ON: (model, {}),
         DRAFTS: (model, {"draft_from_neighbors": True}),
     }
-    texts = (opened.tokenizer.encode_batch([its.text])[0] for its in read_texts(arguments.prompts, "text", None))
-    prompts = list(
-        islice((text[: arguments.prompt] for text in texts if len(text) > arguments.prompt), arguments.rounds)
-    )
-    length = {"max_new_tokens": arguments.new, "min_new_tokens": arguments.new, "do_sample": False, "pad_token_id": 0}
-    if not prompts:
-        raise SystemExit(
-            f"No text is longer than {arguments.prompt} tokens. Give longer --prompts or a smaller --prompt."
-        )
+    settings = TextSettings(arguments.texts, window=arguments.prompt + arguments.new, windows=arguments.rounds)
+    windows = draw_windows(settings.documents(), opened.tokenizer, settings).tokens.to(model.device)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     forwards: dict[str, list[float]] = {name: [] for name in sides}
     differing = dict.fromkeys(SAME_TEXT, 0)
     counts = {name: count_forwards(side) for name, (side, _) in sides.items()}
-    for number, prompt in enumerate(tqdm(prompts, desc="Prompts")):
-        ids, written = torch.tensor([prompt], device=model.device), {}
-        for name, (side, settings) in sides.items():
-            given = {"attention_mask": torch.ones_like(ids), **length, **settings}
+    for number, window in enumerate(tqdm(windows, desc="Texts")):
+        ids, written = window[None, : arguments.prompt], {}
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        if arguments.write == FILE:
+            given["logits_processor"] = LogitsProcessorList([Forced(window)])
+        for name, (side, its_own) in sides.items():
             if not number:
-                side.generate(ids, **given | {"max_new_tokens": 8, "min_new_tokens": 8})
+                side.generate(ids, **given, **its_own, **length(8))
             before = counts[name]()
             started = time.perf_counter()
-            written[name] = side.generate(ids, **given)
+            written[name] = side.generate(ids, **given, **its_own, **length(arguments.new))
             rates[name].append(arguments.new / (time.perf_counter() - started))
             forwards[name].append(arguments.new / (counts[name]() - before))
         for name, same in SAME_TEXT.items():
             differing[name] += not torch.equal(written[name], written[same])
     opened.close()
-    base = statistics.median(rates[DECODER])
-    print("| | tokens/s | of the decoder's | tokens a forward | other texts |\n|---|---|---|---|---|")
-    for name in sides:
+    print_table(rates, forwards, differing)
+
+
+def length(new: int) -> dict[str, Any]:
+    """Return settings under which exactly so many tokens are written."""
+    return {"max_new_tokens": new, "eos_token_id": None}
+
+
+def print_table(rates: dict[str, list[float]], forwards: dict[str, list[float]], differing: dict[str, int]) -> None:
+    """Print a row for each side."""
+    print("| | tokens/s | of the decoder's on the same text | tokens a forward | other texts |\n|---|---|---|---|---|")
+    for name, its_rates in rates.items():
+        ratios = [rate / base for rate, base in zip(its_rates, rates[DECODER], strict=True)]
         print(
-            f"| {name} | {spread(rates[name], '')} | {statistics.median(rates[name]) / base:.2f} | "
-            f"{statistics.mean(forwards[name]):.2f} | {differing.get(name, '')} |"
+            f"| {name} | {spread(its_rates, '')} | {spread(ratios, '', 2)} | "
+            f"{statistics.mean(forwards[name]):.2f} | {differing.get(name, '')} |",
+            flush=True,
         )
 
 

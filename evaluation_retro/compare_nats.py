@@ -76,6 +76,7 @@ class RowNats:
 
     def of(self, row: Row) -> np.ndarray:
         """Return the nats (N,) of a row, measured or from the folder."""
+        row = row.without_drafts
         measure: dict[Method, Callable[[Row], np.ndarray]] = {
             Method.DECODER: lambda row: self._decoder(HELD_OUT),
             Method.COPY_BASELINE: self._copy_baseline,

@@ -17,6 +17,10 @@ COUNTED = (
     "and values with RETRO's memory of its neighbors. Embedding models and Milvus' memory are not counted. The store "
     "is the knowledge base on disk, or kNN-LM's keys."
 )
+DRAFTED = (
+    "Rows with drafts or prompt lookup write the same tokens as those without, several in one forward, so their "
+    "quality is that of the latter. They write one text at a time."
+)
 REPEATED = (
     "The neighbors of {shares} hold a whole chunk's length of the windows' own text, which is easy to copy. If these "
     "documents are in the knowledge base under other ids, they were not left out: name the texts as they were "
@@ -34,6 +38,8 @@ def write_report(report: Report, comparison: Comparison) -> None:
     report.table(columns, rows)
     if batches:
         report.text(f"{COUNTED} Measured on: {comparison.machine}.")
+    if any(row.drafts for row in comparison.rows):
+        report.text(DRAFTED)
     if len({run for cost in comparison.costs.values() for run in cost.runs}) > 1:
         report.text(
             "The times come from several runs of this command. Those of one row may differ from another's because "
@@ -62,7 +68,7 @@ def cost_cells(comparison: Comparison, row: Row, batches: list[int]) -> list[str
     if cost is None:
         return [NONE] * (len(batches) + 2) if batches else []
     store = NONE if cost.store_bytes is None else f"{cost.store_bytes / MEGABYTE:.1f}"
-    times = [spread(cost.milliseconds[batch]) for batch in batches]
+    times = [spread(cost.milliseconds[batch]) if batch in cost.milliseconds else NONE for batch in batches]
     return [*times, f"{(cost.parameter_bytes + cost.cache_bytes) / MEGABYTE:.1f}", store]
 
 
@@ -71,7 +77,7 @@ def write_pairs(report: Report, comparison: Comparison, batches: list[int]) -> N
     rows = []
     for row, over in comparison.pairs():
         ratios = comparison.time_ratio(row, over)
-        times = [f"{ratios[batch]:.2f}" if ratios else NONE for batch in batches]
+        times = [f"{ratios[batch]:.2f}" if batch in ratios else NONE for batch in batches]
         rows.append([row.name, over.name, str(comparison.gain(row, over)), *times])
     columns = ["row", "over", "saves, bits per byte", *(f"time ratio, batch {batch}" for batch in batches)]
     report.table(columns, rows, title="RETRO against its rivals, on the same tokens")
@@ -105,6 +111,7 @@ def row_numbers(comparison: Comparison, row: Row) -> dict[str, Any]:
         "k": row.k,
         "stride": row.stride,
         "long_window": row.long_window,
+        "drafts": row.drafts,
         "bits_per_byte": comparison.bits_per_byte(row),
         "gain_over_decoder": comparison.gain(row),
         "chosen_on_training_texts": comparison.chosen.get(row),
@@ -124,7 +131,7 @@ def row_numbers(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 def draw_gains(axes: Any, comparison: Comparison) -> None:
     """Draw the gain of each row over the decoder, with its interval."""
-    rows = comparison.rows[1:]
+    rows = [row for row in comparison.rows[1:] if not row.drafts]
     for place, row in enumerate(rows):
         gained = comparison.gain(row)
         axes.hlines(place, gained.low, gained.high, color="#4c72b0")
@@ -138,6 +145,8 @@ def draw_gains(axes: Any, comparison: Comparison) -> None:
 def draw_times(axes: Any, comparison: Comparison, batch: int) -> None:
     """Draw the gain of each timed row against its milliseconds a new token."""
     for row, cost in comparison.costs.items():
+        if batch not in cost.milliseconds:
+            continue
         gained, time = comparison.gain(row), cost.median(batch)
         axes.vlines(time, gained.low, gained.high, color="#4c72b0", linewidth=0.8)
         axes.plot(time, gained.value, "o", color="#4c72b0", markersize=4)

@@ -1,6 +1,6 @@
 """The rows of the comparison: which there are, and what they need of a window."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from modeling_retro import RetroConfig
@@ -40,6 +40,9 @@ class Method(Enum):
         return self not in (Method.SHUFFLED, Method.OFF)
 
 
+DRAFTED = {Method.RETRO: "drafts", Method.IN_CONTEXT: "prompt lookup"}  # how rows with drafts are called
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the table.
@@ -49,12 +52,14 @@ class Row:
         k: neighbors of a point; None without neighbors.
         stride: tokens between two searches; None without neighbors.
         long_window: the neighbors stand before the whole window. False: the text is shortened.
+        drafts: it generates with drafts, one text at a time. They change its time alone.
     """
 
     method: Method
     k: int | None = None
     stride: int | None = None
     long_window: bool = False
+    drafts: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +67,8 @@ class Row:
         parts = [self.method.value]
         if self.k is not None:
             parts += [f"k = {self.k}", f"stride {self.stride}"]
-        return ", ".join(parts + ["longer window"] * self.long_window)
+        parts += ["longer window"] * self.long_window
+        return ", ".join([*parts, DRAFTED[self.method]] if self.drafts else parts)
 
     @property
     def key(self) -> str:
@@ -70,7 +76,16 @@ class Row:
         parts = [self.method.name.lower()]
         if self.k is not None:
             parts += [f"k{self.k}", f"s{self.stride}"]
-        return "_".join(parts + ["long"] * self.long_window)
+        return "_".join(parts + ["long"] * self.long_window + ["drafts"] * self.drafts)
+
+    @property
+    def without_drafts(self) -> "Row":
+        """The row with the same quality that generates without drafts."""
+        return replace(self, drafts=False)
+
+    def is_timed_with(self, batch: int) -> bool:
+        """Return True if the row is timed with this many texts at a time."""
+        return self.method.is_timed and (batch == 1 or not self.drafts)
 
 
 @dataclass
@@ -104,6 +119,13 @@ class RowSettings:
     replug: bool = field(default=False, metadata={"help": "Measure REPLUG, too. It reads the text once per neighbor."})
     knn_lm: bool = field(
         default=False, metadata={"help": "Measure kNN-LM, too. Its keys are made of the knowledge base's texts."}
+    )
+    drafts: bool = field(
+        default=False,
+        metadata={
+            "help": "Time RETRO with drafts from neighbors, and in-context retrieval with prompt lookup, too: for one "
+            "text at a time."
+        },
     )
     key_store: str | None = field(
         default=None,
@@ -141,6 +163,11 @@ class RowSettings:
         for name in ("batch_size", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. Give at least 1.")
+        if self.drafts and (self.no_costs or 1 not in self.cost_batches):
+            raise ValueError(
+                f"drafts change only the time of one text, but no_costs is {self.no_costs} and cost_batches is "
+                f"{self.cost_batches}. Leave drafts out, or measure costs with 1 among cost_batches."
+            )
         self.key_settings("checked")
 
     def key_settings(self, key_store: str) -> KeySettings:
@@ -167,7 +194,10 @@ def plan_rows(settings: RowSettings, config: RetroConfig) -> list[Row]:
     windows = (False, True) if settings.long_window else (False,)
 
     def grid(method: Method, counts: list[int], windows: tuple[bool, ...] = (False,)) -> list[Row]:
-        return [Row(method, k, stride, long) for long in windows for stride in strides for k in counts]
+        rows = [Row(method, k, stride, long) for long in windows for stride in strides for k in counts]
+        if settings.drafts and method in DRAFTED:
+            rows += [replace(row, drafts=True) for row in rows]
+        return rows
 
     return [
         Row(Method.DECODER),

@@ -1,7 +1,7 @@
 """Comparison: what each row needs for the same tokens, and at what cost."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,21 +50,24 @@ class Comparison:
     def time_ratio(self, row: Row, over: Row) -> dict[int, float]:
         """Return a row's milliseconds a new token, divided by another one's, by number of texts.
 
-        It is empty if one of them is not timed.
+        It has the numbers of texts with which both are timed.
         """
-        if row not in self.costs or over not in self.costs:
+        costs = [self.costs[side] for side in (row, over) if side in self.costs]
+        if len(costs) < 2:
             return {}
-        batches = self.costs[row].milliseconds
-        return {batch: self.costs[row].median(batch) / self.costs[over].median(batch) for batch in batches}
+        batches = [batch for batch in costs[0].milliseconds if batch in costs[1].milliseconds]
+        return {batch: costs[0].median(batch) / costs[1].median(batch) for batch in batches}
 
     def pairs(self) -> Iterator[tuple[Row, Row]]:
-        """Yield each row with RETRO, and a rival of the same stride, which it should beat."""
+        """Yield each row with RETRO, and a rival of the same stride, which it should beat.
+
+        A row with drafts meets rivals with drafts.
+        """
         for row in self.rows:
             for over in self.rows:
-                is_rival = over.method in RIVALS and over.stride in (None, row.stride)
+                is_rival = over.method in RIVALS and over.stride in (None, row.stride) and over.drafts == row.drafts
                 same_neighbors = over.k == row.k or over.method in (Method.IN_CONTEXT, Method.KNN_LM)
                 if row.method is Method.RETRO and is_rival and same_neighbors:
                     yield row, over
-                same_prompt = (over.k, over.stride, over.long_window) == (row.k, row.stride, row.long_window)
-                if row.method is Method.BOTH and over.method is Method.IN_CONTEXT and same_prompt:
+                if row.method is Method.BOTH and over == replace(row, method=Method.IN_CONTEXT):
                     yield row, over

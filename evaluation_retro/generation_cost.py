@@ -80,7 +80,7 @@ class RowCosts:
         caches = {row: self._cache_bytes(row) for row in rows}
         costs = {
             row: Cost(
-                {batch: [] for batch in self.settings.cost_batches},
+                {batch: [] for batch in self.settings.cost_batches if row.is_timed_with(batch)},
                 self._parameter_bytes() if row.method.has_retro else 0,
                 caches[row] - caches[rows[0]],
                 self._store_bytes(row),
@@ -92,6 +92,7 @@ class RowCosts:
             for batch in self.settings.cost_batches
             for number in range(self.settings.rounds)
             for row in rows
+            if row.is_timed_with(batch)
         ]
         for batch, number, row in tqdm(turns, desc="Timing", leave=False):
             timed = self._timed(row, batch, number)
@@ -141,15 +142,18 @@ class RowCosts:
         assert row.k is not None and row.stride is not None, "all other rows have neighbors"
         retriever = self.retriever.with_neighbors(row.k)
         if row.method is Method.RETRO:
-            return generate_retro(self.model, retriever, prompts, new_tokens, row.stride)
+            return generate_retro(self.model, retriever, prompts, new_tokens, row.stride, drafts=row.drafts)
         if row.method is Method.COPY_BASELINE:
             weight = self.nats.copy_weight(row.k, row.stride)
             return generate_copying(self.decoder, retriever, weight, prompts, new_tokens, row.stride)
         prompted = {"stride": row.stride, **self.nats.prompt_settings(row)}
+        if row.method is Method.IN_CONTEXT:
+            return generate_in_context(
+                self.decoder, retriever, prompts, new_tokens, prompt_lookup=row.drafts, **prompted
+            )
         if row.method is Method.BOTH:
             return generate_retro_in_context(self.model, retriever, prompts, new_tokens, **prompted)
-        generate = generate_replug if row.method is Method.REPLUG else generate_in_context
-        return generate(self.decoder, retriever, prompts, new_tokens, **prompted)
+        return generate_replug(self.decoder, retriever, prompts, new_tokens, **prompted)
 
     # Memory
 

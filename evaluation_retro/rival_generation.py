@@ -32,6 +32,7 @@ GREEDY: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+PROMPT_LOOKUP = 10  # tokens of a draft
 Excluded = Sequence[Collection[str]]  # for each row, documents that nothing may come from
 Texts = list[list[int]]
 
@@ -47,6 +48,7 @@ def generate_in_context(
     separator: Sequence[int] = (),
     max_tokens: int | None = None,
     exclude_doc_ids: Excluded | None = None,
+    prompt_lookup: bool = False,
 ) -> torch.Tensor:
     """Generate with the neighbors in front of the text; see [`evaluation_retro.in_context`].
 
@@ -61,6 +63,7 @@ def generate_in_context(
         max_tokens: the window. The text's beginning is cut off so that all fits. Default: no
             limit.
         exclude_doc_ids: for each row, documents whose chunks are not read.
+        prompt_lookup: draft from the neighbors and the text, for one row.
 
     Returns:
         (B, n) int64, the new tokens.
@@ -75,7 +78,7 @@ def generate_in_context(
             cut_prompt(neighbor_tokens(ids, mask, separator), text, count, max_tokens)
             for text, ids, mask in zip(texts, found.ids, found.attention_mask, strict=True)
         ]
-        return continue_greedily(decoder, prompts, count)
+        return continue_greedily(decoder, prompts, count, prompt_lookup=prompt_lookup)
 
     return write_in_strides(write, retriever, _rows(input_ids, attention_mask), new_tokens, stride, exclude_doc_ids)
 
@@ -226,15 +229,19 @@ def left_padded(prompts: Texts, device: torch.device) -> tuple[torch.Tensor, tor
 
 
 def continue_greedily(
-    decoder: PreTrainedModel, prompts: Texts, count: int, *processors: LogitsProcessor
+    decoder: PreTrainedModel, prompts: Texts, count: int, *processors: LogitsProcessor, prompt_lookup: bool = False
 ) -> torch.Tensor:
-    """Return the next tokens (rows, count), chosen greedily with a cache."""
+    """Return the next tokens (rows, count), chosen greedily with a cache.
+
+    With `prompt_lookup`, the library drafts tokens from one prompt (Saxena, 2023).
+    """
     ids, mask = left_padded(prompts, decoder.device)
     output = decoder.generate(  # type: ignore[operator]  # it is a causal language model
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=count,
         logits_processor=LogitsProcessorList(processors),
+        prompt_lookup_num_tokens=PROMPT_LOOKUP if prompt_lookup else None,
         **GREEDY,
     )
     return output[:, ids.shape[1] :]

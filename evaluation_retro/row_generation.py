@@ -38,7 +38,12 @@ def reading_from(model: RetroForCausalLM, retriever: MilvusRetriever) -> Iterato
 
 
 def generate_retro(
-    model: RetroForCausalLM, retriever: MilvusRetriever, input_ids: torch.Tensor, new_tokens: int, stride: int
+    model: RetroForCausalLM,
+    retriever: MilvusRetriever,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    stride: int,
+    drafts: bool = False,
 ) -> torch.Tensor:
     """Generate with RETRO.
 
@@ -48,6 +53,7 @@ def generate_retro(
         input_ids: (B, T) int64, prompts without padding.
         new_tokens: n.
         stride: tokens between two searches.
+        drafts: draft from the neighbors, for one prompt.
 
     Returns:
         (B, n) int64, the new tokens.
@@ -58,6 +64,7 @@ def generate_retro(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=new_tokens,
             retrieval_stride=stride,
+            draft_from_neighbors=drafts,
             **GREEDY,
         )
     return output[:, input_ids.shape[1] :]

@@ -316,8 +316,7 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             )
         ids, mask, scores = (model_kwargs.get(name) for name in NEIGHBOR_ARGUMENTS)
         given = None if ids is None else NeighborInputs.from_arguments(ids, mask, scores)
-        eos = generation_config._eos_token_tensor
-        return NeighborDrafts(log, given, generation_config.max_length, log.stopping_criteria, eos)
+        return NeighborDrafts(self, input_ids, log, given, generation_config)
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool

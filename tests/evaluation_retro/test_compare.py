@@ -11,6 +11,7 @@ import torch
 from evaluation_retro import kept
 from evaluation_retro.cli import main
 from evaluation_retro.compare import CompareSettings, check, compare
+from evaluation_retro.compare_report import write_report
 from evaluation_retro.compare_rows import Method, RowSettings
 from evaluation_retro.copy_baseline import WEIGHTS
 from evaluation_retro.found import find
@@ -18,6 +19,7 @@ from evaluation_retro.kept import Kept
 from evaluation_retro.key_store import KeyStore
 from evaluation_retro.knn_lm import KnnSettings, choose_knn, find_keys
 from evaluation_retro.opening import ModelSettings, open_model, plain_decoder
+from evaluation_retro.report import Report
 from evaluation_retro.windows import TextSettings, Windows, draw_windows
 
 from ..support.evaluated import place_of
@@ -365,6 +367,29 @@ def test_a_comparison_that_broke_off_goes_on_and_gets_new_rows(slow, tmp_path, s
     assert [more.costs[row].milliseconds for row in again.costs] == [c.milliseconds for c in again.costs.values()]
 
 
+def test_drafts_are_timed_for_one_text_with_the_quality_of_the_row_without(slow, tmp_path, saved):
+    settings = RowSettings(neighbors=[1], cost_batches=[1, 2], rounds=1, new_tokens=3)
+    kept_in = Kept(tmp_path / "parts", {})
+    plain = compare(slow.opened, slow.windows, slow.training, settings, kept_in)
+    before = len(saved)
+    comparison = compare(slow.opened, slow.windows, slow.training, replace(settings, drafts=True), kept_in)
+    assert all("drafts" in name for name in saved[before:])
+    drafted = [row for row in comparison.rows if row not in plain.rows]
+    assert [row.name for row in drafted] == [
+        f"in-context, k = 1, stride {CHUNK}, prompt lookup",
+        f"RETRO, k = 2, stride {CHUNK}, drafts",
+    ]
+    for row in drafted:
+        assert np.array_equal(comparison.nats[row], plain.nats[row.without_drafts])
+        assert [*comparison.costs[row].milliseconds] == [1]
+    assert (drafted[1], drafted[0]) in comparison.pairs()
+    assert [pair for pair in comparison.pairs() if pair not in plain.pairs()] == [(drafted[1], drafted[0])]
+    write_report(Report(tmp_path, "compare", "Drafts"), comparison)
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    cells = next(line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {drafted[1].name} |"))
+    assert float(cells[3].split()[0]) > 0 and cells[4] == "–"
+
+
 def test_texts_that_are_there_under_other_ids_are_told(world, copier, report, tmp_path, capsys):
     shares = "windows_with_own_text_among_neighbors"
     assert report[shares]["held_out"] == 0
@@ -412,6 +437,12 @@ def test_windows_that_do_not_fit_the_rows_are_refused(window, changes, message, 
     settings = {"neighbors": [1], "new_tokens": 5, "key_window": 32, "key_context": 8} | changes
     with pytest.raises(ValueError, match=message):
         check(slow.opened, windows, RowSettings(**settings))
+
+
+@pytest.mark.parametrize("costs", [{"no_costs": True}, {"cost_batches": [8]}])
+def test_drafts_that_nothing_would_time_are_refused(costs):
+    with pytest.raises(ValueError, match="drafts change only the time of one text"):
+        RowSettings(drafts=True, **costs)
 
 
 def test_a_single_value_in_yaml_is_a_list():

@@ -105,6 +105,22 @@ def test_tokens_equal_a_slow_loop(decoder, prompts, generate, distribution, stri
     assert retriever.excluded == own
 
 
+@pytest.mark.parametrize("stride", [CHUNK, 3])
+def test_prompt_lookup_drafts_and_writes_the_same(decoder, stride):
+    inputs = left_padded([random_tokens(4, seed=2) * 4])
+    given = {**inputs, "new_tokens": NEW, "stride": stride}
+    lengths: list[int] = []
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    plain = generate_in_context(decoder, SparseRetriever(), **given)
+    longest = max(lengths)
+    drafted = generate_in_context(decoder, SparseRetriever(), **given, prompt_lookup=True)
+    hook.remove()
+    assert torch.equal(drafted, plain)
+    assert max(lengths) > longest
+
+
 @pytest.mark.parametrize("generate", [generate_in_context, generate_replug])
 def test_without_neighbors_the_decoder_generates_alone(decoder, prompts, generate):
     class Empty(HashRetriever):

@@ -91,6 +91,9 @@ def test_retro_tokens_are_those_of_generate(model, stride):
     expected = model.generate(PROMPTS, attention_mask=torch.ones_like(PROMPTS), **settings)
     model.set_retriever(None)
     assert torch.equal(new, expected[:, -NEW:])
+    for row, tokens in zip(PROMPTS, new, strict=True):
+        drafted = generate_retro(model, SparseRetriever(), row[None], NEW, stride, drafts=True)
+        assert torch.equal(drafted[0], tokens)
 
 
 @pytest.mark.parametrize("stride", [CHUNK, 3])

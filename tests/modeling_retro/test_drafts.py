@@ -1,12 +1,15 @@
 """Drafts from neighbors: the same text as without them, in fewer forwards."""
 
 import itertools
+import random
+from itertools import takewhile
 
 import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from modeling_retro.drafts import continuation
+from modeling_retro.draft_lengths import MOST_MATCH
+from modeling_retro.drafts import LEAST_MATCH, MOST_LENGTH, Passages
 from modeling_retro.library import CACHE
 
 from ..support.by_hand import PROMPTS, Grid, greedy_by_hand, next_token_logits, retrieving_model
@@ -214,11 +217,53 @@ class TestRefusals:
             retrieving_model().generate(torch.tensor([PROMPTS[0]]), max_new_tokens=3, **setting, **DRAFTED)
 
 
-class TestContinuation:
+class TestPassages:
+    @staticmethod
+    def passages(text, *neighbors):
+        passages = Passages()
+        for neighbor in neighbors:
+            passages.add(neighbor)
+        passages.extend_text(text)
+        return passages
+
     def test_the_longest_match_counts(self):
-        where = torch.tensor([1, 2, 9, -1, 8, 7, 1, 2, 5, 6, -1])
-        assert continuation(torch.tensor([7, 1, 2]), where, 9) == ([5, 6], 3)
-        assert continuation(torch.tensor([3, 1, 2]), where, 9) == ([9], 2)
-        assert continuation(torch.tensor([3, 2]), where, 9) == ([], 0)  # one token is no match
-        assert continuation(torch.tensor([7, 1, 2]), where, 1) == ([5], 3)
-        assert continuation(torch.tensor([5, 6]), where, 9) == ([], 0)  # nothing follows
+        neighbors = [1, 2, 9], [8, 7, 1, 2, 5, 6]
+        assert self.passages([7, 1, 2], *neighbors).continuation() == ([5, 6], 3)
+        assert self.passages([3, 1, 2], *reversed(neighbors)).continuation() == ([9], 2)
+        assert self.passages([3, 2], *neighbors).continuation() == ([], 0)  # one token is no match
+        assert self.passages([5, 6], *neighbors).continuation() == ([], 0)  # nothing follows
+        assert self.passages([], *neighbors).continuation() == ([], 0)
+
+    def test_a_match_at_a_passage_s_end_hides_no_other(self):
+        assert self.passages([1, 2, 3], [1, 2, 3, 4], [1, 2, 3]).continuation() == ([4], 3)
+        assert self.passages([1, 2, 3], [9, 2, 3, 4], [1, 2, 3]).continuation() == ([4], 2)
+
+    def test_the_text_is_a_passage_that_grows(self):
+        passages = self.passages([1, 2, 3, 1, 2], [1, 2, 4])
+        assert passages.continuation() == ([3, 1, 2], 2)  # of equals, the last
+        passages.add([5, 1, 2, 6])
+        assert passages.continuation() == ([6], 2)
+        passages.extend_text([3])
+        assert passages.continuation() == ([1, 2, 3], 3)
+
+    def test_matches_are_those_of_a_slow_search(self):
+        generator = random.Random(0)
+        for _ in range(200):
+            text, *neighbors = ([generator.randrange(3) for _ in range(generator.randrange(25))] for _ in range(4))
+            matches = [
+                (matched_by_hand(text, passage[:place]), passage[place : place + MOST_LENGTH])
+                for passage in (*neighbors, text)
+                for place in range(LEAST_MATCH, len(passage))
+            ]
+            longest = max((length for length, _ in matches), default=0)
+            following, matched = self.passages(text, *neighbors).continuation()
+            if longest < LEAST_MATCH:
+                assert (following, matched) == ([], 0)
+            else:
+                assert matched == longest and (matched, following) in matches
+
+
+def matched_by_hand(text, before):
+    """Return how many last tokens two lists share, at most MOST_MATCH."""
+    pairs = zip(reversed(text), reversed(before), strict=False)
+    return min(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))), MOST_MATCH)
