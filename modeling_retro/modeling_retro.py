@@ -341,7 +341,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        loss = logits = None
+        loss: Any = None
+        logits: Any = None
         if targets is not None and outputs.logits is None:
             loss = self._chunked_loss(outputs, targets, kwargs.get("num_items_in_batch"))
         else:
@@ -363,9 +364,11 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         """Return the logits (B, T', V), mixed with the copy distribution if there is one."""
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states, logits = outputs.last_hidden_state, outputs.logits
+        assert hidden_states is not None, "every model returns them"
         if logits is None:
-            hidden_states = hidden_states[:, columns, :]
+            hidden_states = hidden_states[:, columns, :]  # type: ignore[assignment]  # no FloatTensor to mypy
             logits = self.lm_head(hidden_states)
+        assert logits is not None, "they are there or were just computed"
         if outputs.copy_candidates is not None:
             logits = self.copy_head(logits, hidden_states, outputs.copy_candidates, columns)
         return logits
@@ -392,15 +395,16 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
         self, outputs: RetroModelOutput, targets: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
         """Return the loss in nats a token, without logits."""
-        head, states = self.get_output_embeddings(), outputs.last_hidden_state
-        if outputs.copy_candidates is None:
+        head, states, candidates = self.get_output_embeddings(), outputs.last_hidden_state, outputs.copy_candidates
+        assert isinstance(head, nn.Linear) and states is not None, "see `_targets`; every model returns its states"
+        if candidates is None:
             targets = targets.to(states.device)
             terms = VocabularyTerms(head, states, targets)
             losses = terms.log_sums - terms.target_logits
         else:
             device = self.copy_head.gate_scale.device
-            states, targets, candidates = (x.to(device) for x in (states, targets, outputs.copy_candidates))
-            losses, terms = self.copy_head.losses(head, states, targets, candidates)
+            targets = targets.to(device)
+            losses, terms = self.copy_head.losses(head, states.to(device), targets, candidates.to(device))
         is_counted = targets != NOT_COUNTED
         total = terms.attach(torch.where(is_counted, losses, 0.0).sum())
         return total / (is_counted.sum() if num_items is None else num_items)

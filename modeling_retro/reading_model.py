@@ -236,7 +236,7 @@ class RetroReadingModel(RetroPreTrainedModel):
         embeds = None if neighbors is None else embed(neighbors.ids)  # (B, C, k, r, d)
         unencoded = self._prepare_encoder(embeds, neighbors, grid, memory)
         # 4. match the last tokens with those of the neighbors, which the copy head may copy
-        if embeds is not None and self.gradient_checkpointing and self.training and config.copy_head:
+        if neighbors is not None and self.gradient_checkpointing and self.training and config.copy_head:
             embeds = embed(neighbors.ids)  # since checkpointing may go through the encoder's by itself
         matches = match_tokens(config, grid, plan, inputs_embeds, neighbors, embeds, memory)  # (n, B·G, w, k·r)
         candidates = find_candidates(config, plan, matches, neighbors)
