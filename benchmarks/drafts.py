@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from evaluation_retro.opening import ModelSettings, open_model, plain_decoder
+from evaluation_retro.rival_generation import GREEDY
 from evaluation_retro.windows import TextSettings, draw_windows
 
 LOOKUP = 10  # tokens of the library's prompt lookup
@@ -88,26 +89,21 @@ def main() -> None:
     counts = {name: count_forwards(side) for name, (side, _) in sides.items()}
     for number, window in enumerate(tqdm(windows, desc="Texts")):
         ids, written = window[None, : arguments.prompt], {}
-        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **GREEDY}
         if arguments.write == FILE:
             given["logits_processor"] = LogitsProcessorList([Forced(window)])
         for name, (side, its_own) in sides.items():
             if not number:
-                side.generate(ids, **given, **its_own, **length(8))
+                side.generate(ids, **given, **its_own, max_new_tokens=8)
             before = counts[name]()
             started = time.perf_counter()
-            written[name] = side.generate(ids, **given, **its_own, **length(arguments.new))
+            written[name] = side.generate(ids, **given, **its_own, max_new_tokens=arguments.new)
             rates[name].append(arguments.new / (time.perf_counter() - started))
             forwards[name].append(arguments.new / (counts[name]() - before))
         for name, same in SAME_TEXT.items():
             differing[name] += not torch.equal(written[name], written[same])
     opened.close()
     print_table(rates, forwards, differing)
-
-
-def length(new: int) -> dict[str, Any]:
-    """Return settings under which exactly so many tokens are written."""
-    return {"max_new_tokens": new, "eos_token_id": None}
 
 
 def print_table(rates: dict[str, list[float]], forwards: dict[str, list[float]], differing: dict[str, int]) -> None:

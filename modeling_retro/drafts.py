@@ -7,7 +7,7 @@ token for token if decoded greedily, and from the same distribution if sampled.
 
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
@@ -15,7 +15,7 @@ from transformers.generation import EosTokenCriteria
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .draft_lengths import MOST_MATCH, DraftCosts, MatchStatistics
-from .neighbor_fetching import RetrievalLog
+from .neighbor_fetching import RetrievalLog, Retriever
 from .neighbor_inputs import NeighborInputs
 
 LEAST_MATCH = 2  # tokens that must match
@@ -122,7 +122,7 @@ class NeighborDrafts(CandidateGenerator):
     ) -> None:
         assert log.prompt_mask is not None and settings.max_length is not None, "set before"
         self.log, self.max_length, self.chunk_size = log, settings.max_length, model.config.chunk_size
-        self.retriever = model.retriever if given is None else None
+        self.retriever = cast(Retriever | None, model.retriever) if given is None else None
         eos = settings._eos_token_tensor
         self.eos_token_ids = set() if eos is None else set(eos.flatten().tolist())
         known = (MaxLengthCriteria, EosTokenCriteria)  # a draft never goes so far
