@@ -19,9 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from forced import Forced
 from machine import machine, spread
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from evaluation_retro.opening import ModelSettings, open_model, plain_decoder
 from evaluation_retro.rival_generation import GREEDY
@@ -31,22 +32,6 @@ LOOKUP = 10  # tokens of the library's prompt lookup
 DECODER, LOOKED_UP, OFF, ON, DRAFTS = "decoder", "decoder, prompt lookup", "RETRO, off", "RETRO", "RETRO, drafts"
 SAME_TEXT = {LOOKED_UP: DECODER, DRAFTS: ON}
 MODEL, FILE = "model", "file"
-
-
-class Forced(LogitsProcessor):
-    """Leaves each text no token but its own next one.
-
-    Args:
-        tokens: (T,) int64, the prompt and what is to be written.
-    """
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (1, V) in which one token is left, given the text (1, T)."""
-        place = min(input_ids.shape[1], len(self.tokens) - 1)
-        return torch.full_like(scores, -torch.inf).index_fill_(1, self.tokens[place], 0)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +76,7 @@ def main() -> None:
         ids, written = window[None, : arguments.prompt], {}
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **GREEDY}
         if arguments.write == FILE:
-            given["logits_processor"] = LogitsProcessorList([Forced(window)])
+            given["logits_processor"] = LogitsProcessorList([Forced(window[None])])
         for name, (side, its_own) in sides.items():
             if not number:
                 side.generate(ids, **given, **its_own, max_new_tokens=8)

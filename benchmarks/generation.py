@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 from chunk_life import Stopwatch
+from forced import Forced
 from gpt2_small import GPT2_SMALL, build_gpt2, build_retro
 from machine import MINILM, machine, read_files, source_files, source_tokenizer, spread
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
 from modeling_retro import RetroForCausalLM
 from retrieval import BulkTokenizer, Document, Embedder, MilvusRetriever, MilvusStore, chunk_documents, ingest
@@ -48,20 +49,6 @@ SIDES: dict[str, tuple[dict[str, Any], str | None]] = {
     "cross-attention by matches, copy head": ({"copy_head": True, "cca_match": True}, "dense"),
 }
 DEFAULT_SIDES = list(SIDES)[:5]
-
-
-class Forced(LogitsProcessor):
-    """Make a text the only one that can be written, and note when each token is."""
-
-    def __init__(self, text: torch.Tensor) -> None:
-        self.text = text  # (rows, tokens)
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the text's next tokens the highest scores (rows, vocabulary)."""
-        self.times.append(time.perf_counter())
-        place = min(input_ids.shape[1], self.text.shape[1] - 1)  # drafts look beyond the end
-        return scores.scatter_(1, self.text[:, place].unsqueeze(1), torch.inf)
 
 
 def documents(parts: Sequence[int]) -> list[Document]:
