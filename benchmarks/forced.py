@@ -21,7 +21,7 @@ class Forced(LogitsProcessor):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (rows, V) in which the next tokens of the text (rows, T) are the highest."""
+        """Return scores (rows, V): the highest is the next token of each text (rows, T)."""
         self.times.append(time.perf_counter())
         place = min(input_ids.shape[1], self.text.shape[1] - 1)  # drafts look beyond the end
         return scores.scatter(1, self.text[:, place].unsqueeze(1), torch.inf)
