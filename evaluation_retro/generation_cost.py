@@ -197,11 +197,18 @@ def _largest_cache(model: PreTrainedModel) -> Iterator[list[int]]:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in an object, its attributes and its containers."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(tensor_bytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(tensor_bytes, value))
-    return tensor_bytes(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else 0
+    """Return the bytes in memory of all tensors in an object, its attributes and its containers."""
+    memory: dict[int, int] = {}  # address -> bytes; tensors may share it
+    seen: set[int] = set()  # objects, which may refer to each other
+    open_values = [value]
+    while open_values:
+        one = open_values.pop()
+        if isinstance(one, torch.Tensor):
+            storage = one.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+        elif id(one) not in seen and not isinstance(one, type):
+            seen.add(id(one))
+            inner = vars(one) if hasattr(one, "__dict__") else one
+            open_values += inner.values() if isinstance(inner, dict) else []
+            open_values += inner if isinstance(inner, list | tuple) else []
+    return sum(memory.values())

@@ -23,14 +23,14 @@ class CachedPoints(Movable):
     """The cached points: which ones this call writes, and which ones its query groups read.
 
     Attributes:
-        cache: the memory of earlier points.
+        memory: the cache's `neighbor_memory`, of earlier points.
         slots: (B, C) int64, the slot of this call that is written to point c, -1 for none.
         group_points: (B, G) int64, the number of each group's point.
         recalled: the states of the groups that `update` has returned, by owner. Calls of one token
             that read the same points share them.
     """
 
-    cache: RetroCache
+    memory: dict[int | str, dict[str, torch.Tensor]]
     slots: torch.Tensor
     group_points: torch.Tensor
     recalled: dict[int | str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class CachedPoints(Movable):
         """Store new states (B, S, …) by name, and return the states of the groups (B, G, …)."""
         if not new and owner in self.recalled:
             return self.recalled[owner]
-        memory = self.cache.neighbor_memory.setdefault(owner, {})
+        memory = self.memory.setdefault(owner, {})
         for name, states in new.items():
             memory[name] = write_points(memory.get(name), states, self.slots)
         # Points that were reached later, without neighbors, have no stored states. They are masked,
@@ -145,7 +145,8 @@ def _update_mask(grid: ChunkGrid, neighbor_mask: torch.Tensor | None, cache: Ret
 
     num_groups = min(grid.most_read(), num_points)
     first_group = grid.first_read.clamp(0, num_points - num_groups)
-    return CachedPoints(cache, slots, first_group + torch.arange(num_groups, device=first_group.device))
+    group_points = first_group + torch.arange(num_groups, device=first_group.device)
+    return CachedPoints(cache.neighbor_memory, slots, group_points)
 
 
 def write_points(memory: torch.Tensor | None, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,7 @@ class RetroCache(Cache):
         If not, what is known of the last call is forgotten.
         """
         if torch.compiler.is_compiling():
+            self._forget_last_call()
             return False
         reads_on = self.reads_on and num_tokens == 1 and self.last_plan is not None
         self.reads_on = False

@@ -312,8 +312,11 @@ class QueryGroups(Movable):
 
     @property
     def is_trivial(self) -> bool:
-        """True for one column a row in one place: states are then grouped as they are."""
-        return self.num_groups * self.width == self.places.shape[1] == 1
+        """True for one column a row in one place: states are then grouped as they are.
+
+        A compiled graph is to hold for all sizes, and never asks.
+        """
+        return not torch.compiler.is_compiling() and self.num_groups * self.width == self.places.shape[1] == 1
 
     def group(self, states: torch.Tensor) -> torch.Tensor:
         """Return states (B, T, d) as (B·G, w, d)."""

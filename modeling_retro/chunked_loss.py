@@ -63,8 +63,7 @@ class VocabularyTerms:
         bias: torch.Tensor | None = head.bias
         states = states.to(weight.device)
         if torch.is_autocast_enabled(states.device.type):
-            dtype = torch.get_autocast_dtype(states.device.type)
-            states, weight, bias = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            states = states.to(torch.get_autocast_dtype(states.device.type))
         self._inputs = states.flatten(0, 1), weight, bias
         grads = torch.is_grad_enabled()
         copying: list[torch.Tensor | None] = [None] * 4
@@ -131,6 +130,8 @@ def _vocabulary_terms(
     )
     sum_dtype = torch.float32  # of sums over chunks, whatever the model's type
     d_weight, d_bias = d_weight.to(sum_dtype), d_bias.to(sum_dtype)
+    master, dtype = weight.dtype, states.dtype  # under autocast, sums over all tokens are too large for `dtype`
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     counted = (targets != NOT_COUNTED).nonzero().squeeze(1)
     # One buffer for all chunks: where memory is new, the system must clear it first. The matrix
     # product is a quarter faster if its rows begin at multiples of `ROW_STEP`.
@@ -166,7 +167,7 @@ def _vocabulary_terms(
                 d_weight.addmm_(d_logits.T, inputs)
             elif for_weight:
                 d_weight += d_logits.T @ inputs
-    return log_sums, target_logits, place_logits, d_states, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    return log_sums, target_logits, place_logits, d_states, d_weight.to(master), d_bias.to(master)
 
 
 @_vocabulary_terms.register_fake

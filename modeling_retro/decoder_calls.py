@@ -136,11 +136,17 @@ def _keep_output_states(output_embeddings: nn.Module, args: tuple) -> tuple | No
 def changes_logits(decoder: PreTrainedModel) -> bool:
     """Return True if the decoder's logits are not just what its output embeddings return.
 
-    Some decoders scale or cap them. It runs on one token, and leaves the random state alone.
+    Some decoders scale or cap them. It runs on one token, with logits that are made up, and leaves
+    the random state alone.
     """
     computed: list[torch.Tensor] = []
-    head = decoder.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, output: computed.append(output.clone()))
+
+    def make_up(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        logits = torch.linspace(-50, 50, output.shape[-1], dtype=output.dtype, device=output.device)
+        computed.append(logits.expand_as(output).clone())
+        return computed[-1].clone()
+
+    hook = decoder.get_output_embeddings().register_forward_hook(make_up)
     devices = [decoder.device] if decoder.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):

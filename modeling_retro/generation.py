@@ -187,11 +187,13 @@ class RetroGenerationMixin(PreTrainedModel, GenerationMixin):
             return None
 
         columns = past_length + tokens.shape[1]
-        if cache is not None and past_length in log.pause and columns in log.pause:
-            for name in POINT_ARGUMENTS:  # the cache has them
-                model_inputs.pop(name, None)
-            cache.reads_on = not cache.is_compileable
-            return log.nothing(self.config, tokens)
+        if cache is not None:
+            is_pause = past_length in log.pause and columns in log.pause
+            cache.reads_on = is_pause and not cache.is_compileable
+            if is_pause:
+                for name in POINT_ARGUMENTS:  # the cache has them
+                    model_inputs.pop(name, None)
+                return log.nothing(self.config, tokens)
         points = self._step_points(model_inputs, cache if past_length else None, log)
         log.find_pause(columns)
         grid = ChunkGrid.build(

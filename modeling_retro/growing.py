@@ -22,6 +22,7 @@ class Growth:
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._room: torch.Tensor | None = None
+        self._length = 0  # of what was returned last
 
     def __deepcopy__(self, memo: dict) -> "Growth":
         return Growth(self.dim)
@@ -33,7 +34,8 @@ class Growth:
         """Return the tensor with new tokens behind it; it may share memory with the tensor.
 
         Args:
-            tensor: what this method returned last, or the first tokens of it, or any other tensor.
+            tensor: what this method returned last. Any other one is copied: somebody may still read
+                what was behind it.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or tensor.dtype != new.dtype:
             return torch.cat([tensor, new], dim=self.dim)
@@ -46,12 +48,14 @@ class Growth:
             room = self._room = new.new_empty(shape)
             room.narrow(self.dim, 0, before).copy_(tensor)
         room.narrow(self.dim, before, new.shape[self.dim]).copy_(new)
+        self._length = length
         return room.narrow(self.dim, 0, length)
 
     def _begins(self, room: torch.Tensor, tensor: torch.Tensor) -> bool:
-        """Return True if the tensor is the first tokens of the room, and may be extended there."""
+        """Return True if the tensor is all that is in the room, and may be extended there."""
         return (
-            room.data_ptr() == tensor.data_ptr()
+            tensor.shape[self.dim] == self._length
+            and room.data_ptr() == tensor.data_ptr()
             and room.stride() == tensor.stride()
             and room.device == tensor.device
             and room.shape[: self.dim] == tensor.shape[: self.dim]

@@ -65,7 +65,7 @@ def match_tokens(
 def match_next_token(
     config: RetroConfig, plan: AttentionPlan, token_embeds: torch.Tensor, cache: RetroCache
 ) -> torch.Tensor | None:
-    """Do the same as `match_tokens` for a call that reads just what the last call read.
+    """Match one token a row, as `match_tokens` does, with the neighbors of the last call.
 
     Args:
         token_embeds: (B, 1, d).

@@ -320,6 +320,10 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             kwargs["token_type_ids"] = token_type_ids  # GPT-2's
         targets = None
         if skip_logits:
+            if not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError(
+                    f"skip_logits=True returns no logits, but logits_to_keep is {logits_to_keep}. Leave one out."
+                )
             targets = self._targets(labels, **loss_arguments)
         if isinstance(self.transformer, RetroDecoderModel):
             kwargs["logits_to_keep"] = logits_to_keep
@@ -407,7 +411,8 @@ class RetroForCausalLM(RetroPreTrainedModel, RetroGenerationMixin):
             losses, terms = self.copy_head.losses(head, states.to(device), targets, candidates.to(device))
         is_counted = targets != NOT_COUNTED
         total = terms.attach(torch.where(is_counted, losses, 0.0).sum())
-        return total / (is_counted.sum() if num_items is None else num_items)
+        items = is_counted.sum() if num_items is None else num_items
+        return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
 
 
 # Register RETRO as a causal language model. Trainer (label smoothing, model cards) and lm-eval look

@@ -16,9 +16,6 @@ from .cross_attention import CrossAttention, cross_attention_mask, open_if_empty
 from .movable import Movable
 from .norms import make_norm
 
-LENGTHS = 4  # lengths that neighbors are encoded up to: each call of the encoder costs, too
-MOST_REAL = 0.9  # the most of all places that are encoded by length: above it, one call for all is faster
-
 
 class RetroEncoderLayer(GradientCheckpointingLayer):
     """One layer of the encoder: self-attention in both directions, cross-attention, MLP.
@@ -126,46 +123,44 @@ class UnencodedNeighbors(Movable):
         """Return the encoded neighbors (B, C, k·r, d), given the decoder's states (B, L, d).
 
         What is masked is encoded to any states. A compiled graph has one shape and encodes all of
-        it; otherwise most of it is left out.
+        it; otherwise missing neighbors are left out, and all places behind the longest one.
         """
         num_points = self.token_embeds.shape[1]
         query_states = take_columns(states, self.query_columns).unflatten(1, (num_points, -1))
         if not torch.compiler.is_compiling():
-            lengths = self._lengths().tolist()
-            if sum(lengths) <= MOST_REAL * self.attention_mask.numel():
-                return self._encode_real(query_states, lengths).to(states.device)
+            rows, longest = self._real()
+            if len(rows) * longest < self.attention_mask.numel():
+                return self._encode_real(query_states, rows, longest).to(states.device)
         encoded = self.encoder(self.token_embeds, self.attention_mask, query_states, self.query_mask)
         return encoded.to(states.device)
 
-    def _lengths(self) -> torch.Tensor:
-        """Return how many tokens of each neighbor to encode (B·C·k), rounded up; 0 without any."""
+    def _real(self) -> tuple[torch.Tensor, int]:
+        """Return the numbers (n,) of the neighbors that have tokens, and the length of the longest.
+
+        There is one at least: processes in parallel wait for each other's calls of the encoder.
+        """
         length = self.attention_mask.shape[-1]
         ends = torch.arange(1, length + 1, device=self.attention_mask.device)
-        step = -(-length // LENGTHS)
-        lengths = (self.attention_mask * ends).amax(-1).flatten()
-        return ((lengths + step - 1) // step * step).clamp(max=length)
+        lengths = (self.attention_mask * ends).amax(-1).flatten()  # (B·C·k)
+        longest = int(lengths.max())
+        rows = lengths.nonzero().squeeze(1) if longest else lengths.new_zeros(1)
+        return rows, longest or length
 
-    def _encode_real(self, query_states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Encode the neighbors up to their lengths, 0 behind them: those of one length together.
+    def _encode_real(self, query_states: torch.Tensor, rows: torch.Tensor, longest: int) -> torch.Tensor:
+        """Encode some neighbors (n,) of B·C·k in one call, each as that of a point of its own.
 
         Args:
             query_states: (B, C, m, d).
+            longest: the places that are encoded. Other places and neighbors become 0.
         """
-        batch_size, num_points, num_neighbors, longest, dim = self.token_embeds.shape
-        if not any(lengths):
-            lengths[0] = longest  # or the encoder would have no gradients, which processes in parallel wait for
-        token_embeds, mask = self.token_embeds.flatten(0, 2), self.attention_mask.flatten(0, 2)
-        encoded = token_embeds.new_zeros(token_embeds.shape)
-        for length in sorted(set(lengths) - {0}):
-            rows = torch.tensor([row for row, own in enumerate(lengths) if own == length], device=mask.device)
-            points = rows // num_neighbors
-            part = self.encoder(  # each neighbor as that of a point of its own
-                token_embeds[rows, None, None, :length],
-                mask[rows, None, None, :length],
-                query_states.flatten(0, 1)[points].unsqueeze(1),
-                None if self.query_mask is None else self.query_mask.flatten(0, 1)[points].unsqueeze(1),
-            )
-            encoded = encoded.index_put(
-                (rows.unsqueeze(1), torch.arange(length, device=rows.device)), part.squeeze(1).to(encoded.dtype)
-            )
-        return encoded.view(batch_size, num_points, num_neighbors * longest, dim)
+        batch_size, num_points, num_neighbors, length, dim = self.token_embeds.shape
+        points = rows // num_neighbors
+        real = self.encoder(  # (n, 1, longest, d)
+            self.token_embeds.flatten(0, 2)[rows, None, None, :longest],
+            self.attention_mask.flatten(0, 2)[rows, None, None, :longest],
+            query_states.flatten(0, 1)[points].unsqueeze(1),
+            None if self.query_mask is None else self.query_mask.flatten(0, 1)[points].unsqueeze(1),
+        )
+        encoded = real.new_zeros(batch_size * num_points * num_neighbors, length, dim)
+        encoded = encoded.index_put((rows.unsqueeze(1), torch.arange(longest, device=rows.device)), real.squeeze(1))
+        return encoded.view(batch_size, num_points, num_neighbors * length, dim)

@@ -147,7 +147,7 @@ class RetroReadingModel(RetroPreTrainedModel):
         position_ids: torch.Tensor | None,
         memory: RetroCache,
     ) -> tuple[torch.Tensor, Reading]:
-        """Do the same for a call of one token a row that reads just what the last call read.
+        """Return positions and neighbors for one token a row that reads what the last call read.
 
         Nothing that depends on the points alone is computed again.
         """
@@ -219,25 +219,25 @@ class RetroReadingModel(RetroPreTrainedModel):
         grid: ChunkGrid,
         inputs_embeds: torch.Tensor,
         input_ids: torch.Tensor | None,
-        given: tuple[torch.Tensor | None, ...] | None,
+        given: tuple[torch.Tensor | None, ...],
         memory: RetroCache | None,
     ) -> Reading:
         """Get the neighbors of the points that this call reaches, and prepare them for the layers.
 
         Args:
             inputs_embeds: (B, T, d) the token embeddings.
-            given: the forward's neighbor arguments. None: the call reads no neighbors.
+            given: the forward's neighbor arguments.
         """
         config, embed = self.config, self.get_input_embeddings()
         # 2. get the neighbors, given or fetched
-        neighbors = None if given is None else self._get_neighbors(given, input_ids, grid, memory)
+        neighbors = self._get_neighbors(given, input_ids, grid, memory)
         # 3. plan which tokens attend to which neighbors, and prepare the neighbors for the encoder
         plan = plan_attention(config, grid, inputs_embeds, neighbors, memory)
         embeds = None if neighbors is None else embed(neighbors.ids)  # (B, C, k, r, d)
         unencoded = self._prepare_encoder(embeds, neighbors, grid, memory)
         # 4. match the last tokens with those of the neighbors, which the copy head may copy
         if neighbors is not None and self.gradient_checkpointing and self.training and config.copy_head:
-            embeds = embed(neighbors.ids)  # since checkpointing may go through the encoder's by itself
+            embeds = embed(neighbors.ids)  # checkpointing frees the graph of the encoder's embeddings
         matches = match_tokens(config, grid, plan, inputs_embeds, neighbors, embeds, memory)  # (n, B·G, w, k·r)
         candidates = find_candidates(config, plan, matches, neighbors)
         return Reading(plan, matches, unencoded, candidates, memory, config)

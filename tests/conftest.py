@@ -11,7 +11,8 @@ LONGEST = ["server", "test_failures.py", "test_resuming.py", "test_many_processe
 
 def pytest_configure():
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, most))
+    limit = MOST_MEMORY if most == resource.RLIM_INFINITY else min(MOST_MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

@@ -1,7 +1,9 @@
 """Tensors that grow in place hold what concatenation gives, whatever happens to them in between."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import DynamicCache
 
 from modeling_retro.cache import RetroCache
 from modeling_retro.growing import ROOM, Growth
+from modeling_retro.library import CACHE
 
 from ..support.by_hand import retrieving_model
 from ..support.retro_models import CHUNK, random_tokens
@@ -111,3 +114,42 @@ def test_steps_between_points_share_a_plan_and_those_at_points_do_not():
     shared = [later is earlier for earlier, later in zip(steps[:-1], steps[1:], strict=True)]
     reaches_point = [(place + 2) % CHUNK == 0 for place in range(len(shared))]  # CHUNK + place + 2 tokens then
     assert shared == [not reaches for reaches in reaches_point]
+
+
+@torch.no_grad()
+def test_what_others_hold_is_never_overwritten():
+    first, second, third, fourth = pieces(4)
+    growth = Growth(2)
+    begun = growth.append(first, second)
+    held = growth.append(begun, third)
+    other = growth.append(begun, fourth)  # as after a crop
+    assert torch.equal(held, torch.cat([first, second, third], 2))
+    assert torch.equal(other, torch.cat([first, second, fourth], 2))
+
+
+def generated(model, tokens, cache, new):
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    returned = {"return_dict_in_generate": True, "output_logits": True}
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache}, **settings, **returned)
+
+
+def test_an_interrupted_step_leaves_nothing_behind():
+    model = retrieving_model(copy_head=True)
+    tokens = torch.tensor([random_tokens(CHUNK, seed=1)])
+    begun = generated(model, tokens, RetroCache(), CHUNK // 2)
+    caches = [copy.deepcopy(begun[CACHE]) for _ in range(2)]
+    caches[1].reads_on = True  # it was prepared, and never made
+    more = torch.cat([begun.sequences, torch.tensor([[5]])], 1)
+    expected, found = (generated(model, more, cache, CHUNK) for cache in caches)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_a_cache_dies_with_its_last_reference():
+    model = retrieving_model(copy_head=True, cca_match=True)
+    tokens = torch.tensor([random_tokens(CHUNK, seed=1)])
+    gc.disable()
+    try:
+        cache = weakref.ref(generated(model, tokens, RetroCache(), 4)[CACHE])
+        assert cache() is None
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from modeling_retro import RetroForCausalLM
+from modeling_retro.neighbor_encoder import UnencodedNeighbors
 
 from ..support.by_hand import PROMPTS, HashRetriever, greedy_by_hand, left_padded, retrieving_model
 from ..support.retro_models import VOCAB, small_model
@@ -76,8 +77,17 @@ def test_an_offloaded_model_is_the_same_model(where, tmp_path):
     "second", [["h.2", "h.3", "ln_f"], ["h.1", "h.3"], ["encoder."], ["encoder.layers.1", "encoder.wpe"]], ids=str
 )
 @torch.no_grad()
-def test_a_model_on_two_devices_moves_everything_that_its_layers_share(second):
-    """Fake tensors stand for two devices: mixing them is an error, as on two GPUs."""
+def test_a_model_on_two_devices_moves_everything_that_its_layers_share(second, monkeypatch):
+    """Fake tensors stand for two devices: mixing them is an error, as on two GPUs.
+
+    They have no values, so which neighbors are missing is made up.
+    """
+
+    def real(neighbors):
+        mask = neighbors.attention_mask
+        return torch.arange(1, mask[..., 0].numel(), device=mask.device), mask.shape[-1]
+
+    monkeypatch.setattr(UnencodedNeighbors, "_real", real)
 
     def device(name):
         return f"cpu:{int(name.removeprefix('transformer.').startswith(tuple(second)))}"
