@@ -86,10 +86,7 @@ class Passages:
         if best is None:
             return [], 0
         passage, place = best
-        following = passage[place : place + MOST_LENGTH]
-        if passage is self.text:  # up to its end: a text that repeats itself goes on in a circle
-            following = (following * MOST_LENGTH)[:MOST_LENGTH]
-        return following, longest
+        return passage[place : place + MOST_LENGTH], longest
 
     def _matched(self, passage: list[int], place: int) -> int:
         """Return how many tokens before a place are the text's last ones."""
