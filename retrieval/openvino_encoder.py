@@ -45,8 +45,8 @@ class OpenVinoEncoder:
             converted = openvino.convert_model(model.eval(), example_input=example)
         threads = torch.get_num_threads()
         settings = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads}
-        # OpenVINO gives the thread that compiles a stack for signals, and frees it with the model. The
-        # next signal would then end the process, as a worker process that ends sends one.
+        # OpenVINO gives the thread that compiles a stack for signals, and frees it with the model.
+        # The next signal, as of a data loader's worker that ended, would then end the process.
         with ThreadPoolExecutor(1) as thread:
             compiled = thread.submit(lambda: openvino.Core().compile_model(converted, "CPU", settings)).result()
         self._queue = openvino.AsyncInferQueue(compiled)
