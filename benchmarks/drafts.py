@@ -25,10 +25,9 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList
 
 from evaluation_retro.opening import ModelSettings, open_model, plain_decoder
-from evaluation_retro.rival_generation import GREEDY
+from evaluation_retro.rival_generation import GREEDY, PROMPT_LOOKUP
 from evaluation_retro.windows import TextSettings, draw_windows
 
-LOOKUP = 10  # tokens of the library's prompt lookup
 DECODER, LOOKED_UP, OFF, ON, DRAFTS = "decoder", "decoder, prompt lookup", "RETRO, off", "RETRO", "RETRO, drafts"
 SAME_TEXT = {LOOKED_UP: DECODER, DRAFTS: ON}
 MODEL, FILE = "model", "file"
@@ -61,7 +60,7 @@ def main() -> None:
     model, decoder = opened.model, plain_decoder(opened.model)
     sides: dict[str, tuple[Any, dict[str, Any]]] = {
         DECODER: (decoder, {}),
-        LOOKED_UP: (decoder, {"prompt_lookup_num_tokens": LOOKUP}),
+        LOOKED_UP: (decoder, {"prompt_lookup_num_tokens": PROMPT_LOOKUP}),
         OFF: (model, {"use_retrieval": False}),
         ON: (model, {}),
         DRAFTS: (model, {"draft_from_neighbors": True}),

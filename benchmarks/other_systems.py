@@ -23,10 +23,9 @@ from generation import CHUNK, GPT2, MOST_TOKENS, Bench
 from gpt2_small import GPT2_SMALL, build_retro_pytorch
 from machine import machine, spread
 
-from evaluation_retro.rival_generation import generate_in_context
+from evaluation_retro.rival_generation import PROMPT_LOOKUP, generate_in_context
 
 RETRO = "cross-attention"
-LOOKUP = 10  # tokens of the library's prompt lookup
 
 
 def run_retro_pytorch(model: torch.nn.Module, bench: Bench, new: int) -> None:
@@ -56,7 +55,7 @@ def main() -> None:
     theirs = build_retro_pytorch(GPT2_SMALL, MOST_TOKENS).eval()
     rows: dict[str, Callable[[int], object]] = {
         GPT2: lambda new: bench.run(GPT2, new),
-        "GPT-2, prompt lookup": lambda new: bench.run(GPT2, new, prompt_lookup_num_tokens=LOOKUP),
+        "GPT-2, prompt lookup": lambda new: bench.run(GPT2, new, prompt_lookup_num_tokens=PROMPT_LOOKUP),
         "RETRO": lambda new: bench.run(RETRO, new),
         "RETRO, drafts": lambda new: bench.run(RETRO, new, draft_from_neighbors=True),
         "in-context retrieval": lambda new: generate_in_context(decoder, bench.retrievers["dense"], prompts, new),

@@ -24,10 +24,7 @@ class Growth:
         self._room: torch.Tensor | None = None
         self._length = 0  # of what was returned last
 
-    def __deepcopy__(self, memo: dict) -> "Growth":
-        return Growth(self.dim)
-
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple:  # of copies, too
         return Growth, (self.dim,)
 
     def append(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
