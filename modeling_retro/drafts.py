@@ -6,7 +6,7 @@ token for token if decoded greedily, and from the same distribution if sampled.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import compress, cycle, islice
 from typing import Any, cast
 
 import torch
@@ -74,7 +74,8 @@ class Passages:
         """Return what follows the longest match of the text's last tokens, and the match's length.
 
         Of equally long matches, the one added last counts. Longer ones than `MOST_MATCH` count as
-        equally long. Without a match of `LEAST_MATCH` tokens, the result is ([], 0).
+        equally long. Where a match in the text itself leads to the text's end, the text is taken to
+        go on in a circle. Without a match of `LEAST_MATCH` tokens, the result is ([], 0).
         """
         best, longest = None, 0
         for passage, place in reversed(self._places.get(tuple(self.text[-LEAST_MATCH:]), [])):
@@ -86,7 +87,10 @@ class Passages:
         if best is None:
             return [], 0
         passage, place = best
-        return passage[place : place + MOST_LENGTH], longest
+        following = passage[place : place + MOST_LENGTH]
+        if passage is self.text:
+            following = list(islice(cycle(following), MOST_LENGTH))
+        return following, longest
 
     def _matched(self, passage: list[int], place: int) -> int:
         """Return how many tokens before a place are the text's last ones."""

@@ -240,11 +240,11 @@ class TestPassages:
 
     def test_the_text_is_a_passage_that_grows(self):
         passages = self.passages([1, 2, 3, 1, 2], [1, 2, 4])
-        assert passages.continuation() == ([3, 1, 2], 2)  # of equals, the last
+        assert passages.continuation() == ([3, 1, 2] * (MOST_LENGTH // 3), 2)  # of equals, the last
         passages.add([5, 1, 2, 6])
         assert passages.continuation() == ([6], 2)
         passages.extend_text([3])
-        assert passages.continuation() == ([1, 2, 3], 3)
+        assert passages.continuation() == ([1, 2, 3] * (MOST_LENGTH // 3), 3)
 
     def test_matches_are_those_of_a_slow_search(self):
         generator = random.Random(0)
@@ -252,9 +252,12 @@ class TestPassages:
             text, *neighbors = ([generator.randrange(3) for _ in range(generator.randrange(25))] for _ in range(4))
             matches = [
                 (matched_by_hand(text, passage[:place]), passage[place : place + MOST_LENGTH])
-                for passage in (*neighbors, text)
+                for passage in neighbors
                 for place in range(LEAST_MATCH, len(passage))
             ]
+            for place in range(LEAST_MATCH, len(text)):
+                circle = [text[place + step % (len(text) - place)] for step in range(MOST_LENGTH)]
+                matches.append((matched_by_hand(text, text[:place]), circle))
             longest = max((length for length, _ in matches), default=0)
             following, matched = self.passages(text, *neighbors).continuation()
             if longest < LEAST_MATCH:
