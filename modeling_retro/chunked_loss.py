@@ -25,9 +25,10 @@ ROW_STEP = 64
 def takes_chunks(head: nn.Module) -> bool:
     """Return True if the logits are the head's weight times the states, plus a bias.
 
-    Others are adapters, quantized, sharded and offloaded weights, and heads with forward hooks.
+    Others are adapters, quantized, sharded and offloaded weights, and heads with hooks, as those
+    that `torch.nn.utils.weight_norm` sets.
     """
-    if type(head) is not nn.Linear or head._forward_hooks:
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return False
     weight = head.weight
     is_here = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
@@ -96,6 +97,11 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A loss without logits has no second derivatives (create_graph=True). Call the model with "
+                "skip_logits=False to have them."
+            )
         try:
             saved = ctx.saved_tensors
         except RuntimeError as error:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import weight_norm
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_retro import chunked_loss
@@ -97,6 +98,7 @@ class _Doubled(nn.Linear):
         return 2 * super().forward(states)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # old heads have it
 def test_other_heads_and_loss_functions_are_used_as_they_are():
     model, batch = without_dropout(), training_batch()
     model.loss_function = lambda *args, **kwargs: 3 * ForCausalLMLoss(*args, **kwargs)
@@ -109,6 +111,13 @@ def test_other_heads_and_loss_functions_are_used_as_they_are():
     model.lm_head = _Doubled(*reversed(weight.shape), bias=False)
     model.lm_head.weight = weight
     assert_same(gradients(model, batch | NO_LOGITS), slow_gradients(model, batch), **STRICT)
+
+    model = without_dropout()
+    model.lm_head.weight = nn.Parameter(weight.detach().clone())  # untied, since a hook is to compute it
+    model.lm_head = weight_norm(model.lm_head)
+    found = gradients(model, batch | NO_LOGITS)
+    assert_same(found, slow_gradients(model, batch), **STRICT)
+    assert found[1]["lm_head.weight_g"].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -169,6 +178,9 @@ def test_mistakes_are_named():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="skip_logits=False"):
         loss.backward()
+    loss = model(**batch, skip_logits=True).loss
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
     with pytest.raises(ValueError, match="logits_to_keep is 2"):
         model(**batch, skip_logits=True, logits_to_keep=2)
     del batch["labels"]
