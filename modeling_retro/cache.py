@@ -134,8 +134,10 @@ class RetroCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. The number is negative as in every `Cache`: -3 removes three."""
         self._check_can_change()
-        self._forget_last_call()
         super().crop(tokens_to_remove)
+        if not tokens_to_remove:  # a draft without errors, or no draft
+            return
+        self._forget_last_call()
         # Points beyond the end stay: nothing reads them, and they are overwritten when they are
         # reached again.
         length = int(self.get_seq_length())

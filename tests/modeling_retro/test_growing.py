@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_retro.cache import RetroCache
+from modeling_retro.draft_lengths import DraftCosts
 from modeling_retro.growing import ROOM, Growth
 from modeling_retro.library import CACHE
 
@@ -95,8 +96,10 @@ def test_cropped_layers_take_other_tokens_and_reordered_ones_too():
     assert torch.equal(grown.layers[0].values, plain.layers[0].values)
 
 
+@pytest.mark.parametrize("may_draft", [False, True])
 @torch.no_grad()
-def test_steps_between_points_share_a_plan_and_those_at_points_do_not():
+def test_steps_between_points_share_a_plan_and_those_at_points_do_not(may_draft, monkeypatch):
+    monkeypatch.setattr(DraftCosts, "of", lambda _: DraftCosts(fixed=1e9, each=0.0))  # so no draft pays
     model = retrieving_model(copy_head=True, cca_match=True)
     plans = []
     read = model.transformer._locate_and_read
@@ -109,7 +112,8 @@ def test_steps_between_points_share_a_plan_and_those_at_points_do_not():
     model.transformer._locate_and_read = keep
     new = 2 * CHUNK + 3
     tokens = torch.tensor([random_tokens(CHUNK, seed=1)])
-    model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, num_beams=1)
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "draft_from_neighbors": may_draft}
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     steps = plans[1:]  # behind the prompt
     shared = [later is earlier for earlier, later in zip(steps[:-1], steps[1:], strict=True)]
     reaches_point = [(place + 2) % CHUNK == 0 for place in range(len(shared))]  # CHUNK + place + 2 tokens then
