@@ -67,7 +67,7 @@ CHUNKS = 3000  # of the knowledge base, at least
 SEQUENCE, TRAINING = 256, 64  # tokens of a sequence to train on, and their number
 BATCH, STEPS = 4, 300
 WINDOW, HELD_OUT, CHOICE = 768, 32, 16  # tokens of a window, windows to measure, windows that rivals choose on
-ROWS = RowSettings(neighbors=[1, 4], rounds=1, cost_batches=[1], new_tokens=128)
+ROWS = RowSettings(neighbors=[1, 4], drafts=True, rounds=1, cost_batches=[1], new_tokens=128)
 NEW_TOKENS, LONGEST_REPEAT = 128, 11  # tokens of the sample, and of a passage that it may say twice
 PAGE, SHOWN = "reading.html", 192  # the inspector's page in the report, and tokens of its prompt
 HARD = 1.0  # nats a token that the decoder needs, or more, for the text that the sample continues

@@ -23,7 +23,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 SMALL = {
     **{"CHUNKS": 1500, "SEQUENCE": 96, "TRAINING": 8, "BATCH": 2, "STEPS": 40, "NEW_TOKENS": 20},
     **{"WINDOW": 160, "HELD_OUT": 6, "CHOICE": 4, "SHOWN": 48},
-    "ROWS": RowSettings(neighbors=[4], rounds=1, cost_batches=[1], new_tokens=8),
+    "ROWS": RowSettings(neighbors=[4], drafts=True, rounds=1, cost_batches=[1], new_tokens=8),
 }
 
 
@@ -59,12 +59,14 @@ def test_the_demo_runs_and_its_model_writes(demo, capsys, monkeypatch):
     demo.main()
     printed = capsys.readouterr().out
     report = json.loads(Path("demo_output/report/compare.json").read_text())
-    rows = {row["method"]: row for row in report["rows"]}
-    bits = {method: row["bits_per_byte"] for method, row in rows.items()}
+    rows = {row["name"]: row for row in report["rows"]}
+    bits = {row["method"]: row["bits_per_byte"] for row in rows.values()}
     assert bits["decoder"] == pytest.approx(bits["RETRO, off"], abs=1e-4)
     assert bits["RETRO"] < bits["decoder"]  # it copies, though the decoder is random
-    assert all(f"{row['name']} " in printed and f"{row['bits_per_byte']:.4f}" in printed for row in rows.values())
-    assert len(rows) == 7 and rows["RETRO"]["milliseconds_a_token"]["1"]["median"] > 0
+    assert all(f"{name} " in printed and f"{row['bits_per_byte']:.4f}" in printed for name, row in rows.items())
+    assert len(rows) == 9
+    drafted = [row for row in rows.values() if row["method"] == "RETRO" and row["drafts"]]
+    assert [row["milliseconds_a_token"]["1"]["median"] > 0 for row in drafted] == [True]
     page = Path("demo_output/report/reading.html").read_text()
     assert "modeling_" in page and "reading.html" in Path("demo_output/report/compare.md").read_text()
     command = next(line for line in printed.splitlines() if line.startswith("python generate_hf.py"))
